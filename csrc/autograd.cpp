@@ -1,0 +1,141 @@
+// Differentiation of the operators. A node of our own rather than torch::autograd::Function:
+// the latter is refused under every torch.func transform and costs more per call
+// (docs/architecture.md has the figures).
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include "node_compat.h"
+#include "ops.h"
+
+namespace lstm_ext {
+namespace {
+
+using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+Tensor or_undefined(const std::optional<Tensor>& tensor) { return tensor.value_or(Tensor()); }
+
+std::optional<Tensor> or_none(Tensor tensor) {
+  return tensor.defined() ? std::optional<Tensor>(std::move(tensor)) : std::nullopt;
+}
+
+bool has_forward_grad(const CellInputs& in) {
+  using torch::autograd::isFwGradDefined;
+  return isFwGradDefined(in.input) || isFwGradDefined(in.hx) || isFwGradDefined(in.cx) ||
+         isFwGradDefined(in.w_ih) || isFwGradDefined(in.w_hh) || isFwGradDefined(in.b_ih) ||
+         isFwGradDefined(in.b_hh);
+}
+
+bool requires_grad(const CellInputs& in) {
+  return torch::autograd::compute_requires_grad(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih,
+                                                in.b_hh);
+}
+
+// Keeps the inputs and the activated gates; c' is computed anew, so that it may be changed in
+// place after the call, as with torch.nn.LSTMCell.
+struct LSTMCellBackward : public torch::autograd::Node {
+  std::array<SavedVariable, kCellInputs> inputs;
+  SavedVariable gates;
+
+  std::string name() const override { return "LSTMCellBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& saved : inputs) saved.reset_data();
+    gates.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(kCellInputs);
+    const Tensor input = inputs[0].unpack(), hx = inputs[1].unpack(), cx = inputs[2].unpack(),
+                 w_ih = inputs[3].unpack(), w_hh = inputs[4].unpack();
+    const std::optional<Tensor> b_ih = or_none(inputs[5].unpack()),
+                                b_hh = or_none(inputs[6].unpack());
+    CellGradientMask mask;
+    for (int k = 0; k < kCellInputs; ++k) mask[k] = task_should_compute_output(k);
+    auto [d_input, d_hx, d_cx, d_w_ih, d_w_hh, d_b_ih, d_b_hh] = call_lstm_cell_backward(
+        or_none(grads[0]), or_none(grads[1]), {input, hx, cx, w_ih, w_hh, b_ih, b_hh},
+        gates.unpack(), mask);
+    return {std::move(d_input), std::move(d_hx),   std::move(d_cx),  std::move(d_w_ih),
+            std::move(d_w_hh),  std::move(d_b_ih), std::move(d_b_hh)};
+  }
+};
+
+CellTrainingOutputs forward_with_graph(const CellInputs& in) {
+  auto node = make_node<LSTMCellBackward>();
+  const Tensor b_ih = or_undefined(in.b_ih), b_hh = or_undefined(in.b_hh);
+  node->set_next_edges(torch::autograd::collect_next_edges(in.input, in.hx, in.cx, in.w_ih,
+                                                           in.w_hh, b_ih, b_hh));
+  CellTrainingOutputs out;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    out = call_lstm_cell_forward(in);
+  }
+  node->inputs = {SavedVariable(in.input, false), SavedVariable(in.hx, false),
+                  SavedVariable(in.cx, false),    SavedVariable(in.w_ih, false),
+                  SavedVariable(in.w_hh, false),  SavedVariable(b_ih, false),
+                  SavedVariable(b_hh, false)};
+  node->gates = SavedVariable(std::get<2>(out), false);
+  torch::autograd::set_history(std::get<0>(out), node);
+  torch::autograd::set_history(std::get<1>(out), node);
+  return out;
+}
+
+CellOutputs lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
+                      const Tensor& w_hh, const std::optional<Tensor>& b_ih,
+                      const std::optional<Tensor>& b_hh) {
+  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
+  const bool forward_ad = has_forward_grad(in);
+  if (!forward_ad && !requires_grad(in)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return call_lstm_cell(in);
+  }
+  if (!fusable(in)) return torch_lstm_cell(in);
+  auto [hy, cy, gates] = forward_ad ? composite::cell_forward(in) : forward_with_graph(in);
+  return {std::move(hy), std::move(cy)};
+}
+
+CellTrainingOutputs lstm_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
+                                      const Tensor& w_ih, const Tensor& w_hh,
+                                      const std::optional<Tensor>& b_ih,
+                                      const std::optional<Tensor>& b_hh) {
+  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
+  if (has_forward_grad(in)) return composite::cell_forward(in);
+  if (requires_grad(in)) return forward_with_graph(in);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_lstm_cell_forward(in);
+}
+
+// Double backward and forward-over-reverse: the backward in plain operations, with the gates
+// computed anew from the inputs so that they are differentiable too.
+CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
+                                 const std::optional<Tensor>& grad_cy, const Tensor& input,
+                                 const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
+                                 const Tensor& w_hh, const std::optional<Tensor>& b_ih,
+                                 const std::optional<Tensor>& b_hh, const Tensor& gates,
+                                 CellGradientMask mask) {
+  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
+  const bool differentiable =
+      requires_grad(in) || torch::autograd::compute_requires_grad(grad_hy, grad_cy) ||
+      has_forward_grad(in) || torch::autograd::isFwGradDefined(grad_hy) ||
+      torch::autograd::isFwGradDefined(grad_cy);
+  if (differentiable)
+    return composite::cell_backward(grad_hy, grad_cy, in, composite::cell_gates(in), mask);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_lstm_cell_backward(grad_hy, grad_cy, in, gates, mask);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lstm_ext, Autograd, m) {
+  m.impl("lstm_cell", lstm_cell);
+  m.impl("lstm_cell_forward", lstm_cell_forward);
+  m.impl("lstm_cell_backward", lstm_cell_backward);
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,95 @@
+// The cell in plain tensor operations: for every device, differentiable any number of times.
+// The formulas are those of cell_math.h (and of lstm_ext/reference.py, which explains them).
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace lstm_ext {
+namespace composite {
+
+at::Tensor cell_gates(const CellInputs& in) {
+  const at::Tensor pre =
+      at::linear(in.input, in.w_ih, in.b_ih) + at::linear(in.hx, in.w_hh, in.b_hh);
+  const auto quarter = pre.chunk(4, 1);
+  return at::cat({quarter[0].sigmoid(), quarter[1].sigmoid(), quarter[2].tanh(),
+                  quarter[3].sigmoid()},
+                 1);
+}
+
+CellTrainingOutputs cell_forward(const CellInputs& in) {
+  at::Tensor gates = cell_gates(in);
+  const auto quarter = gates.chunk(4, 1);
+  const at::Tensor &i = quarter[0], &f = quarter[1], &g = quarter[2], &o = quarter[3];
+  at::Tensor cy = f * in.cx + i * g;
+  at::Tensor hy = o * cy.tanh();
+  return {std::move(hy), std::move(cy), std::move(gates)};
+}
+
+CellGradients cell_backward(const std::optional<at::Tensor>& grad_hy,
+                            const std::optional<at::Tensor>& grad_cy, const CellInputs& in,
+                            const at::Tensor& gates, CellGradientMask mask) {
+  const auto quarter = gates.chunk(4, 1);
+  const at::Tensor &i = quarter[0], &f = quarter[1], &g = quarter[2], &o = quarter[3];
+  const at::Tensor tanh_c = (f * in.cx + i * g).tanh();
+  const at::Tensor grad_h = defined(grad_hy) ? *grad_hy : at::zeros_like(tanh_c);
+  at::Tensor grad_state = grad_h * o * (1 - tanh_c * tanh_c);
+  if (defined(grad_cy)) grad_state = grad_state + *grad_cy;
+  const at::Tensor grad_gates =
+      at::cat({grad_state * g * i * (1 - i), grad_state * in.cx * f * (1 - f),
+               grad_state * i * (1 - g * g), grad_h * tanh_c * o * (1 - o)},
+              1);
+  const auto [want_input, want_hx, want_cx, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = mask;
+  at::Tensor grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh;
+  if (want_input) grad_input = grad_gates.mm(in.w_ih);
+  if (want_hx) grad_hx = grad_gates.mm(in.w_hh);
+  if (want_cx) grad_cx = grad_state * f;
+  if (want_w_ih) grad_w_ih = grad_gates.t().mm(in.input);
+  if (want_w_hh) grad_w_hh = grad_gates.t().mm(in.hx);
+  if (want_b_ih) grad_b_ih = grad_gates.sum(0);
+  if (want_b_hh) grad_b_hh = grad_gates.sum(0);
+  return {grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh};
+}
+
+namespace {
+
+CellOutputs lstm_cell(const at::Tensor& input, const at::Tensor& hx, const at::Tensor& cx,
+                      const at::Tensor& w_ih, const at::Tensor& w_hh,
+                      const std::optional<at::Tensor>& b_ih,
+                      const std::optional<at::Tensor>& b_hh) {
+  return torch_lstm_cell({input, hx, cx, w_ih, w_hh, b_ih, b_hh});
+}
+
+CellTrainingOutputs lstm_cell_forward(const at::Tensor& input, const at::Tensor& hx,
+                                      const at::Tensor& cx, const at::Tensor& w_ih,
+                                      const at::Tensor& w_hh, const std::optional<at::Tensor>& b_ih,
+                                      const std::optional<at::Tensor>& b_hh) {
+  return cell_forward({input, hx, cx, w_ih, w_hh, b_ih, b_hh});
+}
+
+CellGradients lstm_cell_backward(const std::optional<at::Tensor>& grad_hy,
+                                 const std::optional<at::Tensor>& grad_cy, const at::Tensor& input,
+                                 const at::Tensor& hx, const at::Tensor& cx, const at::Tensor& w_ih,
+                                 const at::Tensor& w_hh, const std::optional<at::Tensor>& b_ih,
+                                 const std::optional<at::Tensor>& b_hh, const at::Tensor& gates,
+                                 CellGradientMask mask) {
+  return cell_backward(grad_hy, grad_cy, {input, hx, cx, w_ih, w_hh, b_ih, b_hh}, gates, mask);
+}
+
+}  // namespace
+}  // namespace composite
+
+// Every backend that has no kernel of its own.
+TORCH_LIBRARY_IMPL(lstm_ext, CompositeExplicitAutograd, m) {
+  m.impl("lstm_cell", composite::lstm_cell);
+  m.impl("lstm_cell_forward", composite::lstm_cell_forward);
+  m.impl("lstm_cell_backward", composite::lstm_cell_backward);
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,25 @@
+// The cell's CPU kernels for AVX2 with FMA and F16C.
+#include "cpu/cell_kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+// Everything included from here on is ours and has internal linkage: no code for
+// the newer instruction set can leak into what the linker shares between files.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define LSTM_EXT_VECTOR_BYTES 32
+#define LSTM_EXT_TILE_ROWS 3
+#define LSTM_EXT_HAS_F16C
+#define LSTM_EXT_TABLE kCellKernelsAVX2
+#include "cpu/cell_kernels_impl.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,25 @@
+// The cell's CPU kernels for AVX-512 (F, BW, DQ, VL).
+#include "cpu/cell_kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+// Everything included from here on is ours and has internal linkage: no code for
+// the newer instruction set can leak into what the linker shares between files.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+#define LSTM_EXT_VECTOR_BYTES 64
+#define LSTM_EXT_TILE_ROWS 6
+#define LSTM_EXT_HAS_F16C
+#define LSTM_EXT_TABLE kCellKernelsAVX512
+#include "cpu/cell_kernels_impl.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

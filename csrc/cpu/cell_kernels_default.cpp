@@ -1,0 +1,8 @@
+// The cell's CPU kernels for whatever the compiler targets by default: SSE2 on
+// x86-64, NEON on 64-bit Arm.
+#include "cpu/cell_kernels.h"
+
+#define LSTM_EXT_VECTOR_BYTES 16
+#define LSTM_EXT_TILE_ROWS 3
+#define LSTM_EXT_TABLE kCellKernelsDefault
+#include "cpu/cell_kernels_impl.h"

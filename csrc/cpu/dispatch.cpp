@@ -1,0 +1,45 @@
+// Picks the kernels of the best instruction set that this machine and
+// ATEN_CPU_CAPABILITY allow.
+#include <ATen/Version.h>
+
+#include <string>
+
+#include "cpu/cell_kernels.h"
+
+namespace lstm_ext::cpu {
+
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const CellKernels* cell;
+};
+
+// Read once, as ATen itself does.
+const InstructionSet& active() {
+  static const InstructionSet set = [] {
+#if defined(__x86_64__)
+    const std::string capability = at::get_cpu_capability();
+    if (capability.rfind("AVX512", 0) == 0) return InstructionSet{"AVX512", kCellKernelsAVX512};
+    if (capability.rfind("AVX", 0) == 0) return InstructionSet{"AVX2", kCellKernelsAVX2};
+#endif
+    return InstructionSet{"DEFAULT", kCellKernelsDefault};
+  }();
+  return set;
+}
+
+}  // namespace
+
+const char* compiled_instruction_sets() {
+#if defined(__x86_64__)
+  return "DEFAULT,AVX2,AVX512";
+#else
+  return "DEFAULT";
+#endif
+}
+
+const char* active_instruction_set() { return active().name; }
+
+const CellKernels& cell_kernels(Dtype dtype) { return active().cell[static_cast<int>(dtype)]; }
+
+}  // namespace lstm_ext::cpu

@@ -1,0 +1,171 @@
+// A vector of LSTM_EXT_VECTOR_BYTES over the compiler's vector extensions: the
+// kernels are written once and compiled for each instruction set. Everything is
+// in an anonymous namespace and always inlined (see cell_kernels_avx2.cpp).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cell_math.h"
+
+namespace lstm_ext::cpu {
+namespace {
+
+// Storage types of the two halves; arithmetic on them happens in float.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class S>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+
+template <class T>
+struct Vector {  // T is float or double
+  static constexpr int kWidth = LSTM_EXT_VECTOR_BYTES / sizeof(T);
+  typedef T type __attribute__((vector_size(LSTM_EXT_VECTOR_BYTES)));
+};
+template <class S>
+using ComputeType = typename Compute<S>::type;
+template <class S>
+using VectorOf = typename Vector<ComputeType<S>>::type;
+template <class S>
+constexpr int kWidthOf = Vector<ComputeType<S>>::kWidth;
+
+typedef uint32_t UInt32s __attribute__((vector_size(LSTM_EXT_VECTOR_BYTES)));
+typedef uint16_t UInt16s __attribute__((vector_size(LSTM_EXT_VECTOR_BYTES / 2)));
+using Floats = Vector<float>::type;
+using Doubles = Vector<double>::type;
+
+template <class To, class From>
+LSTM_EXT_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class V>
+LSTM_EXT_INLINE V zeros() {
+  return V{};
+}
+
+LSTM_EXT_INLINE Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+LSTM_EXT_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
+LSTM_EXT_INLINE Doubles load(const double* p) {
+  Doubles v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+LSTM_EXT_INLINE void store(double* p, Doubles v) { std::memcpy(p, &v, sizeof(v)); }
+
+LSTM_EXT_INLINE Floats load(const BFloat16* p) {
+  UInt16s bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bit_cast<Floats>(__builtin_convertvector(bits, UInt32s) << 16);
+}
+LSTM_EXT_INLINE void store(BFloat16* p, Floats v) {
+  const UInt32s bits = bit_cast<UInt32s>(v);
+  // Round to nearest even; a NaN stays one.
+  const UInt32s rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const UInt32s is_nan = bit_cast<UInt32s>(v != v);
+  const UInt32s result = (is_nan & 0x7fc0u) | (~is_nan & rounded);
+  const UInt16s narrow = __builtin_convertvector(result, UInt16s);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+
+#if defined(LSTM_EXT_HAS_F16C)
+LSTM_EXT_INLINE Floats load(const Half* p) {
+#if LSTM_EXT_VECTOR_BYTES == 64
+  // (The unmasked form reads an uninitialised register by design, and GCC warns of it.)
+  return bit_cast<Floats>(
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
+  return bit_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#endif
+}
+LSTM_EXT_INLINE void store(Half* p, Floats v) {
+#if LSTM_EXT_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+#else
+LSTM_EXT_INLINE Floats load(const Half* p) {
+  UInt16s half;
+  std::memcpy(&half, p, sizeof(half));
+  const UInt32s bits = __builtin_convertvector(half, UInt32s);
+  const UInt32s magnitude = bits & 0x7fffu;
+  // Normal numbers: move exponent and mantissa into place and rebias by 112.
+  // Infinity and NaN: another 112, which fills the exponent. Subnormals: with
+  // 0.5's exponent in front the mantissa counts in units of 2^-24.
+  const UInt32s special = bit_cast<UInt32s>(magnitude >= 0x7c00u);
+  const UInt32s normal = (magnitude << 13) + (112u << 23) + (special & (112u << 23));
+  const Floats small = bit_cast<Floats>(magnitude + (126u << 23)) - 0.5f;
+  const UInt32s is_small = bit_cast<UInt32s>(magnitude < 0x0400u);
+  const UInt32s value = (is_small & bit_cast<UInt32s>(small)) | (~is_small & normal);
+  return bit_cast<Floats>(value | ((bits & 0x8000u) << 16));
+}
+LSTM_EXT_INLINE void store(Half* p, Floats v) {
+  const UInt32s bits = bit_cast<UInt32s>(v);
+  const UInt32s sign = (bits >> 16) & 0x8000u;
+  const UInt32s magnitude = bits & 0x7fffffffu;
+  // Normal results: rebias, round to nearest even. Too large: infinity, NaN: NaN.
+  // Small ones: adding 0.5 leaves the mantissa in units of 2^-24, rounded.
+  const UInt32s normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const UInt32s small = bit_cast<UInt32s>(bit_cast<Floats>(magnitude) + 0.5f) - (126u << 23);
+  const UInt32s is_small = bit_cast<UInt32s>(magnitude < (113u << 23));
+  const UInt32s is_large = bit_cast<UInt32s>(magnitude >= 0x477ff000u);
+  const UInt32s is_nan = bit_cast<UInt32s>(magnitude > 0x7f800000u);
+  UInt32s result = (is_small & small) | (~is_small & normal);
+  result = (is_large & 0x7c00u) | (~is_large & result);
+  result = (is_nan & 0x7e00u) | (~is_nan & result);
+  const UInt16s narrow = __builtin_convertvector(result | sign, UInt16s);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+#endif
+
+// The first n < width elements; the other lanes are zero.
+template <class S>
+LSTM_EXT_INLINE VectorOf<S> load(const S* p, int64_t n) {
+  if (n >= kWidthOf<S>) return load(p);
+  S buffer[kWidthOf<S>] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+template <class S>
+LSTM_EXT_INLINE void store(S* p, VectorOf<S> v, int64_t n) {
+  if (n >= kWidthOf<S>) return store(p, v);
+  S buffer[kWidthOf<S>];
+  store(buffer, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+// Adds the two halves until one number is left: a fixed order, few roundings.
+template <class T>
+LSTM_EXT_INLINE T horizontal_sum(typename Vector<T>::type v) {
+  T lane[Vector<T>::kWidth];
+  store(lane, v);
+  for (int n = Vector<T>::kWidth / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+  return lane[0];
+}
+
+}  // namespace
+}  // namespace lstm_ext::cpu

@@ -1,0 +1,108 @@
+// Operator schemas, the check at the door, and the way out for what is not fusable.
+#include "ops.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/lstm_cell.h>
+#include <torch/library.h>
+
+namespace lstm_ext {
+
+namespace {
+
+bool fused_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
+         dtype == at::kHalf;
+}
+
+bool bias_matches(const std::optional<at::Tensor>& bias, const at::Tensor& like,
+                  const c10::SymInt& size) {
+  return !defined(bias) ||
+         (bias->dim() == 1 && bias->sym_size(0) == size && bias->scalar_type() == like.scalar_type() &&
+          bias->device() == like.device() && bias->layout() == at::kStrided);
+}
+
+}  // namespace
+
+bool fusable(const CellInputs& in) {
+  if (!fused_dtype(in.input.scalar_type())) return false;
+  for (const at::Tensor* t : {&in.input, &in.hx, &in.cx, &in.w_ih, &in.w_hh})
+    if (t->dim() != 2 || t->scalar_type() != in.input.scalar_type() ||
+        t->device() != in.input.device() || t->layout() != at::kStrided)
+      return false;
+  const c10::SymInt N = in.input.sym_size(0), I = in.input.sym_size(1), H = in.w_hh.sym_size(1);
+  const c10::SymInt gates = H * 4;
+  return in.hx.sym_size(0) == N && in.hx.sym_size(1) == H && in.cx.sym_size(0) == N &&
+         in.cx.sym_size(1) == H && in.w_ih.sym_size(0) == gates && in.w_ih.sym_size(1) == I &&
+         in.w_hh.sym_size(0) == gates && bias_matches(in.b_ih, in.input, gates) &&
+         bias_matches(in.b_hh, in.input, gates);
+}
+
+CellOutputs torch_lstm_cell(const CellInputs& in) {
+  // Here torch would speak of a dimension out of range.
+  TORCH_CHECK_INDEX(in.input.dim() == 2, "input must be 2-D (batch, input_size), got ",
+                    in.input.dim(), "-D");
+  TORCH_CHECK_INDEX(in.w_ih.dim() == 2, "weight_ih must be 2-D (4 * hidden_size, input_size), got ",
+                    in.w_ih.dim(), "-D");
+  TORCH_CHECK_INDEX(in.w_hh.dim() == 2,
+                    "weight_hh must be 2-D (4 * hidden_size, hidden_size), got ", in.w_hh.dim(),
+                    "-D");
+  return at::lstm_cell(in.input, {in.hx, in.cx}, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
+}
+
+CellOutputs call_lstm_cell(const CellInputs& in) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lstm_ext::lstm_cell", "")
+                             .typed<CellOutputs(const at::Tensor&, const at::Tensor&,
+                                                const at::Tensor&, const at::Tensor&,
+                                                const at::Tensor&, const std::optional<at::Tensor>&,
+                                                const std::optional<at::Tensor>&)>();
+  return op.call(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
+}
+
+CellTrainingOutputs call_lstm_cell_forward(const CellInputs& in) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("lstm_ext::lstm_cell_forward", "")
+          .typed<CellTrainingOutputs(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                     const at::Tensor&, const at::Tensor&,
+                                     const std::optional<at::Tensor>&,
+                                     const std::optional<at::Tensor>&)>();
+  return op.call(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
+}
+
+CellGradients call_lstm_cell_backward(const std::optional<at::Tensor>& grad_hy,
+                                      const std::optional<at::Tensor>& grad_cy,
+                                      const CellInputs& in, const at::Tensor& gates,
+                                      CellGradientMask mask) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("lstm_ext::lstm_cell_backward", "")
+          .typed<CellGradients(const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                               const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                               const at::Tensor&, const at::Tensor&,
+                               const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                               const at::Tensor&, CellGradientMask)>();
+  return op.call(grad_hy, grad_cy, in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh,
+                 gates, mask);
+}
+
+TORCH_LIBRARY(lstm_ext, m) {
+  // Tells PyTorch's error messages which import brings the fake kernels.
+  m.set_python_module("lstm_ext._ops");
+  // The cell: h', c'.
+  m.def(
+      "lstm_cell(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, "
+      "Tensor? b_ih=None, Tensor? b_hh=None) -> (Tensor, Tensor)");
+  // The cell and what its backward needs: h', c', the activated gates.
+  m.def(
+      "lstm_cell_forward(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, "
+      "Tensor? b_ih=None, Tensor? b_hh=None) -> (Tensor, Tensor, Tensor)");
+  // Gradients of the seven inputs; those that output_mask leaves out are not computed (None).
+  // The biases are here for the second derivative, which needs the gates as a function of them.
+  m.def(
+      "lstm_cell_backward(Tensor? grad_hy, Tensor? grad_cy, Tensor input, Tensor hx, Tensor cx, "
+      "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor gates, bool[7] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,65 @@
+// The operators lstm_ext::*, tensors in and out. Shapes: N batch, I input, H hidden.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace lstm_ext {
+
+// What a cell computes from. input [N, I], hx and cx [N, H], w_ih [4H, I],
+// w_hh [4H, H], b_ih and b_hh [4H] or none: torch.lstm_cell's layout and order.
+struct CellInputs {
+  const at::Tensor& input;
+  const at::Tensor& hx;
+  const at::Tensor& cx;
+  const at::Tensor& w_ih;
+  const at::Tensor& w_hh;
+  const std::optional<at::Tensor>& b_ih;
+  const std::optional<at::Tensor>& b_hh;
+};
+inline constexpr int kCellInputs = 7;
+
+using CellOutputs = std::tuple<at::Tensor, at::Tensor>;                    // h', c'
+using CellTrainingOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // and gates [N, 4H]
+// In the order of CellInputs; undefined where not asked for.
+using CellGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                                 at::Tensor, at::Tensor>;
+using CellGradientMask = std::array<bool, kCellInputs>;
+
+inline bool defined(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && tensor->defined();
+}
+
+// Whether the fused kernels take these tensors: one device, one dtype out of
+// float, double, bfloat16 and half, strided, and every size as it should be.
+bool fusable(const CellInputs& in);
+
+// torch's own cell: it answers for whatever is not fusable, with its result where it has one
+// (complex numbers, sparse input, mixed dtypes) and with its error where it has none.
+CellOutputs torch_lstm_cell(const CellInputs& in);
+
+// The cell in plain tensor operations, differentiable any number of times and forward-mode
+// too. It serves devices without a kernel, forward-mode AD and double backward.
+namespace composite {
+
+CellTrainingOutputs cell_forward(const CellInputs& in);
+// The activated gates [N, 4H] alone.
+at::Tensor cell_gates(const CellInputs& in);
+CellGradients cell_backward(const std::optional<at::Tensor>& grad_hy,
+                            const std::optional<at::Tensor>& grad_cy, const CellInputs& in,
+                            const at::Tensor& gates, CellGradientMask mask);
+
+}  // namespace composite
+
+// Calls through the dispatcher, for kernels that call one another.
+CellOutputs call_lstm_cell(const CellInputs& in);
+CellTrainingOutputs call_lstm_cell_forward(const CellInputs& in);
+CellGradients call_lstm_cell_backward(const std::optional<at::Tensor>& grad_hy,
+                                      const std::optional<at::Tensor>& grad_cy,
+                                      const CellInputs& in, const at::Tensor& gates,
+                                      CellGradientMask mask);
+
+}  // namespace lstm_ext

@@ -1,0 +1,3 @@
+"""The compiled part of lstm_ext; importing it registers ``torch.ops.lstm_ext``."""
+
+def build_info() -> dict[str, str | bool]: ...

@@ -1,0 +1,103 @@
+"""Loads the compiled operators ``torch.ops.lstm_ext.*`` and tells PyTorch their output shapes.
+
+The fake rules below serve ``meta`` tensors, ``torch.compile`` and ``torch.export``. Shapes:
+N batch, I input, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+def _refuse(reason: str, error: BaseException | None = None) -> NoReturn:
+    raise ImportError(
+        f"lstm_ext {reason}; torch {torch.__version__} is installed; "
+        "rebuild it in this environment: pip install --no-build-isolation --no-deps "
+        "--force-reinstall lstm_ext (or, in a checkout, pip install --no-build-isolation -e .)"
+    ) from error
+
+
+def _release(version: str) -> tuple[str, ...]:
+    """Major and minor version, between which PyTorch's C++ interface changes."""
+    return tuple(version.split("+")[0].split(".")[:2])
+
+
+def load() -> Any:
+    """Import ``_C``.
+
+    Returns:
+        The module ``lstm_ext._C``.
+
+    Raises:
+        ImportError: it was not built, or was built against another torch; one line says against
+            which, and how to rebuild.
+    """
+    try:
+        from lstm_ext import _built_with
+    except ImportError as error:
+        _refuse("was not built", error)
+    built = f"was built against torch {_built_with.TORCH_VERSION}"
+    if _release(_built_with.TORCH_VERSION) != _release(torch.__version__):
+        _refuse(built)
+    try:
+        from lstm_ext import _C
+    except ImportError as error:
+        _refuse(f"{built} and does not load ({error})", error)
+    return _C
+
+
+_C = load()
+
+
+@torch.library.register_fake("lstm_ext::lstm_cell")
+def _(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    # torch's own cell on the same tensors: its checks, its errors, its shapes.
+    hy, cy = torch.lstm_cell(input, (hx, cx), w_ih, w_hh, b_ih, b_hh)
+    return hy, cy
+
+
+@torch.library.register_fake("lstm_ext::lstm_cell_forward")
+def _(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hy, cy = torch.lstm_cell(input, (hx, cx), w_ih, w_hh, b_ih, b_hh)
+    return hy, cy, hy.new_empty(hy.shape[0], 4 * hy.shape[1])
+
+
+@torch.library.register_fake("lstm_ext::lstm_cell_backward")
+def _(
+    grad_hy: Tensor | None,
+    grad_cy: Tensor | None,
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    gates: Tensor,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    bias = w_hh.shape[:1]
+    shapes = (input.shape, hx.shape, cx.shape, w_ih.shape, w_hh.shape, bias, bias)
+    return tuple(
+        gates.new_empty(shape) if wanted else None
+        for shape, wanted in zip(shapes, output_mask, strict=True)
+    )

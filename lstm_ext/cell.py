@@ -1,0 +1,79 @@
+"""The drop-in for :class:`torch.nn.LSTMCell`."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from lstm_ext.functional import lstm_cell
+
+
+class LSTMCell(nn.LSTMCell):
+    r"""A fused LSTM cell: :class:`torch.nn.LSTMCell` in every respect but speed.
+
+    The parameters, their names, shapes, order and initialisation, the state dict, ``repr`` and
+    errors are the base class's; checkpoints load both ways, and the same seed gives the same
+    weights. :func:`lstm_ext.lstm_cell` has the formula.
+
+    Args:
+        input_size: number of features I of the input.
+        hidden_size: number of features H of the states.
+        bias: whether to add ``bias_ih`` and ``bias_hh``.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Inputs: ``input``, ``(h, c)``
+        - input: (N, I), or (I) for a single sample.
+        - h, c: each (N, H), or (H); zeros when left out.
+
+    Outputs: ``(h', c')``, each shaped like h.
+
+    Raises:
+        ValueError, RuntimeError, TypeError, AttributeError: whatever ``torch.nn.LSTMCell`` raises
+            for the same wrong input, in its words.
+
+    Example::
+
+        cell = lstm_ext.LSTMCell(10, 20)
+        h, c = cell(torch.randn(3, 10))
+    """
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute (h', c') from the input and the states."""
+        if isinstance(input, Tensor) and input.dim() in (1, 2):
+            if hx is None:
+                size = (*input.shape[:-1], self.hidden_size)
+                # Two tensors: one that fills two inputs would stop torch.compile.
+                hx = (input.new_zeros(size), input.new_zeros(size))
+            if _is_state_pair(hx):
+                return lstm_cell(
+                    input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+                )
+        return self._torch_forward(input, hx)
+
+    def _torch_forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Let torch raise its own error; a note is added where that would be obscure."""
+        try:
+            return super().forward(input, hx)
+        except AttributeError as error:
+            if sys.version_info >= (3, 11):
+                kinds = [type(x).__name__ for x in (input, *(hx or ()))]
+                error.add_note(
+                    "lstm_ext.LSTMCell takes a Tensor and a pair of Tensors (h, c) or None, "
+                    f"got: {', '.join(kinds)}"
+                )
+            raise
+
+
+def _is_state_pair(hx: object) -> bool:
+    return (
+        isinstance(hx, (tuple, list))
+        and len(hx) == 2
+        and all(isinstance(state, Tensor) and state.dim() in (1, 2) for state in hx)
+    )

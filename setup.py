@@ -1,0 +1,105 @@
+"""Builds the extension ``lstm_ext._C``; everything else about the package is in pyproject.toml.
+
+Environment variables:
+    LSTM_EXT_CUDA         1 builds with CUDA or fails, 0 builds without; unset: with CUDA when
+                          both torch and the machine have it.
+    TORCH_CUDA_ARCH_LIST  the GPU architectures to compile for, as for every PyTorch extension.
+    MAX_JOBS              compilers to run at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+except ImportError as error:
+    raise SystemExit(
+        "lstm_ext: building needs torch >= 2.11 and found none "
+        f"({error}); install it, or drop --no-build-isolation to have one installed"
+    ) from error
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parent.resolve()
+PACKAGE = "lstm_ext"
+
+
+def cuda_wanted() -> bool:
+    """Decide whether to build with CUDA, and say so in one line when it is not."""
+    switch = os.environ.get("LSTM_EXT_CUDA", "").strip()
+    if switch not in ("", "0", "1"):
+        raise SystemExit(f"lstm_ext: LSTM_EXT_CUDA must be 0, 1 or unset, got {switch!r}")
+    # Not torch.cuda.is_available(): a build machine often has no GPU.
+    reason = ""
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} was built without CUDA"
+    elif cpp_extension.CUDA_HOME is None:
+        reason = "no CUDA toolkit found (set CUDA_HOME)"
+    if switch == "1" and reason:
+        raise SystemExit(f"lstm_ext: LSTM_EXT_CUDA=1, but {reason}")
+    if switch == "0":
+        reason = "LSTM_EXT_CUDA=0"
+    if reason:
+        print(f"lstm_ext: building for the CPU only: {reason}", file=sys.stderr)
+    return not reason
+
+
+def sources(*patterns: str) -> list[str]:
+    """Return the files that match, relative to the root as setuptools wants them."""
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+
+
+def extension(with_cuda: bool) -> cpp_extension.CppExtension:
+    """Describe ``_C``. No -std: torch adds the one its headers need. No -march: one build fits all."""
+    cxx = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    link = []
+    if sys.platform.startswith("linux"):
+        # Without it the header-only at::parallel_for would run serially, and say nothing.
+        cxx.append("-fopenmp")
+        link.append("-fopenmp")
+    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    kind = cpp_extension.CppExtension
+    if with_cuda:
+        cxx.append("-DLSTM_EXT_WITH_CUDA")
+        files += sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
+        kind = cpp_extension.CUDAExtension
+    headers = sources("csrc/**/*.h", "csrc/**/*.cuh")
+    return kind(
+        f"{PACKAGE}._C",
+        files,
+        include_dirs=[str(ROOT / "csrc")],
+        depends=headers,
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]} if with_cuda else {"cxx": cxx},
+        extra_link_args=link,
+    )
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's build command, with rebuilds that are incremental and a note of what was built."""
+
+    def finalize_options(self) -> None:
+        """Pin the folder of object files: an editable install gets a fresh one each time."""
+        super().finalize_options()
+        python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+        kind = "cuda" if WITH_CUDA else "cpu"
+        self.build_temp = str(ROOT / "build" / f"{python}-torch{torch.__version__}-{kind}")
+
+    def run(self) -> None:
+        """Build, then write ``_built_with.py`` beside the module for ``import`` to check."""
+        super().run()
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        folder = (ROOT if in_place else Path(self.build_lib)) / PACKAGE
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "_built_with.py").write_text(
+            '"""What this copy of lstm_ext was compiled against; written by setup.py."""\n\n'
+            f"TORCH_VERSION = {str(torch.__version__)!r}\n"
+            f"CUDA_VERSION = {torch.version.cuda if WITH_CUDA else None!r}\n"
+        )
+
+
+WITH_CUDA = cuda_wanted()
+setup(ext_modules=[extension(WITH_CUDA)], cmdclass={"build_ext": BuildExtension})
