@@ -38,12 +38,12 @@ bool fusable(const CellInputs& in) {
 }
 
 CellOutputs torch_lstm_cell(const CellInputs& in) {
-  // Here torch would speak of a dimension out of range.
-  TORCH_CHECK_INDEX(in.input.dim() == 2, "input must be 2-D (batch, input_size), got ",
+  // Where torch would speak of a dimension out of range.
+  TORCH_CHECK_INDEX(in.input.dim() > 1, "input must be 2-D (batch, input_size), got ",
                     in.input.dim(), "-D");
-  TORCH_CHECK_INDEX(in.w_ih.dim() == 2, "weight_ih must be 2-D (4 * hidden_size, input_size), got ",
+  TORCH_CHECK_INDEX(in.w_ih.dim() > 1, "weight_ih must be 2-D (4 * hidden_size, input_size), got ",
                     in.w_ih.dim(), "-D");
-  TORCH_CHECK_INDEX(in.w_hh.dim() == 2,
+  TORCH_CHECK_INDEX(in.w_hh.dim() > 1,
                     "weight_hh must be 2-D (4 * hidden_size, hidden_size), got ", in.w_hh.dim(),
                     "-D");
   return at::lstm_cell(in.input, {in.hx, in.cx}, in.w_ih, in.w_hh, in.b_ih, in.b_hh);

@@ -52,6 +52,11 @@ def load() -> Any:
 _C = load()
 
 
+# The operator itself, and the short way to it: see csrc/bindings.cpp.
+lstm_cell = torch.ops.lstm_ext.lstm_cell
+fast_lstm_cell = _C.lstm_cell
+
+
 @torch.library.register_fake("lstm_ext::lstm_cell")
 def _(
     input: Tensor,

@@ -7,6 +7,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from lstm_ext import _ops
 from lstm_ext.functional import lstm_cell
 
 
@@ -44,16 +45,32 @@ class LSTMCell(nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute (h', c') from the input and the states."""
+        weight_ih, weight_hh, bias_ih, bias_hh = self._weights()
+        if type(hx) is tuple and len(hx) == 2 and not torch.compiler.is_compiling():
+            out = _ops.fast_lstm_cell(input, *hx, weight_ih, weight_hh, bias_ih, bias_hh)
+            if out is not NotImplemented:
+                return out
         if isinstance(input, Tensor) and input.dim() in (1, 2):
             if hx is None:
-                size = (*input.shape[:-1], self.hidden_size)
-                # Two tensors: one that fills two inputs would stop torch.compile.
-                hx = (input.new_zeros(size), input.new_zeros(size))
+                hx = self._zero_state(input)
             if _is_state_pair(hx):
-                return lstm_cell(
-                    input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-                )
+                return lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
         return self._torch_forward(input, hx)
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        # Straight from the dictionary: four look-ups through Module.__getattr__ would take as long
+        # as a small cell. Parametrizations and pruning put the weights elsewhere.
+        p = self._parameters
+        try:
+            return p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]  # type: ignore[return-value]
+        except KeyError:
+            return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+
+    def _zero_state(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        # Two tensors: one that fills two inputs would stop torch.compile.
+        size = (*input.shape[:-1], self.hidden_size)
+        h = torch.zeros(size, dtype=input.dtype, device=input.device)
+        return h, torch.zeros_like(h)
 
     def _torch_forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lstm_ext import _ops as _ops  # registers torch.ops.lstm_ext
-
-_lstm_cell = torch.ops.lstm_ext.lstm_cell
+from lstm_ext import _ops
 
 
 def lstm_cell(
@@ -51,10 +49,17 @@ def lstm_cell(
         # torch's own words for a hidden state that is no pair.
         return torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
     h, c = hx
+    if not torch.compiler.is_compiling():
+        out = _ops.fast_lstm_cell(input, h, c, w_ih, w_hh, b_ih, b_hh)
+        if out is not NotImplemented:
+            return out
+    if not all(isinstance(value, Tensor) for value in (input, h, c, w_ih, w_hh)):
+        # torch's own words again: they name the argument that is no tensor.
+        return torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
     if input.dim() == 1:
-        hy, cy = _lstm_cell(
+        hy, cy = _ops.lstm_cell(
             input.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), w_ih, w_hh, b_ih, b_hh
         )
         return hy.squeeze(0), cy.squeeze(0)
-    hy, cy = _lstm_cell(input, h, c, w_ih, w_hh, b_ih, b_hh)
+    hy, cy = _ops.lstm_cell(input, h, c, w_ih, w_hh, b_ih, b_hh)
     return hy, cy

@@ -2,9 +2,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <array>
 
 #include "cpu/cell_kernels.h"
 #include "ops.h"
@@ -31,17 +32,26 @@ Dtype kernel_dtype(at::ScalarType dtype) {
   }
 }
 
-// A tensor that is dense and outlives the call: itself, or its copy.
+at::ScalarType compute_type(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+Tensor to_compute_type(const Tensor& tensor) {
+  return tensor.to(compute_type(tensor.scalar_type())).contiguous();
+}
+
+// The tensor itself where it is dense, borrowed, else a copy; null where it is undefined.
 class Dense {
  public:
-  explicit Dense(const Tensor& tensor) : tensor_(tensor.expect_contiguous()) {}
-  explicit Dense(const std::optional<Tensor>& tensor) {
-    if (defined(tensor)) tensor_ = tensor->expect_contiguous();
-  }
+  explicit Dense(const Tensor& tensor)
+      : tensor_(tensor.defined() ? tensor.expect_contiguous()
+                                 : c10::MaybeOwned<Tensor>::borrowed(tensor)) {}
+  explicit Dense(const std::optional<Tensor>& tensor)
+      : tensor_(defined(tensor) ? tensor->expect_contiguous()
+                                : c10::MaybeOwned<Tensor>::owned(std::in_place)) {}
   const void* data() const { return tensor_->defined() ? tensor_->const_data_ptr() : nullptr; }
 
  private:
-  c10::MaybeOwned<Tensor> tensor_ = c10::MaybeOwned<Tensor>::owned(Tensor());
+  const c10::MaybeOwned<Tensor> tensor_;
 };
 
 template <class Kernel>
@@ -57,13 +67,21 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   cy = at::empty({N, H}, in.input.options());
   if (gates) *gates = at::empty({N, 4 * H}, in.input.options());
   if (hy.numel() == 0) return;
+  const CellKernels& kernels = cell_kernels(kernel_dtype(in.input.scalar_type()));
   const Dense input(in.input), hx(in.hx), cx(in.cx), w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih),
       b_hh(in.b_hh);
+  Tensor input_compute, hx_compute;
+  if (kernels.forward_packs(N)) {
+    input_compute = to_compute_type(in.input);
+    hx_compute = to_compute_type(in.hx);
+  }
   const CellForwardArgs args = {N,
                                 I,
                                 H,
                                 input.data(),
                                 hx.data(),
+                                Dense(input_compute).data(),
+                                Dense(hx_compute).data(),
                                 cx.data(),
                                 w_ih.data(),
                                 w_hh.data(),
@@ -72,7 +90,6 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
                                 hy.mutable_data_ptr(),
                                 cy.mutable_data_ptr(),
                                 gates ? gates->mutable_data_ptr() : nullptr};
-  const CellKernels& kernels = cell_kernels(kernel_dtype(in.input.scalar_type()));
   run(kernels.forward_tasks(N, H), N * 4 * H * (I + H + 16),
       [&](int64_t first, int64_t last) { kernels.forward(args, first, last); });
 }
@@ -101,20 +118,19 @@ CellTrainingOutputs lstm_cell_forward(const Tensor& input, const Tensor& hx, con
   return {std::move(hy), std::move(cy), std::move(gates)};
 }
 
-// The gradients of the gates' pre-activations and of cx, and the bias sums, in one pass.
-Tensor gate_gradients(const std::optional<Tensor>& grad_hy, const std::optional<Tensor>& grad_cy,
-                      const Tensor& cx, const Tensor& gates, Tensor* grad_cx, Tensor* grad_b_ih,
-                      Tensor* grad_b_hh) {
+// The gradients of the gates' pre-activations [N, 4H] in the compute type, those of cx, and the
+// bias sums, in one pass.
+Tensor gate_gradients(const CellKernels& kernels, const std::optional<Tensor>& grad_hy,
+                      const std::optional<Tensor>& grad_cy, const Tensor& cx, const Tensor& gates,
+                      Tensor* grad_cx, Tensor* grad_b_ih, Tensor* grad_b_hh) {
   const int64_t N = cx.size(0), H = cx.size(1);
-  const Dtype dtype = kernel_dtype(cx.scalar_type());
-  Tensor grad_gates = at::empty({N, 4 * H}, cx.options());
+  const auto compute_options = cx.options().dtype(compute_type(cx.scalar_type()));
+  Tensor grad_gates = at::empty({N, 4 * H}, compute_options);
   const Dense grad_h(grad_hy), grad_c(grad_cy), c(cx), g(gates);
   if (grad_cx) *grad_cx = at::empty({N, H}, cx.options());
   Tensor bias_sums;
-  if (grad_b_ih || grad_b_hh)
-    bias_sums = at::empty({backward_row_blocks(N), 4 * H},
-                          cx.options().dtype(dtype == Dtype::kDouble ? at::kDouble : at::kFloat));
-  const CellBackwardArgs args = {N,
+  if (grad_b_ih || grad_b_hh) bias_sums = at::empty({bias_blocks(N), 4 * H}, compute_options);
+  const GateGradientArgs args = {N,
                                  H,
                                  grad_h.data(),
                                  grad_c.data(),
@@ -123,18 +139,56 @@ Tensor gate_gradients(const std::optional<Tensor>& grad_hy, const std::optional<
                                  grad_gates.mutable_data_ptr(),
                                  grad_cx ? grad_cx->mutable_data_ptr() : nullptr,
                                  bias_sums.defined() ? bias_sums.mutable_data_ptr() : nullptr};
-  const CellKernels& kernels = cell_kernels(dtype);
-  run(kernels.backward_tasks(N, H), N * H * 64,
-      [&](int64_t first, int64_t last) { kernels.backward(args, first, last); });
+  run(kernels.gate_gradient_tasks(N, H), N * H * 64,
+      [&](int64_t first, int64_t last) { kernels.gate_gradients(args, first, last); });
   if (bias_sums.defined()) {
     if (grad_b_ih) *grad_b_ih = at::empty({4 * H}, cx.options());
     if (grad_b_hh) *grad_b_hh = at::empty({4 * H}, cx.options());
-    kernels.reduce_bias(bias_sums.const_data_ptr(), backward_row_blocks(N), H,
+    kernels.reduce_bias(bias_sums.const_data_ptr(), bias_blocks(N), H,
                         grad_b_ih ? grad_b_ih->mutable_data_ptr() : nullptr,
                         grad_b_hh ? grad_b_hh->mutable_data_ptr() : nullptr);
   }
   return grad_gates;
 }
+
+// Matrix products that run side by side in one parallel region.
+class Products {
+ public:
+  explicit Products(const CellKernels& kernels) : kernels_(kernels) {}
+
+  // a * b, where a is grad_gates or its transpose; returns the result, which run() fills.
+  Tensor add(const Tensor& a, const Tensor& b) {
+    const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
+    Tensor c = at::empty({rows, columns}, b.options());
+    operands_[count_] = b.contiguous();
+    args_[count_] = {rows,        columns,     depth, a.const_data_ptr(), a.stride(0), a.stride(1),
+                     operands_[count_].const_data_ptr(), c.mutable_data_ptr()};
+    end_[count_] = (count_ ? end_[count_ - 1] : 0) + kernels_.product_tasks(rows, columns);
+    work_ += rows * columns * (depth + 4);
+    ++count_;
+    return c;
+  }
+
+  void run() const {
+    if (count_ == 0) return;
+    cpu::run(end_[count_ - 1], work_, [&](int64_t first, int64_t last) {
+      for (int p = 0; p < count_; ++p) {
+        const int64_t begin = p ? end_[p - 1] : 0;
+        const int64_t from = std::max(first, begin), to = std::min(last, end_[p]);
+        if (from < to) kernels_.product(args_[p], from - begin, to - begin);
+      }
+    });
+  }
+
+ private:
+  static constexpr int kMost = 4;
+  const CellKernels& kernels_;
+  std::array<Tensor, kMost> operands_;
+  std::array<ProductArgs, kMost> args_;
+  std::array<int64_t, kMost> end_;
+  int count_ = 0;
+  int64_t work_ = 0;
+};
 
 CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
                                  const std::optional<Tensor>& grad_cy, const Tensor& input,
@@ -153,14 +207,17 @@ CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
                 "lstm_cell_backward: a gradient must have the state's shape ", hx.sizes(),
                 " and dtype ", hx.scalar_type());
   const auto [want_input, want_hx, want_cx, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = mask;
+  const CellKernels& kernels = cell_kernels(kernel_dtype(hx.scalar_type()));
   Tensor d_input, d_hx, d_cx, d_w_ih, d_w_hh, d_b_ih, d_b_hh;
   const Tensor grad_gates =
-      gate_gradients(grad_hy, grad_cy, cx, gates, want_cx ? &d_cx : nullptr,
+      gate_gradients(kernels, grad_hy, grad_cy, cx, gates, want_cx ? &d_cx : nullptr,
                      want_b_ih ? &d_b_ih : nullptr, want_b_hh ? &d_b_hh : nullptr);
-  if (want_input) d_input = grad_gates.mm(w_ih);
-  if (want_hx) d_hx = grad_gates.mm(w_hh);
-  if (want_w_ih) d_w_ih = grad_gates.t().mm(input);
-  if (want_w_hh) d_w_hh = grad_gates.t().mm(hx);
+  Products products(kernels);
+  if (want_input) d_input = products.add(grad_gates, w_ih);
+  if (want_hx) d_hx = products.add(grad_gates, w_hh);
+  if (want_w_ih) d_w_ih = products.add(grad_gates.t(), input);
+  if (want_w_hh) d_w_hh = products.add(grad_gates.t(), hx);
+  products.run();
   return {d_input, d_hx, d_cx, d_w_ih, d_w_hh, d_b_ih, d_b_hh};
 }
 

@@ -10,46 +10,61 @@ namespace lstm_ext::cpu {
 enum class Dtype { kFloat, kDouble, kBFloat16, kHalf };
 inline constexpr int kDtypes = 4;
 
-// Outputs may not overlap inputs.
+// Sums are made in the "compute type": float for the two halves, else the dtype itself.
+// No output may overlap an input.
 struct CellForwardArgs {
   int64_t N, I, H;
-  const void* input;  // [N, I]
-  const void* hx;     // [N, H]
-  const void* cx;     // [N, H]
-  const void* w_ih;   // [4H, I]
-  const void* w_hh;   // [4H, H]
-  const void* b_ih;   // [4H] or null
-  const void* b_hh;   // [4H] or null
-  void* hy;           // [N, H]
-  void* cy;           // [N, H]
-  void* gates;        // [N, 4H], the activated gates; null in inference
+  const void* input;          // [N, I]
+  const void* hx;             // [N, H]
+  const void* input_compute;  // both in the compute type; read if forward_packs(N)
+  const void* hx_compute;
+  const void* cx;    // [N, H]
+  const void* w_ih;  // [4H, I]
+  const void* w_hh;  // [4H, H]
+  const void* b_ih;  // [4H] or null
+  const void* b_hh;  // [4H] or null
+  void* hy;          // [N, H]
+  void* cy;          // [N, H]
+  void* gates;       // [N, 4H], the activated gates; null in inference
 };
 
-struct CellBackwardArgs {
+struct GateGradientArgs {
   int64_t N, H;
   const void* grad_hy;  // [N, H] or null for zero
   const void* grad_cy;  // [N, H] or null for zero
   const void* cx;       // [N, H]
   const void* gates;    // [N, 4H], activated
-  void* grad_gates;     // [N, 4H], of the pre-activations
+  void* grad_gates;     // [N, 4H] in the compute type, of the pre-activations
   void* grad_cx;        // [N, H] or null
-  void* bias_sums;      // [row blocks, 4H] in float (double for double), or null:
-                        // grad_gates summed over the rows of each block
+  void* bias_sums;      // [bias_blocks(N), 4H] in the compute type or null: grad_gates summed
+                        // over the rows of each block
 };
 
-// The work of both kernels is cut into tasks whose number and content do not
-// depend on the number of threads; any range of tasks may run on any thread.
+// c [rows, columns] = a [rows, depth] * b [depth, columns]
+struct ProductArgs {
+  int64_t rows, columns, depth;
+  const void* a;  // in the compute type, element [r, k] at r * a_row_stride + k * a_k_stride
+  int64_t a_row_stride, a_k_stride;
+  const void* b;
+  void* c;
+};
+
+// Work is cut into tasks whose number and content do not depend on the number of threads; any
+// range of tasks may run on any thread.
 struct CellKernels {
+  bool (*forward_packs)(int64_t N);
   int64_t (*forward_tasks)(int64_t N, int64_t H);
   void (*forward)(const CellForwardArgs&, int64_t first_task, int64_t last_task);
-  int64_t (*backward_tasks)(int64_t N, int64_t H);
-  void (*backward)(const CellBackwardArgs&, int64_t first_task, int64_t last_task);
-  // Adds the row blocks of bias_sums in order into one or both outputs of [4H].
+  int64_t (*gate_gradient_tasks)(int64_t N, int64_t H);
+  void (*gate_gradients)(const GateGradientArgs&, int64_t first_task, int64_t last_task);
+  // Adds the blocks of bias_sums in order into one or both outputs of [4H].
   void (*reduce_bias)(const void* bias_sums, int64_t blocks, int64_t H, void* out_1, void* out_2);
+  int64_t (*product_tasks)(int64_t rows, int64_t columns);
+  void (*product)(const ProductArgs&, int64_t first_task, int64_t last_task);
 };
 
-inline constexpr int64_t kBackwardRows = 64;  // rows of one block of bias_sums
-inline int64_t backward_row_blocks(int64_t N) { return (N + kBackwardRows - 1) / kBackwardRows; }
+inline constexpr int64_t kBiasBlockRows = 64;
+inline int64_t bias_blocks(int64_t N) { return (N + kBiasBlockRows - 1) / kBiasBlockRows; }
 
 // One table per instruction set, indexed by Dtype.
 extern const CellKernels kCellKernelsDefault[kDtypes];

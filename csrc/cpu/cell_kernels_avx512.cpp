@@ -6,6 +6,8 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 // Everything included from here on is ours and has internal linkage: no code for
 // the newer instruction set can leak into what the linker shares between files.
@@ -17,6 +19,7 @@
 #define LSTM_EXT_VECTOR_BYTES 64
 #define LSTM_EXT_TILE_ROWS 6
 #define LSTM_EXT_HAS_F16C
+#define LSTM_EXT_DOT_ROWS 8
 #define LSTM_EXT_TABLE kCellKernelsAVX512
 #include "cpu/cell_kernels_impl.h"
 #if defined(__clang__)

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "cell_math.h"
 
@@ -141,10 +143,16 @@ LSTM_EXT_INLINE void store(Half* p, Floats v) {
 }
 #endif
 
-// The first n < width elements; the other lanes are zero.
+// The first n elements, zero in the other lanes; n may be the width or more.
 template <class S>
 LSTM_EXT_INLINE VectorOf<S> load(const S* p, int64_t n) {
   if (n >= kWidthOf<S>) return load(p);
+#if LSTM_EXT_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, float>)
+    return bit_cast<Floats>(_mm512_maskz_loadu_ps((1u << n) - 1, p));
+  if constexpr (std::is_same_v<S, double>)
+    return bit_cast<Doubles>(_mm512_maskz_loadu_pd((1u << n) - 1, p));
+#endif
   S buffer[kWidthOf<S>] = {};
   for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
   return load(buffer);
@@ -152,19 +160,83 @@ LSTM_EXT_INLINE VectorOf<S> load(const S* p, int64_t n) {
 template <class S>
 LSTM_EXT_INLINE void store(S* p, VectorOf<S> v, int64_t n) {
   if (n >= kWidthOf<S>) return store(p, v);
+#if LSTM_EXT_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, float>)
+    return _mm512_mask_storeu_ps(p, (1u << n) - 1, bit_cast<__m512>(v));
+  if constexpr (std::is_same_v<S, double>)
+    return _mm512_mask_storeu_pd(p, (1u << n) - 1, bit_cast<__m512d>(v));
+#endif
   S buffer[kWidthOf<S>];
   store(buffer, v);
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
-// Adds the two halves until one number is left: a fixed order, few roundings.
+// The four gates of one vector of hidden units lie H apart.
+template <class S>
+LSTM_EXT_INLINE Gates<VectorOf<S>> load_gates(const S* p, int64_t H, int64_t n) {
+  return {load(p, n), load(p + H, n), load(p + 2 * H, n), load(p + 3 * H, n)};
+}
+template <class S>
+LSTM_EXT_INLINE void store_gates(S* p, int64_t H, const Gates<VectorOf<S>>& gate, int64_t n) {
+  store(p, gate.i, n);
+  store(p + H, gate.f, n);
+  store(p + 2 * H, gate.g, n);
+  store(p + 3 * H, gate.o, n);
+}
+
+template <class S>
+LSTM_EXT_INLINE ComputeType<S> to_compute(S value) {
+  if constexpr (std::is_same_v<S, ComputeType<S>>)
+    return value;
+  else
+    return load(&value, 1)[0];
+}
+
+// [a0 b0 a1 b1 ..], from the lower (First = 0) or upper half of a and b.
+template <class V, int First, int... I>
+LSTM_EXT_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int width = sizeof...(I);
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (I % 2 * width + First + I / 2)...);
+#else
+  using Int = std::conditional_t<std::is_same_v<V, Floats>, int32_t, int64_t>;
+  typedef Int IntV __attribute__((vector_size(LSTM_EXT_VECTOR_BYTES)));
+  return __builtin_shuffle(a, b, IntV{(I % 2 * width + First + I / 2)...});
+#endif
+}
+template <class V>
+constexpr auto kLanes = std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>{};
+template <class V>
+LSTM_EXT_INLINE V interleave_lower(V a, V b) {
+  return interleave<V, 0>(a, b, kLanes<V>);
+}
+template <class V>
+LSTM_EXT_INLINE V interleave_upper(V a, V b) {
+  return interleave<V, sizeof(V) / sizeof(V{}[0]) / 2>(a, b, kLanes<V>);
+}
+template <class V>
+LSTM_EXT_INLINE V interleaved_sum(V a, V b) {
+  return interleave_lower(a, b) + interleave_upper(a, b);
+}
+
+// The sums over the lanes of each of the four vectors, in a fixed order. With two lanes a vector
+// has none to spare for the second round; they are added one by one.
 template <class T>
-LSTM_EXT_INLINE T horizontal_sum(typename Vector<T>::type v) {
-  T lane[Vector<T>::kWidth];
-  store(lane, v);
-  for (int n = Vector<T>::kWidth / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
-  return lane[0];
+LSTM_EXT_INLINE void horizontal_sums(const typename Vector<T>::type (&v)[4], T (&out)[4]) {
+  constexpr int width = Vector<T>::kWidth;
+  if constexpr (width < 4) {
+    for (int i = 0; i < 4; ++i) out[i] = v[i][0] + v[i][1];
+  } else {
+    // Lanes: a c b d, a c b d, ..
+    T lane[width];
+    store(lane, interleaved_sum(interleaved_sum(v[0], v[1]), interleaved_sum(v[2], v[3])));
+    for (int n = width / 2; n >= 4; n /= 2)
+      for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+    out[0] = lane[0];
+    out[1] = lane[2];
+    out[2] = lane[1];
+    out[3] = lane[3];
+  }
 }
 
 }  // namespace

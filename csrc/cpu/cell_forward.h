@@ -1,0 +1,188 @@
+// Forward of one LSTM cell: the gate product into a small scratch, then activations and states
+// from there while it is still in the first-level cache.
+#pragma once
+
+#include "cpu/activations.h"
+#include "cpu/cell_kernels.h"
+#include "cpu/panel.h"
+
+namespace lstm_ext::cpu {
+namespace {
+
+constexpr int kGates = 4;
+static_assert(kGates == kPanelVectors);
+
+// Up to this many rows, dot products on the weights as they lie beat packing them.
+constexpr int kDotRows = LSTM_EXT_DOT_ROWS;
+
+// Pre-activations of a task: [row][gate][unit].
+template <class S>
+using Sums = ComputeType<S> (*)[kGates][kWidthOf<S>];
+
+// (No lambdas here: GCC compiles them for the file's own target, not the pragma's.)
+
+// sum += the products of one vector along K, or of its first n elements.
+template <class S, int Rows, int Units, bool Whole>
+LSTM_EXT_INLINE void dot_step(const S* x, const S* w, int64_t K, int64_t H, int64_t n,
+                              VectorOf<S> (&sum)[Rows][Units][kGates]) {
+  VectorOf<S> x_k[Rows];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) x_k[r] = Whole ? load(x + r * K) : load(x + r * K, n);
+#pragma GCC unroll 8
+  for (int u = 0; u < Units; ++u)
+#pragma GCC unroll 4
+    for (int gate = 0; gate < kGates; ++gate) {
+      const S* w_row = w + (gate * H + u) * K;
+      const VectorOf<S> w_k = Whole ? load(w_row) : load(w_row, n);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) sum[r][u][gate] += x_k[r] * w_k;
+    }
+}
+
+// Dot products of Rows rows of x [*, K] with the four gate rows of Units hidden units, weights
+// as they lie: w [4H, K]. One result is summed in the same order whatever the tile.
+template <class S, int Rows, int Units>
+LSTM_EXT_INLINE void dot_products(const S* x, const S* w, int64_t K, int64_t H,
+                                  VectorOf<S> (&sum)[Rows][Units][kGates]) {
+  constexpr int width = kWidthOf<S>;
+  int64_t k = 0;
+  for (; k + width <= K; k += width) dot_step<S, Rows, Units, true>(x + k, w + k, K, H, width, sum);
+  if (k < K) dot_step<S, Rows, Units, false>(x + k, w + k, K, H, K - k, sum);
+}
+
+template <class S, int Rows, int Units>
+void dot_tile(const CellForwardArgs& args, int64_t row, int64_t unit, int u, Sums<S> sums) {
+  using T = ComputeType<S>;
+  VectorOf<S> sum[Rows][Units][kGates] = {};
+  dot_products<S, Rows, Units>(static_cast<const S*>(args.input) + row * args.I,
+                               static_cast<const S*>(args.w_ih) + unit * args.I, args.I, args.H,
+                               sum);
+  dot_products<S, Rows, Units>(static_cast<const S*>(args.hx) + row * args.H,
+                               static_cast<const S*>(args.w_hh) + unit * args.H, args.H, args.H,
+                               sum);
+  for (int r = 0; r < Rows; ++r)
+    for (int i = 0; i < Units; ++i) {
+      T total[kGates];
+      horizontal_sums<T>(sum[r][i], total);
+      for (int gate = 0; gate < kGates; ++gate) sums[r][gate][u + i] = total[gate];
+    }
+}
+
+// Rows rows of every unit of the task, Units units at a time.
+template <class S, int Rows, int Units>
+void dot_rows(const CellForwardArgs& args, int64_t row, int64_t unit, int units, Sums<S> sums) {
+  int u = 0;
+  for (; u + Units <= units; u += Units) dot_tile<S, Rows, Units>(args, row, unit + u, u, sums);
+  for (; u < units; ++u) dot_tile<S, Rows, 1>(args, row, unit + u, u, sums);
+}
+
+// The product for few rows: tiles of about twelve accumulators, to cover the latency of FMA.
+template <class S>
+void gate_product_dots(const CellForwardArgs& args, int64_t row, int64_t rows, int64_t unit,
+                       int units, Sums<S> sums) {
+  int64_t r = 0;
+  for (; r + 3 <= rows; r += 3) dot_rows<S, 3, 1>(args, row + r, unit, units, sums + r);
+  if (rows - r == 2) dot_rows<S, 2, 1>(args, row + r, unit, units, sums + r);
+  if (rows - r == 1) dot_rows<S, 1, 3>(args, row + r, unit, units, sums + r);
+}
+
+// The product for many rows: the four gate vectors of the task's units as a panel.
+// x is [N, K] in the compute type.
+template <class S>
+void gate_product_panel(const ComputeType<S>* x, const S* w, int64_t K, int64_t H, int64_t row,
+                        int64_t rows, int64_t unit, int units, Panel<ComputeType<S>>& panel) {
+  using T = ComputeType<S>;
+  for (int64_t k = 0; k < K; k += kPanelDepth) {
+    const int64_t depth = at_most(kPanelDepth, K - k);
+    pack_transposed<S>(w + unit * K + k, K, H * K, units, depth, panel.b);
+    panel_product<T>(rows, Broadcast<T>{x + row * K + k, K, 1}, panel.b[0][0],
+                     Panel<T>::kColumns, depth, panel.sums);
+  }
+}
+
+// Activations and states of one task.
+template <class S>
+void finish_cells(const CellForwardArgs& args, int64_t row_begin, int64_t rows, int64_t unit,
+                  int units, Sums<S> sums) {
+  using T = ComputeType<S>;
+  using V = VectorOf<S>;
+  const int64_t H = args.H;
+  V bias[kGates] = {};
+  for (int gate = 0; gate < kGates; ++gate) {
+    const int64_t offset = gate * H + unit;
+    if (args.b_ih) bias[gate] += load(static_cast<const S*>(args.b_ih) + offset, units);
+    if (args.b_hh) bias[gate] += load(static_cast<const S*>(args.b_hh) + offset, units);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = row_begin + r, state = row * H + unit;
+    const Gates<V> pre = {load(sums[r][0]) + bias[0], load(sums[r][1]) + bias[1],
+                          load(sums[r][2]) + bias[2], load(sums[r][3]) + bias[3]};
+    V c_next, h_next;
+    const V c = load(static_cast<const S*>(args.cx) + state, units);
+    const Gates<V> gate = cell_forward<Activations<T>>(pre, c, c_next, h_next);
+    store(static_cast<S*>(args.cy) + state, c_next, units);
+    store(static_cast<S*>(args.hy) + state, h_next, units);
+    if (args.gates) store_gates(static_cast<S*>(args.gates) + row * kGates * H + unit, H, gate, units);
+  }
+}
+
+template <class S>
+int64_t forward_tasks(int64_t N, int64_t H) {
+  return blocks(N, kPanelRows) * blocks(H, kWidthOf<S>);
+}
+
+template <class S>
+bool forward_packs(int64_t N) {
+  return N > kDotRows;
+}
+
+// A task: one vector of hidden units for up to kPanelRows rows.
+struct ForwardTask {
+  int64_t row, rows, unit;
+  int units;
+};
+template <class S>
+LSTM_EXT_INLINE ForwardTask forward_task(const CellForwardArgs& args, int64_t task) {
+  const int64_t row_blocks = blocks(args.N, kPanelRows);
+  const int64_t row = task % row_blocks * kPanelRows, unit = task / row_blocks * kWidthOf<S>;
+  return {row, at_most(kPanelRows, args.N - row), unit,
+          static_cast<int>(at_most(kWidthOf<S>, args.H - unit))};
+}
+
+template <class S>
+void forward_panels(const CellForwardArgs& args, int64_t first_task, int64_t last_task) {
+  using T = ComputeType<S>;
+  const T* input = static_cast<const T*>(args.input_compute);
+  const T* hx = static_cast<const T*>(args.hx_compute);
+  const S* w_ih = static_cast<const S*>(args.w_ih);
+  const S* w_hh = static_cast<const S*>(args.w_hh);
+  Panel<T> panel;
+  for (int64_t task = first_task; task < last_task; ++task) {
+    const auto [row, rows, unit, units] = forward_task<S>(args, task);
+    std::memset(panel.sums, 0, rows * sizeof(panel.sums[0]));
+    gate_product_panel<S>(input, w_ih, args.I, args.H, row, rows, unit, units, panel);
+    gate_product_panel<S>(hx, w_hh, args.H, args.H, row, rows, unit, units, panel);
+    finish_cells<S>(args, row, rows, unit, units, panel.sums);
+  }
+}
+
+template <class S>
+void forward_dots(const CellForwardArgs& args, int64_t first_task, int64_t last_task) {
+  alignas(64) ComputeType<S> sums[kDotRows][kGates][kWidthOf<S>];
+  for (int64_t task = first_task; task < last_task; ++task) {
+    const auto [row, rows, unit, units] = forward_task<S>(args, task);
+    gate_product_dots<S>(args, row, rows, unit, units, sums);
+    finish_cells<S>(args, row, rows, unit, units, sums);
+  }
+}
+
+template <class S>
+void forward(const CellForwardArgs& args, int64_t first_task, int64_t last_task) {
+  if (forward_packs<S>(args.N))
+    forward_panels<S>(args, first_task, last_task);
+  else
+    forward_dots<S>(args, first_task, last_task);
+}
+
+}  // namespace
+}  // namespace lstm_ext::cpu
