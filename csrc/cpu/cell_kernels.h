@@ -63,7 +63,7 @@ struct CellKernels {
   void (*product)(const ProductArgs&, int64_t first_task, int64_t last_task);
 };
 
-inline constexpr int64_t kBiasBlockRows = 64;
+inline constexpr int64_t kBiasBlockRows = 16;  // short sums: few roundings
 inline int64_t bias_blocks(int64_t N) { return (N + kBiasBlockRows - 1) / kBiasBlockRows; }
 
 // One table per instruction set, indexed by Dtype.
