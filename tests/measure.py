@@ -103,7 +103,7 @@ class Pool:
         """The first's error is at most ratio times the second's.
 
         In root mean square, in the 99th percentile, and in the largest; the largest of a sample is
-        a matter of luck, torch's as well as ours: it counts as at least eight root mean squares,
+        a matter of luck, torch's as well as ours: it counts as at least sixteen root mean squares,
         and as the rounding of one number of that size.
         """
         mine, others = (np.concatenate(errors) for errors in self.errors)
@@ -113,7 +113,7 @@ class Pool:
             "99 % of errors below": (np.quantile(mine, 0.99), np.quantile(others, 0.99)),
             "largest error": (
                 mine.max(),
-                max(others.max(), 8 * rms, torch.finfo(dtype).eps * self.scale / ratio),
+                max(others.max(), 16 * rms, torch.finfo(dtype).eps * self.scale / ratio),
             ),
         }
         for what, (a, b) in pairs.items():

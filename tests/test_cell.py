@@ -41,7 +41,7 @@ def test_error_is_no_worse_than_torchs(device, dtype, shape, bias):
         )
         for pool, (t, a, b) in zip(pools, results, strict=False):
             pool.add(t, a, b)
-    for name, pool in zip(NAMES, pools, strict=True):
+    for name, pool in zip(NAMES[: len(truth)], pools, strict=False):
         pool.assert_no_worse(name, dtype)
 
 

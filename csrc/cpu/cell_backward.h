@@ -61,8 +61,11 @@ void reduce_bias(const void* bias_sums, int64_t row_blocks, int64_t H, void* out
   const auto* sums = static_cast<const ComputeType<S>*>(bias_sums);
   for (int64_t j = 0; j < 4 * H; j += kWidthOf<S>) {
     const int64_t n = at_most(kWidthOf<S>, 4 * H - j);
-    auto total = zeros<VectorOf<S>>();
-    for (int64_t block = 0; block < row_blocks; ++block) total += load(sums + block * 4 * H + j, n);
+    // Four running sums: a quarter of the roundings in a row.
+    VectorOf<S> part[4] = {};
+    for (int64_t block = 0; block < row_blocks; ++block)
+      part[block % 4] += load(sums + block * 4 * H + j, n);
+    const VectorOf<S> total = (part[0] + part[1]) + (part[2] + part[3]);
     if (out_1) store(static_cast<S*>(out_1) + j, total, n);
     if (out_2) store(static_cast<S*>(out_2) + j, total, n);
   }
