@@ -54,7 +54,7 @@ def sources(*patterns: str) -> list[str]:
 
 
 def extension(with_cuda: bool) -> cpp_extension.CppExtension:
-    """Describe ``_C``. No -std: torch adds the one its headers need. No -march: one build fits all."""
+    """Describe ``_C``. No -std: torch adds its own. No -march: one build fits all machines."""
     cxx = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     link = []
     if sys.platform.startswith("linux"):

@@ -58,9 +58,9 @@ struct LSTMCellBackward : public torch::autograd::Node {
                                 b_hh = or_none(inputs[6].unpack());
     CellGradientMask mask;
     for (int k = 0; k < kCellInputs; ++k) mask[k] = task_should_compute_output(k);
-    auto [d_input, d_hx, d_cx, d_w_ih, d_w_hh, d_b_ih, d_b_hh] = call_lstm_cell_backward(
-        or_none(grads[0]), or_none(grads[1]), {input, hx, cx, w_ih, w_hh, b_ih, b_hh},
-        gates.unpack(), mask);
+    auto [d_input, d_hx, d_cx, d_w_ih, d_w_hh, d_b_ih, d_b_hh] =
+        call_lstm_cell_backward(or_none(grads[0]), or_none(grads[1]),
+                                {input, hx, cx, w_ih, w_hh, b_ih, b_hh}, gates.unpack(), mask);
     return {std::move(d_input), std::move(d_hx),   std::move(d_cx),  std::move(d_w_ih),
             std::move(d_w_hh),  std::move(d_b_ih), std::move(d_b_hh)};
   }
@@ -69,8 +69,8 @@ struct LSTMCellBackward : public torch::autograd::Node {
 CellTrainingOutputs forward_with_graph(const CellInputs& in) {
   auto node = make_node<LSTMCellBackward>();
   const Tensor b_ih = or_undefined(in.b_ih), b_hh = or_undefined(in.b_hh);
-  node->set_next_edges(torch::autograd::collect_next_edges(in.input, in.hx, in.cx, in.w_ih,
-                                                           in.w_hh, b_ih, b_hh));
+  node->set_next_edges(
+      torch::autograd::collect_next_edges(in.input, in.hx, in.cx, in.w_ih, in.w_hh, b_ih, b_hh));
   CellTrainingOutputs out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -120,10 +120,10 @@ CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
                                  const std::optional<Tensor>& b_hh, const Tensor& gates,
                                  CellGradientMask mask) {
   const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
-  const bool differentiable =
-      requires_grad(in) || torch::autograd::compute_requires_grad(grad_hy, grad_cy) ||
-      has_forward_grad(in) || torch::autograd::isFwGradDefined(grad_hy) ||
-      torch::autograd::isFwGradDefined(grad_cy);
+  const bool differentiable = requires_grad(in) ||
+                              torch::autograd::compute_requires_grad(grad_hy, grad_cy) ||
+                              has_forward_grad(in) || torch::autograd::isFwGradDefined(grad_hy) ||
+                              torch::autograd::isFwGradDefined(grad_cy);
   if (differentiable)
     return composite::cell_backward(grad_hy, grad_cy, in, composite::cell_gates(in), mask);
   at::AutoDispatchBelowADInplaceOrView guard;

@@ -16,7 +16,7 @@ namespace {
 
 // lstm_cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh) -> (h', c'), without the generic argument
 // parser and the boxed call of torch.ops, which take longer than a small cell. Returns
-// NotImplemented for what only torch.ops handles: arguments that are no tensors (its error names
+// None for what only torch.ops handles: arguments that are no tensors (its error names
 // them) or of a subclass other than Parameter, __torch_function__ modes, torch.jit.trace; and for
 // input or states that are not 2-D.
 PyObject* lstm_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
@@ -24,13 +24,13 @@ PyObject* lstm_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
   constexpr int kRequired = 5;
   if (count != lstm_ext::kCellInputs || torch::jit::tracer::isTracing() ||
       at::impl::torch_function_mode_enabled())
-    Py_RETURN_NOTIMPLEMENTED;
+    Py_RETURN_NONE;
   for (int k = 0; k < lstm_ext::kCellInputs; ++k) {
     if (k >= kRequired && args[k] == Py_None) continue;
-    if (!THPVariable_CheckExact(args[k])) Py_RETURN_NOTIMPLEMENTED;
+    if (!THPVariable_CheckExact(args[k])) Py_RETURN_NONE;
   }
   for (int k = 0; k < 3; ++k)
-    if (THPVariable_Unpack(args[k]).dim() != 2) Py_RETURN_NOTIMPLEMENTED;
+    if (THPVariable_Unpack(args[k]).dim() != 2) Py_RETURN_NONE;
   const auto bias = [&](int k) -> std::optional<at::Tensor> {
     if (args[k] == Py_None) return std::nullopt;
     return THPVariable_Unpack(args[k]);
@@ -49,8 +49,8 @@ PyObject* lstm_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
   END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef kLstmCell = {"lstm_cell", reinterpret_cast<PyCFunction>(
-                                          reinterpret_cast<void (*)()>(&lstm_cell)),
+PyMethodDef kLstmCell = {"lstm_cell",
+                         reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&lstm_cell)),
                          METH_FASTCALL, "The operator lstm_ext::lstm_cell, called directly."};
 
 py::dict build_info() {

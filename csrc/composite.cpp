@@ -18,9 +18,8 @@ at::Tensor cell_gates(const CellInputs& in) {
   const at::Tensor pre =
       at::linear(in.input, in.w_ih, in.b_ih) + at::linear(in.hx, in.w_hh, in.b_hh);
   const auto quarter = pre.chunk(4, 1);
-  return at::cat({quarter[0].sigmoid(), quarter[1].sigmoid(), quarter[2].tanh(),
-                  quarter[3].sigmoid()},
-                 1);
+  return at::cat(
+      {quarter[0].sigmoid(), quarter[1].sigmoid(), quarter[2].tanh(), quarter[3].sigmoid()}, 1);
 }
 
 CellTrainingOutputs cell_forward(const CellInputs& in) {

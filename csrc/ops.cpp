@@ -16,9 +16,9 @@ bool fused_dtype(at::ScalarType dtype) {
 
 bool bias_matches(const std::optional<at::Tensor>& bias, const at::Tensor& like,
                   const c10::SymInt& size) {
-  return !defined(bias) ||
-         (bias->dim() == 1 && bias->sym_size(0) == size && bias->scalar_type() == like.scalar_type() &&
-          bias->device() == like.device() && bias->layout() == at::kStrided);
+  return !defined(bias) || (bias->dim() == 1 && bias->sym_size(0) == size &&
+                            bias->scalar_type() == like.scalar_type() &&
+                            bias->device() == like.device() && bias->layout() == at::kStrided);
 }
 
 }  // namespace
@@ -43,19 +43,18 @@ CellOutputs torch_lstm_cell(const CellInputs& in) {
                     in.input.dim(), "-D");
   TORCH_CHECK_INDEX(in.w_ih.dim() > 1, "weight_ih must be 2-D (4 * hidden_size, input_size), got ",
                     in.w_ih.dim(), "-D");
-  TORCH_CHECK_INDEX(in.w_hh.dim() > 1,
-                    "weight_hh must be 2-D (4 * hidden_size, hidden_size), got ", in.w_hh.dim(),
-                    "-D");
+  TORCH_CHECK_INDEX(in.w_hh.dim() > 1, "weight_hh must be 2-D (4 * hidden_size, hidden_size), got ",
+                    in.w_hh.dim(), "-D");
   return at::lstm_cell(in.input, {in.hx, in.cx}, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
 }
 
 CellOutputs call_lstm_cell(const CellInputs& in) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lstm_ext::lstm_cell", "")
-                             .typed<CellOutputs(const at::Tensor&, const at::Tensor&,
-                                                const at::Tensor&, const at::Tensor&,
-                                                const at::Tensor&, const std::optional<at::Tensor>&,
-                                                const std::optional<at::Tensor>&)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("lstm_ext::lstm_cell", "")
+          .typed<CellOutputs(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                             const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                             const std::optional<at::Tensor>&)>();
   return op.call(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
 }
 

@@ -22,11 +22,11 @@ struct CellInputs {
 };
 inline constexpr int kCellInputs = 7;
 
-using CellOutputs = std::tuple<at::Tensor, at::Tensor>;                    // h', c'
+using CellOutputs = std::tuple<at::Tensor, at::Tensor>;                      // h', c'
 using CellTrainingOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // and gates [N, 4H]
 // In the order of CellInputs; undefined where not asked for.
-using CellGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                                 at::Tensor, at::Tensor>;
+using CellGradients =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using CellGradientMask = std::array<bool, kCellInputs>;
 
 inline bool defined(const std::optional<at::Tensor>& tensor) {

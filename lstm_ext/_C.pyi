@@ -1,7 +1,5 @@
 """The compiled part of lstm_ext; importing it registers ``torch.ops.lstm_ext``."""
 
-from types import NotImplementedType
-
 from torch import Tensor
 
 def lstm_cell(
@@ -13,5 +11,5 @@ def lstm_cell(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     /,
-) -> tuple[Tensor, Tensor] | NotImplementedType: ...
+) -> tuple[Tensor, Tensor] | None: ...
 def build_info() -> dict[str, str | bool]: ...

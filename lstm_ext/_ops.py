@@ -6,6 +6,7 @@ N batch, I input, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -52,9 +53,10 @@ def load() -> Any:
 _C = load()
 
 
-# The operator itself, and the short way to it: see csrc/bindings.cpp.
+# The operator itself, and the short way to it, which returns None for what it leaves to the
+# operator: see csrc/bindings.cpp.
 lstm_cell = torch.ops.lstm_ext.lstm_cell
-fast_lstm_cell = _C.lstm_cell
+fast_lstm_cell: Callable[..., tuple[Tensor, Tensor] | None] = _C.lstm_cell
 
 
 @torch.library.register_fake("lstm_ext::lstm_cell")

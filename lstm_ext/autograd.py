@@ -45,7 +45,9 @@ class LSTMCellFunction(torch.autograd.Function):
             # torch.func lets a Function save its inputs and outputs only, and the gates are
             # neither; the operator's own graph works under every transform.
             return lstm_cell(input, (hx, cx), w_ih, w_hh, b_ih, b_hh)
-        hy, cy = super().apply(input, hx, cx, w_ih, w_hh, b_ih, b_hh)
+        hy, cy = super().apply(  # type: ignore[no-untyped-call]
+            input, hx, cx, w_ih, w_hh, b_ih, b_hh
+        )
         return hy, cy
 
     @staticmethod

@@ -48,7 +48,7 @@ class LSTMCell(nn.LSTMCell):
         weight_ih, weight_hh, bias_ih, bias_hh = self._weights()
         if type(hx) is tuple and len(hx) == 2 and not torch.compiler.is_compiling():
             out = _ops.fast_lstm_cell(input, *hx, weight_ih, weight_hh, bias_ih, bias_hh)
-            if out is not NotImplemented:
+            if out is not None:
                 return out
         if isinstance(input, Tensor) and input.dim() in (1, 2):
             if hx is None:

@@ -51,7 +51,7 @@ def lstm_cell(
     h, c = hx
     if not torch.compiler.is_compiling():
         out = _ops.fast_lstm_cell(input, h, c, w_ih, w_hh, b_ih, b_hh)
-        if out is not NotImplemented:
+        if out is not None:
             return out
     if not all(isinstance(value, Tensor) for value in (input, h, c, w_ih, w_hh)):
         # torch's own words again: they name the argument that is no tensor.

@@ -15,7 +15,7 @@ def uniform(shape):
     return torch.empty(shape, dtype=torch.float64).uniform_(-(3**0.5), 3**0.5)
 
 
-def case(N, I, H, dtype, device="cpu", bias=True):  # noqa: E741 (I is the field's name)
+def case(N, I, H, dtype, device="cpu", bias=True):
     """Random inputs, states, parameters and output gradients of one cell, in float64's order."""
     bound = H**-0.5
     shapes = {
@@ -85,7 +85,15 @@ def exact(values, grads):
     pre_grad = np.concatenate(
         [d * g * i * (1 - i), d * c * f * (1 - f), d * i * (1 - g**2), gh * t * o * (1 - o)], axis=1
     )
-    result = [o * t, c_next, pre_grad @ w_ih, pre_grad @ w_hh, d * f, pre_grad.T @ x, pre_grad.T @ h]
+    result = [
+        o * t,
+        c_next,
+        pre_grad @ w_ih,
+        pre_grad @ w_hh,
+        d * f,
+        pre_grad.T @ x,
+        pre_grad.T @ h,
+    ]
     if b_ih is not None:
         result += [pre_grad.sum(0)] * 2
     return result

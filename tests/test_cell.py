@@ -36,9 +36,7 @@ def test_error_is_no_worse_than_torchs(device, dtype, shape, bias):
     for _ in range(max(4, min(500, 20_000 // (N * H)))):
         values, grads = case(*shape, dtype, device, bias)
         truth = exact(values, grads)
-        results = zip(
-            truth, run(ours, values, grads), run(torchs, values, grads), strict=True
-        )
+        results = zip(truth, run(ours, values, grads), run(torchs, values, grads), strict=True)
         for pool, (t, a, b) in zip(pools, results, strict=False):
             pool.add(t, a, b)
     for name, pool in zip(NAMES[: len(truth)], pools, strict=False):
@@ -150,7 +148,7 @@ def test_unbatched(device, dtype):
 @pytest.mark.parametrize("shape", [(0, 3, 2), (4, 0, 2), (4, 3, 0), (0, 0, 0)], ids=shape_id)
 def test_empty(device, shape):
     values, grads = case(*(max(s, 1) for s in shape), torch.float32, device)
-    N, I, H = shape  # noqa: E741
+    N, I, H = shape
     sizes = [(N, I), (N, H), (N, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,)]
     values = {
         name: torch.zeros(size, device=device) if 0 in size else torch.rand(size, device=device)

@@ -161,8 +161,14 @@ class Products {
     const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
     Tensor c = at::empty({rows, columns}, b.options());
     operands_[count_] = b.contiguous();
-    args_[count_] = {rows,        columns,     depth, a.const_data_ptr(), a.stride(0), a.stride(1),
-                     operands_[count_].const_data_ptr(), c.mutable_data_ptr()};
+    args_[count_] = {rows,
+                     columns,
+                     depth,
+                     a.const_data_ptr(),
+                     a.stride(0),
+                     a.stride(1),
+                     operands_[count_].const_data_ptr(),
+                     c.mutable_data_ptr()};
     end_[count_] = (count_ ? end_[count_ - 1] : 0) + kernels_.product_tasks(rows, columns);
     work_ += rows * columns * (depth + 4);
     ++count_;
@@ -202,8 +208,8 @@ CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
                   gates.scalar_type() == hx.scalar_type(),
               "lstm_cell_backward: gates must be the third result of lstm_cell_forward");
   for (const auto* grad : {&grad_hy, &grad_cy})
-    TORCH_CHECK(!defined(*grad) || ((*grad)->sizes() == hx.sizes() &&
-                                    (*grad)->scalar_type() == hx.scalar_type()),
+    TORCH_CHECK(!defined(*grad) ||
+                    ((*grad)->sizes() == hx.sizes() && (*grad)->scalar_type() == hx.scalar_type()),
                 "lstm_cell_backward: a gradient must have the state's shape ", hx.sizes(),
                 " and dtype ", hx.scalar_type());
   const auto [want_input, want_hx, want_cx, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = mask;

@@ -81,7 +81,8 @@ constexpr int64_t kDirectRows = 2 * kTileRows;
 
 // A task: one panel of columns for up to kPanelRows rows.
 template <class S>
-void product_task(const ProductArgs& args, int64_t row, int64_t column, Panel<ComputeType<S>>& panel) {
+void product_task(const ProductArgs& args, int64_t row, int64_t column,
+                  Panel<ComputeType<S>>& panel) {
   using T = ComputeType<S>;
   using V = VectorOf<S>;
   constexpr int width = kWidthOf<S>;

@@ -95,8 +95,8 @@ void gate_product_panel(const ComputeType<S>* x, const S* w, int64_t K, int64_t 
   for (int64_t k = 0; k < K; k += kPanelDepth) {
     const int64_t depth = at_most(kPanelDepth, K - k);
     pack_transposed<S>(w + unit * K + k, K, H * K, units, depth, panel.b);
-    panel_product<T>(rows, Broadcast<T>{x + row * K + k, K, 1}, panel.b[0][0],
-                     Panel<T>::kColumns, depth, panel.sums);
+    panel_product<T>(rows, Broadcast<T>{x + row * K + k, K, 1}, panel.b[0][0], Panel<T>::kColumns,
+                     depth, panel.sums);
   }
 }
 
@@ -122,7 +122,8 @@ void finish_cells(const CellForwardArgs& args, int64_t row_begin, int64_t rows, 
     const Gates<V> gate = cell_forward<Activations<T>>(pre, c, c_next, h_next);
     store(static_cast<S*>(args.cy) + state, c_next, units);
     store(static_cast<S*>(args.hy) + state, h_next, units);
-    if (args.gates) store_gates(static_cast<S*>(args.gates) + row * kGates * H + unit, H, gate, units);
+    if (args.gates)
+      store_gates(static_cast<S*>(args.gates) + row * kGates * H + unit, H, gate, units);
   }
 }
 

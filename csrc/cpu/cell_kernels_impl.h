@@ -14,7 +14,7 @@ namespace {
 
 template <class S>
 constexpr CellKernels table() {
-  return {forward_packs<S>,       forward_tasks<S>, forward<S>, gate_gradient_tasks<S>,
+  return {forward_packs<S>,  forward_tasks<S>, forward<S>,       gate_gradient_tasks<S>,
           gate_gradients<S>, reduce_bias<S>,   product_tasks<S>, product<S>};
 }
 

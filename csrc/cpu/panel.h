@@ -5,7 +5,8 @@
 //
 // The four vectors are the gates i, f, g, o of one vector of hidden units in the forward, and
 // 4 * width neighbouring columns in the backward products. Each result is summed over k in
-// order, kPanelDepth at a time, whatever the tile: it depends neither on the number of rows nor on threads.
+// order, kPanelDepth at a time, whatever the tile: it depends neither on the number of rows nor on
+// threads.
 #pragma once
 
 #include "cpu/simd.h"
@@ -18,7 +19,7 @@ constexpr int kPanelVectors = 4;
 // k per panel. Small enough for the first-level cache (16 KiB with 512-bit vectors), and so that
 // long sums are made of short ones: half the rounding error of one running sum over k = 256.
 constexpr int kPanelDepth = 64;
-constexpr int kPanelRows = 192;   // rows of A that share a panel; a multiple of every kTileRows
+constexpr int kPanelRows = 192;  // rows of A that share a panel; a multiple of every kTileRows
 
 LSTM_EXT_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 LSTM_EXT_INLINE int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -66,8 +67,7 @@ LSTM_EXT_INLINE void tile_product(const Broadcast<T>& a, const T* b, int64_t ldb
 // The rows that a whole tile leaves over, 1 .. kTileRows - 1 of them.
 template <class T, int Rows = kTileRows - 1>
 LSTM_EXT_INLINE void remainder_product(int64_t rows, const Broadcast<T>& a, const T* b, int64_t ldb,
-                                       int64_t depth,
-                                       T (*sums)[kPanelVectors][Vector<T>::kWidth]) {
+                                       int64_t depth, T (*sums)[kPanelVectors][Vector<T>::kWidth]) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
       tile_product<T, Rows>(a, b, ldb, depth, sums);
@@ -126,7 +126,8 @@ void pack_transposed(const S* w, int64_t ldw, int64_t vector_stride, int64_t lan
   }
 }
 
-// Panel of neighbouring columns: b[k][v][lane] = m[k * ldm + v * width + lane], zero beyond `columns`.
+// Panel of neighbouring columns: b[k][v][lane] = m[k * ldm + v * width + lane], zero beyond
+// `columns`.
 template <class S>
 void pack_columns(const S* m, int64_t ldm, int64_t columns, int64_t depth,
                   ComputeType<S> (*b)[kPanelVectors][kWidthOf<S>]) {

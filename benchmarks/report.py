@@ -1,0 +1,156 @@
+"""Tables and charts of the result files that the benchmarks write.
+
+python benchmarks/report.py benchmarks/results/cell.json            prints the table
+python benchmarks/report.py benchmarks/results/cell.json --png      and draws cell.png beside it
+python benchmarks/report.py benchmarks/results/cell.json --markdown the table for a document
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from protocol import geometric_mean
+
+Rows = list[dict[str, Any]]
+
+
+def load(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def groups(rows: Rows) -> dict[tuple[str, int], Rows]:
+    """Split the rows by mode and number of threads."""
+    result: dict[tuple[str, int], Rows] = defaultdict(list)
+    for row in rows:
+        result[row["mode"], row["threads"]].append(row)
+    return dict(result)
+
+
+def name(row: dict[str, Any]) -> str:
+    return " x ".join(str(size) for size in row["shape"][:-1]) + f" -> {row['shape'][-1]}"
+
+
+def summary(rows: Rows) -> str:
+    """Geometric mean, worst and losing shapes of one group."""
+    rated = [row for row in rows if "ratio" in row]
+    if not rated:
+        return "no rival measured"
+    worst = min(rated, key=lambda row: row["ratio"])
+    losing = [name(row) for row in rated if row["ratio"] < 1]
+    text = (
+        f"geometric mean {geometric_mean(row['ratio'] for row in rated):.2f}, "
+        f"least {worst['ratio']:.2f} at {name(worst)}"
+    )
+    return f"{text}; slower at: {', '.join(losing) if losing else 'none'}"
+
+
+def table(rows: Rows, markdown: bool) -> list[str]:
+    """One line a shape: microseconds of each, the ratio to the best rival, GFLOP/s."""
+    peers = list(rows[0]["microseconds"])
+    head = ["shape", *(f"{peer} µs" for peer in peers), "ratio", "GFLOP/s"]
+    cells = [
+        [
+            name(row),
+            *(f"{row['microseconds'].get(peer, float('nan')):.1f}" for peer in peers),
+            f"{row['ratio']:.2f}" if "ratio" in row else "-",
+            f"{row['gflops']:.1f}",
+        ]
+        for row in rows
+    ]
+    if markdown:
+        lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+        for cell, row in zip(cells, rows, strict=True):
+            if row.get("ratio", 1) < 1:
+                cell[-2] = f"**{cell[-2]}**"
+            lines.append("| " + " | ".join(cell) + " |")
+        return lines
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    return [
+        "  ".join(
+            [
+                line[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
+            ]
+        )
+        for line in (head, *cells)
+    ]
+
+
+def print_table(path: Path, markdown: bool = False) -> None:
+    content = load(path)
+    where = content["environment"]
+    print(
+        f"{content['title']} on {where['cpu']} ({where['lstm_ext']['cpu_instruction_set']}), "
+        f"torch {where['torch']}, revision {where['git']}"
+    )
+    for (mode, threads), rows in groups(content["rows"]).items():
+        print(f"\n{'### ' if markdown else ''}{mode}, {threads} thread(s): {summary(rows)}\n")
+        print("\n".join(table(rows, markdown)))
+
+
+def draw(path: Path) -> Path:
+    """Draw the ratio to the best rival, one panel a mode, one bar a shape and thread count."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    content = load(path)
+    split = groups(content["rows"])
+    modes = list(dict.fromkeys(mode for mode, _ in split))
+    figure, axes = plt.subplots(
+        len(modes),
+        1,
+        figsize=(11, 2.9 * len(modes)),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, mode in zip(axes[:, 0], modes, strict=True):
+        counts = [threads for m, threads in split if m == mode]
+        width = 0.8 / len(counts)
+        for k, threads in enumerate(counts):
+            rows = [row for row in split[mode, threads] if "ratio" in row]
+            positions = [i + (k - (len(counts) - 1) / 2) * width for i in range(len(rows))]
+            label = f"{threads} thread{'s' if threads > 1 else ''}, geometric mean " + (
+                f"{geometric_mean(row['ratio'] for row in rows):.1f}"
+            )
+            axis.bar(positions, [row["ratio"] for row in rows], width, label=label)
+            axis.set_xticks(range(len(rows)), [name(row) for row in rows], rotation=60, ha="right")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=mode.replace("_", ", "), ylabel="times as fast", yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="y", which="minor", labelsize=7)
+        axis.legend(loc="upper right")
+    where = content["environment"]
+    figure.suptitle(
+        f"{content['title']}: speed against the faster of nn.LSTMCell and torch.compile\n"
+        f"{where['cpu']}, {where['lstm_ext']['cpu_instruction_set']}, torch {where['torch']}"
+    )
+    target = path.with_suffix(".png")
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--png", action="store_true")
+    parser.add_argument("--markdown", action="store_true")
+    options = parser.parse_args()
+    print_table(options.results, options.markdown)
+    if options.png:
+        print(f"\nchart: {draw(options.results)}")
+
+
+if __name__ == "__main__":
+    main()

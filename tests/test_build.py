@@ -1,0 +1,240 @@
+"""What was built says so; a build for another torch is refused in one line; the installs work."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import lstm_ext
+from lstm_ext import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, check=True, **kwargs):
+    result = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, check=False, **kwargs
+    )
+    if check and result.returncode:
+        raise AssertionError(f"{command} failed:\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def test_build_info():
+    info = lstm_ext.build_info()
+    assert info["version"] == lstm_ext.__version__
+    assert info["torch_running"] == torch.__version__
+    assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert info["openmp"] or not sys.platform.startswith("linux")
+    assert info["cpu_instruction_set"] in info["cpu_instruction_sets"].split(",")
+
+
+def test_info_command():
+    result = run(sys.executable, "-m", "lstm_ext", "info")
+    for name, value in lstm_ext.build_info().items():
+        assert f"{name:22} {value}" in result.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["nonsense"], ["demo", "--epochs", "0"]])
+def test_command_line_rejects(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(command)
+    assert error.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_demo_needs_a_folder_for_its_picture(capsys, tmp_path):
+    assert cli.main(["demo", "--picture", str(tmp_path / "none" / "demo.png")]) == 1
+    assert "no such folder" in capsys.readouterr().out
+
+
+def copy_of_the_package(folder):
+    """A copy of the installed package, to spoil."""
+    package = folder / "lstm_ext"
+    shutil.copytree(Path(lstm_ext.__file__).parent, package, ignore=shutil.ignore_patterns("__py*"))
+    return package
+
+
+def failed_import(folder):
+    """The last line of a failed import."""
+    # Without the hook of an editable install, which would find what the copy lacks.
+    code = (
+        "import sys; "
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()]; "
+        "import lstm_ext"
+    )
+    result = run(sys.executable, "-c", code, check=False, cwd=folder)
+    assert result.returncode == 1
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_import_with_another_torch_names_both_and_the_remedy(tmp_path):
+    package = copy_of_the_package(tmp_path)
+    (package / "_built_with.py").write_text("TORCH_VERSION = '2.5.1+cpu'\nCUDA_VERSION = None\n")
+    line = failed_import(tmp_path)
+    assert line.startswith("ImportError: lstm_ext was built against torch 2.5.1+cpu")
+    assert f"torch {torch.__version__} is installed" in line
+    assert "pip install" in line
+
+
+def test_import_of_a_module_that_does_not_load(tmp_path):
+    package = copy_of_the_package(tmp_path)
+    (module,) = package.glob("_C.*so")
+    module.write_bytes(b"not a module")
+    line = failed_import(tmp_path)
+    assert line.startswith("ImportError: lstm_ext was built against torch")
+    assert "does not load" in line
+
+
+def test_import_without_a_build(tmp_path):
+    package = copy_of_the_package(tmp_path)
+    (package / "_built_with.py").unlink()
+    assert failed_import(tmp_path).startswith("ImportError: lstm_ext was not built")
+
+
+def test_importing_pulls_in_torch_and_nothing_else():
+    """No matplotlib, no compiler: the import adds next to nothing to torch's."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import lstm_ext; "
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    loaded = set(run(sys.executable, "-c", code).stdout.split())
+    outside = {name for name in loaded if name not in sys.stdlib_module_names}
+    assert outside <= {"lstm_ext", "torch"}
+    assert (
+        "torch._inductor"
+        not in run(sys.executable, "-c", "import lstm_ext, sys; print(*sys.modules)").stdout.split()
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the symbols of an ELF file")
+def test_newer_instruction_sets_leak_no_shared_functions(tmp_path):
+    """Objects for AVX2 and AVX-512 define their table and nothing else that a linker could share.
+
+    A function that two files emit is kept once: were it the newer set's, older machines would
+    meet an illegal instruction.
+    """
+    for name in ("avx2", "avx512"):
+        target = tmp_path / f"{name}.o"
+        compiler = os.environ.get("CXX", "c++")
+        source = ROOT / "csrc" / "cpu" / f"cell_kernels_{name}.cpp"
+        run(compiler, "-std=c++20", "-O2", "-fPIC", "-I", ROOT / "csrc", "-c", source, "-o", target)
+        symbols = run("nm", "--extern-only", "--defined-only", "-C", target).stdout.split("\n")
+        defined = [line.split(" ", 2)[2] for line in symbols if line]
+        assert len(defined) <= 1
+        assert all(symbol.startswith("lstm_ext::cpu::kCellKernelsAVX") for symbol in defined)
+
+
+# The installs. Each environment sees this one's torch through a path file, so that a second torch
+# in it can only come from the build or the install asking for one.
+
+
+@pytest.fixture
+def environment(tmp_path):
+    folder = tmp_path / "env"
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    site = Path(
+        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    )
+    source = Path(sysconfig.get_path("purelib"))
+    for item in source.iterdir():
+        if not item.name.startswith(("lstm_ext", "__editable__", "pip", "_virtualenv")):
+            target = site / item.name
+            if target.is_dir():  # the setuptools that came with the environment
+                shutil.rmtree(target)
+            if not target.exists():
+                target.symlink_to(item)
+    return python
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A clean copy of the sources, with no build in it."""
+    folder = tmp_path / "checkout"
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = run(*listing, cwd=ROOT).stdout.split("\n")
+    for name in filter(None, files):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+CHECK = (
+    "import torch, lstm_ext; assert lstm_ext.LSTMCell(3, 2)(torch.ones(4, 3))[0].shape == (4, 2); "
+    "print(torch.__file__, lstm_ext.__file__)"
+)
+
+
+def install(python, *arguments, cwd):
+    result = run(python, "-m", "pip", "install", *arguments, cwd=cwd, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Downloading torch-" not in result.stdout
+    assert "Collecting torch" not in result.stdout
+    return run(python, "-c", CHECK, cwd=python.parent).stdout
+
+
+@pytest.mark.packaging
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-e", "."],
+        ["."],
+        ["--no-build-isolation", "--no-deps", "-e", "."],
+    ],
+    ids=" ".join,
+)
+def test_install(environment, checkout, arguments):
+    where = install(environment, *arguments, cwd=checkout)
+    in_checkout = str(checkout) in where
+    assert in_checkout == ("-e" in arguments)
+
+
+@pytest.mark.packaging
+def test_wheel_and_incremental_rebuild(environment, checkout):
+    wheel = [environment, "-m", "pip", "wheel", "--no-deps", "-v", "-w", "dist", "."]
+    first = run(*wheel, cwd=checkout)
+    (path,) = (checkout / "dist").glob("lstm_ext-*.whl")
+    names = zipfile.ZipFile(path).namelist()
+    assert {"lstm_ext/py.typed", "lstm_ext/_C.pyi", "lstm_ext/_built_with.py"} <= set(names)
+    assert any(name.startswith("lstm_ext/_C.") and name.endswith(".so") for name in names)
+    assert "building for the CPU only" in first.stdout + first.stderr or torch.version.cuda
+    install(environment, "--no-deps", path, cwd=checkout)
+
+    # What has not changed is not compiled again; what has, is.
+    objects = {p: p.stat().st_mtime_ns for p in (checkout / "build").rglob("*.o")}
+    assert objects
+    source = checkout / "csrc" / "cpu" / "dispatch.cpp"
+    source.write_text(source.read_text() + "\n// touched\n")
+    run(*wheel, cwd=checkout)
+    changed = [p.name for p, time in objects.items() if p.stat().st_mtime_ns != time]
+    assert changed == ["dispatch.o"]
+
+
+@pytest.mark.packaging
+@pytest.mark.parametrize(
+    ("switch", "says"),
+    [
+        ("0", "building for the CPU only: LSTM_EXT_CUDA=0"),
+        ("1", "lstm_ext: LSTM_EXT_CUDA=1, but "),
+        ("yes", "LSTM_EXT_CUDA must be 0, 1 or unset, got 'yes'"),
+    ],
+)
+def test_cuda_switch(checkout, switch, says):
+    """Asked for its name only, setup.py has decided about CUDA already."""
+    if switch == "1" and torch.version.cuda:
+        pytest.skip("this torch can build with CUDA")
+    result = run(
+        sys.executable, "setup.py", "--name", cwd=checkout, check=False,
+        env={**os.environ, "LSTM_EXT_CUDA": switch},
+    )  # fmt: skip
+    assert says in result.stdout + result.stderr
+    assert (result.returncode == 0) == (switch == "0")

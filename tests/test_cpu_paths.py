@@ -1,0 +1,43 @@
+"""Every instruction set that is compiled in and that this machine can run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import lstm_ext
+
+SETS = lstm_ext.build_info()["cpu_instruction_sets"].split(",")
+SUBSET = [
+    "tests/test_activations.py",
+    "tests/test_cell.py::test_one_set_of_bits",
+    "tests/test_cell.py::test_error_is_no_worse_than_torchs",
+]
+SHAPES = "1x3x2-bias or 3x50x200-bias or 17x257x129-bias or 400x7x3-bias or not test_error"
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_instruction_set(name):
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": name.lower()}
+    code = "import lstm_ext; print(lstm_ext.build_info()['cpu_instruction_set'])"
+    command = [sys.executable, "-c", code]
+    used = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    if used.stdout.strip() != name:
+        pytest.skip(f"this machine has no {name}")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        *SUBSET,
+        "-k",
+        f"not cuda and ({SHAPES})",
+    ]
+    root = os.path.dirname(os.path.dirname(__file__))
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=root, check=False
+    )
+    assert result.returncode == 0, result.stdout
+    assert " passed" in result.stdout
