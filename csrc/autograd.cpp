@@ -3,9 +3,14 @@
 // (docs/architecture.md has the figures).
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
+
+#include <mutex>
+#include <typeinfo>
 
 #include "node_compat.h"
 #include "ops.h"
@@ -35,6 +40,74 @@ bool requires_grad(const CellInputs& in) {
                                                 in.b_hh);
 }
 
+// The mutex of another node, by which AccumulateGrad too guards the .grad that it writes.
+struct NodeMutex : public torch::autograd::Node {
+  static std::mutex& of(torch::autograd::Node& node) { return node.*(&NodeMutex::mutex_); }
+};
+
+bool plain_cpu_tensor(const Tensor& tensor) {
+  const auto backend = tensor.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView -
+                       c10::autocast_dispatch_keyset;
+  return backend == c10::DispatchKeySet(c10::DispatchKey::CPU);
+}
+
+// The .grad tensors of the four parameters, where .backward() would add to them and do nothing
+// else: all exist, no hook wants to see the gradient first, none is asked for by name, and no
+// graph of the backward is recorded.
+class ExistingGradients {
+ public:
+  // edges: those of w_ih, w_hh, b_ih and b_hh.
+  ExistingGradients(const torch::autograd::Edge* edges, const bool* wanted) {
+    if (at::GradMode::is_enabled()) return;
+    const auto* asked_by_name = torch::autograd::get_current_graph_task_exec_info();
+    if (asked_by_name == nullptr || !asked_by_name->empty()) return;
+    for (int k = 0; k < kCellParameters; ++k) {
+      if (!wanted[k]) continue;
+      any_ = true;
+      torch::autograd::Node* node = edges[k].function.get();
+      if (typeid(*node) != typeid(torch::autograd::AccumulateGrad)) return;
+      auto* accumulate = static_cast<torch::autograd::AccumulateGrad*>(node);
+      if (!accumulate->pre_hooks().empty() || !accumulate->post_hooks().empty() ||
+          !accumulate->tensor_pre_hooks().empty() || accumulate->tensor_post_acc_grad_hooks())
+        return;
+      // One parameter in two places would be written twice at a time.
+      for (int other = 0; other < k; ++other)
+        if (wanted[other] && edges[other].function.get() == node) return;
+      const Tensor& variable = accumulate->variable;
+      const Tensor& grad = variable.grad();
+      if (!grad.defined() || !grad.is_contiguous() || grad.requires_grad() ||
+          grad.scalar_type() != variable.scalar_type() || grad.sizes() != variable.sizes() ||
+          !plain_cpu_tensor(grad))
+        return;
+      tensors_[k] = grad;
+      nodes_[k] = node;
+    }
+    usable_ = any_;
+  }
+
+  bool usable() const { return usable_; }
+  const CellParameterGradients& tensors() const { return tensors_; }
+
+  // Runs write() while no other thread writes these .grad tensors, and marks them as changed.
+  template <class Write>
+  void update(const Write& write) {
+    std::array<std::unique_lock<std::mutex>, kCellParameters> locks;
+    for (int k = 0; k < kCellParameters; ++k)
+      locks[k] = nodes_[k] ? std::unique_lock(NodeMutex::of(*nodes_[k]), std::defer_lock)
+                           : std::unique_lock(unused_[k], std::defer_lock);
+    std::lock(locks[0], locks[1], locks[2], locks[3]);
+    write();
+    for (const auto& tensor : tensors_)
+      if (defined(tensor)) tensor->unsafeGetTensorImpl()->bump_version();
+  }
+
+ private:
+  CellParameterGradients tensors_;
+  std::array<torch::autograd::Node*, kCellParameters> nodes_ = {};
+  std::array<std::mutex, kCellParameters> unused_;
+  bool any_ = false, usable_ = false;
+};
+
 // Keeps the inputs and the activated gates; c' is computed anew, so that it may be changed in
 // place after the call, as with torch.nn.LSTMCell.
 struct LSTMCellBackward : public torch::autograd::Node {
@@ -56,11 +129,25 @@ struct LSTMCellBackward : public torch::autograd::Node {
                  w_ih = inputs[3].unpack(), w_hh = inputs[4].unpack();
     const std::optional<Tensor> b_ih = or_none(inputs[5].unpack()),
                                 b_hh = or_none(inputs[6].unpack());
+    const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
+    const std::optional<Tensor> grad_hy = or_none(grads[0]), grad_cy = or_none(grads[1]);
     CellGradientMask mask;
     for (int k = 0; k < kCellInputs; ++k) mask[k] = task_should_compute_output(k);
+
+    constexpr int first_parameter = kCellInputs - kCellParameters;
+    ExistingGradients existing(&next_edges()[first_parameter], &mask[first_parameter]);
+    if (existing.usable()) {
+      CellStateGradients state;
+      existing.update([&] {
+        at::AutoDispatchBelowADInplaceOrView guard;
+        state = call_lstm_cell_backward_accumulate(grad_hy, grad_cy, in, gates.unpack(),
+                                                   existing.tensors(), {mask[0], mask[1], mask[2]});
+      });
+      auto& [d_input, d_hx, d_cx] = state;
+      return {std::move(d_input), std::move(d_hx), std::move(d_cx), {}, {}, {}, {}};
+    }
     auto [d_input, d_hx, d_cx, d_w_ih, d_w_hh, d_b_ih, d_b_hh] =
-        call_lstm_cell_backward(or_none(grads[0]), or_none(grads[1]),
-                                {input, hx, cx, w_ih, w_hh, b_ih, b_hh}, gates.unpack(), mask);
+        call_lstm_cell_backward(grad_hy, grad_cy, in, gates.unpack(), mask);
     return {std::move(d_input), std::move(d_hx),   std::move(d_cx),  std::move(d_w_ih),
             std::move(d_w_hh),  std::move(d_b_ih), std::move(d_b_hh)};
   }

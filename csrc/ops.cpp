@@ -85,6 +85,24 @@ CellGradients call_lstm_cell_backward(const std::optional<at::Tensor>& grad_hy,
                  gates, mask);
 }
 
+CellStateGradients call_lstm_cell_backward_accumulate(const std::optional<at::Tensor>& grad_hy,
+                                                      const std::optional<at::Tensor>& grad_cy,
+                                                      const CellInputs& in,
+                                                      const at::Tensor& gates,
+                                                      const CellParameterGradients& parameters,
+                                                      CellStateGradientMask mask) {
+  using Optional = const std::optional<at::Tensor>&;
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("lstm_ext::lstm_cell_backward_accumulate", "")
+          .typed<CellStateGradients(Optional, Optional, const at::Tensor&, const at::Tensor&,
+                                    const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                    Optional, Optional, const at::Tensor&, Optional, Optional,
+                                    Optional, Optional, CellStateGradientMask)>();
+  return op.call(grad_hy, grad_cy, in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh,
+                 gates, parameters[0], parameters[1], parameters[2], parameters[3], mask);
+}
+
 TORCH_LIBRARY(lstm_ext, m) {
   // Tells PyTorch's error messages which import brings the fake kernels.
   m.set_python_module("lstm_ext._ops");
@@ -102,6 +120,13 @@ TORCH_LIBRARY(lstm_ext, m) {
       "lstm_cell_backward(Tensor? grad_hy, Tensor? grad_cy, Tensor input, Tensor hx, Tensor cx, "
       "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor gates, bool[7] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The same, with the parameters' gradients added into tensors that exist, None for not wanted:
+  // what .backward() does with .grad, in the same pass. Returns the gradients of input, hx and cx.
+  m.def(
+      "lstm_cell_backward_accumulate(Tensor? grad_hy, Tensor? grad_cy, Tensor input, Tensor hx, "
+      "Tensor cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor gates, "
+      "Tensor(a!)? grad_w_ih, Tensor(b!)? grad_w_hh, Tensor(c!)? grad_b_ih, "
+      "Tensor(d!)? grad_b_hh, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 }
 
 }  // namespace lstm_ext

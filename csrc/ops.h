@@ -29,6 +29,12 @@ using CellGradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using CellGradientMask = std::array<bool, kCellInputs>;
 
+// Gradients of input, hx and cx; the parameters' are added into existing tensors.
+using CellStateGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using CellStateGradientMask = std::array<bool, 3>;
+inline constexpr int kCellParameters = 4;
+using CellParameterGradients = std::array<std::optional<at::Tensor>, kCellParameters>;
+
 inline bool defined(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() && tensor->defined();
 }
@@ -61,5 +67,11 @@ CellGradients call_lstm_cell_backward(const std::optional<at::Tensor>& grad_hy,
                                       const std::optional<at::Tensor>& grad_cy,
                                       const CellInputs& in, const at::Tensor& gates,
                                       CellGradientMask mask);
+CellStateGradients call_lstm_cell_backward_accumulate(const std::optional<at::Tensor>& grad_hy,
+                                                      const std::optional<at::Tensor>& grad_cy,
+                                                      const CellInputs& in,
+                                                      const at::Tensor& gates,
+                                                      const CellParameterGradients& parameters,
+                                                      CellStateGradientMask mask);
 
 }  // namespace lstm_ext

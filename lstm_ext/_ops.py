@@ -108,3 +108,27 @@ def _(
         gates.new_empty(shape) if wanted else None
         for shape, wanted in zip(shapes, output_mask, strict=True)
     )
+
+
+@torch.library.register_fake("lstm_ext::lstm_cell_backward_accumulate")
+def _(
+    grad_hy: Tensor | None,
+    grad_cy: Tensor | None,
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    gates: Tensor,
+    grad_w_ih: Tensor | None,
+    grad_w_hh: Tensor | None,
+    grad_b_ih: Tensor | None,
+    grad_b_hh: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    return tuple(
+        gates.new_empty(like.shape) if wanted else None
+        for like, wanted in zip((input, hx, cx), output_mask, strict=True)
+    )

@@ -118,36 +118,52 @@ CellTrainingOutputs lstm_cell_forward(const Tensor& input, const Tensor& hx, con
   return {std::move(hy), std::move(cy), std::move(gates)};
 }
 
+// A gradient to compute: a new tensor, or one that exists and is added to. No tensor: not wanted.
+struct Target {
+  Tensor tensor;
+  bool accumulate = false;
+
+  bool wanted() const { return tensor.defined(); }
+  static Target fresh(bool wanted, const Tensor& like) {
+    return {wanted ? at::empty(like.sizes(), like.options()) : Tensor(), false};
+  }
+  static Target existing(const std::optional<Tensor>& tensor) {
+    return {tensor.value_or(Tensor()), true};
+  }
+};
+
+struct Targets {
+  Target input, hx, cx, w_ih, w_hh, b_ih, b_hh;
+};
+
 // The gradients of the gates' pre-activations [N, 4H] in the compute type, those of cx, and the
-// bias sums, in one pass.
+// biases', in one pass.
 Tensor gate_gradients(const CellKernels& kernels, const std::optional<Tensor>& grad_hy,
                       const std::optional<Tensor>& grad_cy, const Tensor& cx, const Tensor& gates,
-                      Tensor* grad_cx, Tensor* grad_b_ih, Tensor* grad_b_hh) {
+                      const Targets& targets) {
   const int64_t N = cx.size(0), H = cx.size(1);
   const auto compute_options = cx.options().dtype(compute_type(cx.scalar_type()));
   Tensor grad_gates = at::empty({N, 4 * H}, compute_options);
   const Dense grad_h(grad_hy), grad_c(grad_cy), c(cx), g(gates);
-  if (grad_cx) *grad_cx = at::empty({N, H}, cx.options());
   Tensor bias_sums;
-  if (grad_b_ih || grad_b_hh) bias_sums = at::empty({bias_blocks(N), 4 * H}, compute_options);
-  const GateGradientArgs args = {N,
-                                 H,
-                                 grad_h.data(),
-                                 grad_c.data(),
-                                 c.data(),
-                                 g.data(),
-                                 grad_gates.mutable_data_ptr(),
-                                 grad_cx ? grad_cx->mutable_data_ptr() : nullptr,
-                                 bias_sums.defined() ? bias_sums.mutable_data_ptr() : nullptr};
+  if (targets.b_ih.wanted() || targets.b_hh.wanted())
+    bias_sums = at::empty({bias_blocks(N), 4 * H}, compute_options);
+  const GateGradientArgs args = {
+      N,
+      H,
+      grad_h.data(),
+      grad_c.data(),
+      c.data(),
+      g.data(),
+      grad_gates.mutable_data_ptr(),
+      targets.cx.wanted() ? targets.cx.tensor.mutable_data_ptr() : nullptr,
+      bias_sums.defined() ? bias_sums.mutable_data_ptr() : nullptr};
   run(kernels.gate_gradient_tasks(N, H), N * H * 64,
       [&](int64_t first, int64_t last) { kernels.gate_gradients(args, first, last); });
-  if (bias_sums.defined()) {
-    if (grad_b_ih) *grad_b_ih = at::empty({4 * H}, cx.options());
-    if (grad_b_hh) *grad_b_hh = at::empty({4 * H}, cx.options());
-    kernels.reduce_bias(bias_sums.const_data_ptr(), bias_blocks(N), H,
-                        grad_b_ih ? grad_b_ih->mutable_data_ptr() : nullptr,
-                        grad_b_hh ? grad_b_hh->mutable_data_ptr() : nullptr);
-  }
+  for (const Target* bias : {&targets.b_ih, &targets.b_hh})
+    if (bias->wanted())
+      kernels.reduce_bias(bias_sums.const_data_ptr(), bias_blocks(N), H,
+                          bias->tensor.mutable_data_ptr(), bias->accumulate);
   return grad_gates;
 }
 
@@ -156,23 +172,25 @@ class Products {
  public:
   explicit Products(const CellKernels& kernels) : kernels_(kernels) {}
 
-  // a * b, where a is grad_gates or its transpose; returns the result, which run() fills.
-  Tensor add(const Tensor& a, const Tensor& b) {
-    const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
-    Tensor c = at::empty({rows, columns}, b.options());
-    operands_[count_] = b.contiguous();
+  // target = or += a * b, or a^T * b; a is grad_gates [N, 4H], dense, and outlives this.
+  void add(const Target& target, const Tensor& a, bool transpose_a, const Tensor& b) {
+    if (!target.wanted()) return;
+    const int64_t N = a.size(0), gates = a.size(1);
+    const int64_t rows = transpose_a ? gates : N, depth = transpose_a ? N : gates;
+    const int64_t columns = b.size(1);
+    operands_[count_] = b.expect_contiguous();
     args_[count_] = {rows,
                      columns,
                      depth,
                      a.const_data_ptr(),
-                     a.stride(0),
-                     a.stride(1),
-                     operands_[count_].const_data_ptr(),
-                     c.mutable_data_ptr()};
-    end_[count_] = (count_ ? end_[count_ - 1] : 0) + kernels_.product_tasks(rows, columns);
+                     transpose_a ? 1 : gates,
+                     transpose_a ? gates : 1,
+                     operands_[count_]->const_data_ptr(),
+                     target.tensor.mutable_data_ptr(),
+                     target.accumulate};
+    end_[count_] = (count_ ? end_[count_ - 1] : 0) + kernels_.product_tasks(rows, depth, columns);
     work_ += rows * columns * (depth + 4);
     ++count_;
-    return c;
   }
 
   void run() const {
@@ -189,12 +207,37 @@ class Products {
  private:
   static constexpr int kMost = 4;
   const CellKernels& kernels_;
-  std::array<Tensor, kMost> operands_;
+  std::array<c10::MaybeOwned<Tensor>, kMost> operands_;
   std::array<ProductArgs, kMost> args_;
   std::array<int64_t, kMost> end_;
   int count_ = 0;
   int64_t work_ = 0;
 };
+
+void check_backward(const std::optional<Tensor>& grad_hy, const std::optional<Tensor>& grad_cy,
+                    const CellInputs& in, const Tensor& gates) {
+  const Tensor& hx = in.hx;
+  TORCH_CHECK(gates.dim() == 2 && gates.size(0) == hx.size(0) && gates.size(1) == 4 * hx.size(1) &&
+                  gates.scalar_type() == hx.scalar_type(),
+              "lstm_cell_backward: gates must be the third result of lstm_cell_forward");
+  for (const auto* grad : {&grad_hy, &grad_cy})
+    TORCH_CHECK(!defined(*grad) || ((*grad)->sizes() == hx.sizes() &&
+                                    (*grad)->scalar_type() == hx.scalar_type()),
+                "lstm_cell_backward: a gradient must have the state's shape ", hx.sizes(),
+                " and dtype ", hx.scalar_type());
+}
+
+void backward(const std::optional<Tensor>& grad_hy, const std::optional<Tensor>& grad_cy,
+              const CellInputs& in, const Tensor& gates, const Targets& targets) {
+  const CellKernels& kernels = cell_kernels(kernel_dtype(in.hx.scalar_type()));
+  const Tensor grad_gates = gate_gradients(kernels, grad_hy, grad_cy, in.cx, gates, targets);
+  Products products(kernels);
+  products.add(targets.input, grad_gates, false, in.w_ih);
+  products.add(targets.hx, grad_gates, false, in.w_hh);
+  products.add(targets.w_ih, grad_gates, true, in.input);
+  products.add(targets.w_hh, grad_gates, true, in.hx);
+  products.run();
+}
 
 CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
                                  const std::optional<Tensor>& grad_cy, const Tensor& input,
@@ -204,27 +247,48 @@ CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
                                  CellGradientMask mask) {
   const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
   if (!fusable(in)) return composite::cell_backward(grad_hy, grad_cy, in, gates, mask);
-  TORCH_CHECK(gates.dim() == 2 && gates.size(0) == hx.size(0) && gates.size(1) == 4 * hx.size(1) &&
-                  gates.scalar_type() == hx.scalar_type(),
-              "lstm_cell_backward: gates must be the third result of lstm_cell_forward");
-  for (const auto* grad : {&grad_hy, &grad_cy})
-    TORCH_CHECK(!defined(*grad) ||
-                    ((*grad)->sizes() == hx.sizes() && (*grad)->scalar_type() == hx.scalar_type()),
-                "lstm_cell_backward: a gradient must have the state's shape ", hx.sizes(),
-                " and dtype ", hx.scalar_type());
-  const auto [want_input, want_hx, want_cx, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = mask;
-  const CellKernels& kernels = cell_kernels(kernel_dtype(hx.scalar_type()));
-  Tensor d_input, d_hx, d_cx, d_w_ih, d_w_hh, d_b_ih, d_b_hh;
-  const Tensor grad_gates =
-      gate_gradients(kernels, grad_hy, grad_cy, cx, gates, want_cx ? &d_cx : nullptr,
-                     want_b_ih ? &d_b_ih : nullptr, want_b_hh ? &d_b_hh : nullptr);
-  Products products(kernels);
-  if (want_input) d_input = products.add(grad_gates, w_ih);
-  if (want_hx) d_hx = products.add(grad_gates, w_hh);
-  if (want_w_ih) d_w_ih = products.add(grad_gates.t(), input);
-  if (want_w_hh) d_w_hh = products.add(grad_gates.t(), hx);
-  products.run();
-  return {d_input, d_hx, d_cx, d_w_ih, d_w_hh, d_b_ih, d_b_hh};
+  check_backward(grad_hy, grad_cy, in, gates);
+  const auto bias = [&](bool wanted) -> Target {
+    return {wanted ? at::empty({w_hh.size(0)}, w_hh.options()) : Tensor(), false};
+  };
+  Targets to = {Target::fresh(mask[0], input), Target::fresh(mask[1], hx),
+                Target::fresh(mask[2], cx),    Target::fresh(mask[3], w_ih),
+                Target::fresh(mask[4], w_hh),  bias(mask[5]),
+                bias(mask[6])};
+  backward(grad_hy, grad_cy, in, gates, to);
+  return {std::move(to.input.tensor), std::move(to.hx.tensor),   std::move(to.cx.tensor),
+          std::move(to.w_ih.tensor),  std::move(to.w_hh.tensor), std::move(to.b_ih.tensor),
+          std::move(to.b_hh.tensor)};
+}
+
+CellStateGradients lstm_cell_backward_accumulate(
+    const std::optional<Tensor>& grad_hy, const std::optional<Tensor>& grad_cy, const Tensor& input,
+    const Tensor& hx, const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh,
+    const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh, const Tensor& gates,
+    const std::optional<Tensor>& grad_w_ih, const std::optional<Tensor>& grad_w_hh,
+    const std::optional<Tensor>& grad_b_ih, const std::optional<Tensor>& grad_b_hh,
+    CellStateGradientMask mask) {
+  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
+  TORCH_CHECK(fusable(in),
+              "lstm_cell_backward_accumulate: the tensors must be those of lstm_cell_forward");
+  check_backward(grad_hy, grad_cy, in, gates);
+  const auto check = [&](const std::optional<Tensor>& grad, at::IntArrayRef sizes) {
+    TORCH_CHECK(!defined(grad) || (grad->sizes() == sizes && grad->is_contiguous() &&
+                                   grad->scalar_type() == hx.scalar_type() && grad->is_cpu()),
+                "lstm_cell_backward_accumulate: a gradient to add to must be dense, with its "
+                "parameter's shape ",
+                sizes, " and dtype ", hx.scalar_type());
+  };
+  check(grad_w_ih, w_ih.sizes());
+  check(grad_w_hh, w_hh.sizes());
+  check(grad_b_ih, {w_hh.size(0)});
+  check(grad_b_hh, {w_hh.size(0)});
+  Targets to = {Target::fresh(mask[0], input), Target::fresh(mask[1], hx),
+                Target::fresh(mask[2], cx),    Target::existing(grad_w_ih),
+                Target::existing(grad_w_hh),   Target::existing(grad_b_ih),
+                Target::existing(grad_b_hh)};
+  backward(grad_hy, grad_cy, in, gates, to);
+  return {std::move(to.input.tensor), std::move(to.hx.tensor), std::move(to.cx.tensor)};
 }
 
 }  // namespace
@@ -233,6 +297,7 @@ TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) {
   m.impl("lstm_cell", lstm_cell);
   m.impl("lstm_cell_forward", lstm_cell_forward);
   m.impl("lstm_cell_backward", lstm_cell_backward);
+  m.impl("lstm_cell_backward_accumulate", lstm_cell_backward_accumulate);
 }
 
 }  // namespace lstm_ext::cpu

@@ -5,6 +5,7 @@
 #include "cpu/activations.h"
 #include "cpu/cell_kernels.h"
 #include "cpu/panel.h"
+#include "cpu/stream.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -57,7 +58,7 @@ void gate_gradients(const GateGradientArgs& args, int64_t first_task, int64_t la
 }
 
 template <class S>
-void reduce_bias(const void* bias_sums, int64_t row_blocks, int64_t H, void* out_1, void* out_2) {
+void reduce_bias(const void* bias_sums, int64_t row_blocks, int64_t H, void* out, bool accumulate) {
   const auto* sums = static_cast<const ComputeType<S>*>(bias_sums);
   for (int64_t j = 0; j < 4 * H; j += kWidthOf<S>) {
     const int64_t n = at_most(kWidthOf<S>, 4 * H - j);
@@ -65,59 +66,66 @@ void reduce_bias(const void* bias_sums, int64_t row_blocks, int64_t H, void* out
     VectorOf<S> part[4] = {};
     for (int64_t block = 0; block < row_blocks; ++block)
       part[block % 4] += load(sums + block * 4 * H + j, n);
-    const VectorOf<S> total = (part[0] + part[1]) + (part[2] + part[3]);
-    if (out_1) store(static_cast<S*>(out_1) + j, total, n);
-    if (out_2) store(static_cast<S*>(out_2) + j, total, n);
+    store_result(static_cast<S*>(out) + j, (part[0] + part[1]) + (part[2] + part[3]), n,
+                 accumulate);
   }
 }
 
 template <class S>
-int64_t product_tasks(int64_t rows, int64_t columns) {
+int64_t product_tasks(int64_t rows, int64_t depth, int64_t columns) {
+  if (rows == 0 || columns == 0) return 0;
+  if (streams(rows, depth)) {
+    const StreamBlock block = stream_block(rows, depth, columns);
+    return blocks(rows, block.rows) * blocks(columns, block.columns);
+  }
   return blocks(rows, kPanelRows) * blocks(columns, Panel<ComputeType<S>>::kColumns);
 }
 
-// B as it lies serves when few rows would share its packed copy.
-constexpr int64_t kDirectRows = 2 * kTileRows;
-
 // A task: one panel of columns for up to kPanelRows rows.
 template <class S>
-void product_task(const ProductArgs& args, int64_t row, int64_t column,
-                  Panel<ComputeType<S>>& panel) {
+void panel_task(const ProductArgs& args, int64_t row, int64_t column,
+                Panel<ComputeType<S>>& panel) {
   using T = ComputeType<S>;
-  using V = VectorOf<S>;
   constexpr int width = kWidthOf<S>;
   const int64_t rows = at_most(kPanelRows, args.rows - row);
   const int64_t columns = at_most(Panel<T>::kColumns, args.columns - column);
+  const int vectors = static_cast<int>(blocks(columns, width));
   const T* a = static_cast<const T*>(args.a) + row * args.a_row_stride;
   const S* b = static_cast<const S*>(args.b) + column;
   std::memset(panel.sums, 0, rows * sizeof(panel.sums[0]));
   for (int64_t k = 0; k < args.depth; k += kPanelDepth) {
     const int64_t depth = at_most(kPanelDepth, args.depth - k);
-    const Broadcast<T> a_k = {a + k * args.a_k_stride, args.a_row_stride, args.a_k_stride};
-    const S* b_k = b + k * args.columns;
-    if constexpr (std::is_same_v<S, T>) {
-      if (rows <= kDirectRows && columns == Panel<T>::kColumns) {
-        panel_product<T>(rows, a_k, b_k, args.columns, depth, panel.sums);
-        continue;
-      }
-    }
-    pack_columns<S>(b_k, args.columns, columns, depth, panel.b);
-    panel_product<T>(rows, a_k, panel.b[0][0], Panel<T>::kColumns, depth, panel.sums);
+    pack_columns<S>(b + k * args.columns, args.columns, columns, depth, panel.b);
+    panel_product<T>(rows, {a + k * args.a_k_stride, args.a_row_stride, args.a_k_stride}, panel,
+                     depth, vectors, panel.sums);
   }
   for (int64_t r = 0; r < rows; ++r) {
     S* c = static_cast<S*>(args.c) + (row + r) * args.columns + column;
-    for (int v = 0; v * width < columns; ++v)
-      store(c + v * width, V(load(panel.sums[r][v])), columns - v * width);
+    for (int v = 0; v < vectors; ++v)
+      store_result(c + v * width, load(panel.sums[r][v]), columns - v * width, args.accumulate);
   }
 }
 
 template <class S>
-void product(const ProductArgs& args, int64_t first_task, int64_t last_task) {
+void product_panels(const ProductArgs& args, int64_t first_task, int64_t last_task) {
   const int64_t row_blocks = blocks(args.rows, kPanelRows);
   Panel<ComputeType<S>> panel;
   for (int64_t task = first_task; task < last_task; ++task)
-    product_task<S>(args, task % row_blocks * kPanelRows,
-                    task / row_blocks * Panel<ComputeType<S>>::kColumns, panel);
+    panel_task<S>(args, task % row_blocks * kPanelRows,
+                  task / row_blocks * Panel<ComputeType<S>>::kColumns, panel);
+}
+
+template <class S>
+void product(const ProductArgs& args, int64_t first_task, int64_t last_task) {
+  if (!streams(args.rows, args.depth)) return product_panels<S>(args, first_task, last_task);
+  const StreamBlock block = stream_block(args.rows, args.depth, args.columns);
+  const int64_t row_blocks = blocks(args.rows, block.rows);
+  for (int64_t task = first_task; task < last_task; ++task) {
+    const int64_t row = task % row_blocks * block.rows;
+    const int64_t column = task / row_blocks * block.columns;
+    stream_task<S>(args, row, at_most(block.rows, args.rows - row), column,
+                   at_most(block.columns, args.columns - column));
+  }
 }
 
 }  // namespace

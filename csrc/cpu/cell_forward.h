@@ -95,8 +95,7 @@ void gate_product_panel(const ComputeType<S>* x, const S* w, int64_t K, int64_t 
   for (int64_t k = 0; k < K; k += kPanelDepth) {
     const int64_t depth = at_most(kPanelDepth, K - k);
     pack_transposed<S>(w + unit * K + k, K, H * K, units, depth, panel.b);
-    panel_product<T>(rows, Broadcast<T>{x + row * K + k, K, 1}, panel.b[0][0], Panel<T>::kColumns,
-                     depth, panel.sums);
+    panel_product<T>(rows, {x + row * K + k, K, 1}, panel, depth, kPanelVectors, panel.sums);
   }
 }
 

@@ -40,13 +40,14 @@ struct GateGradientArgs {
                         // over the rows of each block
 };
 
-// c [rows, columns] = a [rows, depth] * b [depth, columns]
+// c [rows, columns] = a [rows, depth] * b [depth, columns], or that added to c
 struct ProductArgs {
   int64_t rows, columns, depth;
   const void* a;  // in the compute type, element [r, k] at r * a_row_stride + k * a_k_stride
   int64_t a_row_stride, a_k_stride;
   const void* b;
   void* c;
+  bool accumulate;
 };
 
 // Work is cut into tasks whose number and content do not depend on the number of threads; any
@@ -57,9 +58,10 @@ struct CellKernels {
   void (*forward)(const CellForwardArgs&, int64_t first_task, int64_t last_task);
   int64_t (*gate_gradient_tasks)(int64_t N, int64_t H);
   void (*gate_gradients)(const GateGradientArgs&, int64_t first_task, int64_t last_task);
-  // Adds the blocks of bias_sums in order into one or both outputs of [4H].
-  void (*reduce_bias)(const void* bias_sums, int64_t blocks, int64_t H, void* out_1, void* out_2);
-  int64_t (*product_tasks)(int64_t rows, int64_t columns);
+  // The sum of the blocks of bias_sums, in order, into out [4H], or added to it.
+  void (*reduce_bias)(const void* bias_sums, int64_t blocks, int64_t H, void* out,
+                      bool accumulate);
+  int64_t (*product_tasks)(int64_t rows, int64_t depth, int64_t columns);
   void (*product)(const ProductArgs&, int64_t first_task, int64_t last_task);
 };
 

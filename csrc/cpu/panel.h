@@ -41,49 +41,51 @@ struct Broadcast {
   int64_t row_stride, k_stride;
 };
 
-template <class T, int Rows>
-LSTM_EXT_INLINE void tile_product(const Broadcast<T>& a, const T* b, int64_t ldb, int64_t depth,
+// Vectors of the four that a tile computes: fewer for matrices of few columns, with more rows.
+template <class T, int Rows, int Vectors>
+LSTM_EXT_INLINE void tile_product(const Broadcast<T>& a, const T* b, int64_t depth,
                                   T (*sums)[kPanelVectors][Vector<T>::kWidth]) {
   using V = typename Vector<T>::type;
-  V sum[Rows][kPanelVectors] = {};
+  V sum[Rows][Vectors] = {};
   const T* a_k = a.data;
-  for (int64_t k = 0; k < depth; ++k, a_k += a.k_stride, b += ldb) {
-    V b_k[kPanelVectors];
+  for (int64_t k = 0; k < depth; ++k, a_k += a.k_stride, b += Panel<T>::kColumns) {
+    V b_k[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) b_k[v] = load(b + v * Vector<T>::kWidth);
-#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) b_k[v] = load(b + v * Vector<T>::kWidth);
+#pragma GCC unroll 32
     for (int r = 0; r < Rows; ++r) {
       const T a_rk = a_k[r * a.row_stride];
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVectors; ++v) sum[r][v] += a_rk * b_k[v];
+      for (int v = 0; v < Vectors; ++v) sum[r][v] += a_rk * b_k[v];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 32
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) store(sums[r][v], load(sums[r][v]) + sum[r][v]);
+    for (int v = 0; v < Vectors; ++v) store(sums[r][v], load(sums[r][v]) + sum[r][v]);
 }
 
-// The rows that a whole tile leaves over, 1 .. kTileRows - 1 of them.
-template <class T, int Rows = kTileRows - 1>
-LSTM_EXT_INLINE void remainder_product(int64_t rows, const Broadcast<T>& a, const T* b, int64_t ldb,
-                                       int64_t depth, T (*sums)[kPanelVectors][Vector<T>::kWidth]) {
-  if constexpr (Rows > 0) {
-    if (rows == Rows)
-      tile_product<T, Rows>(a, b, ldb, depth, sums);
-    else
-      remainder_product<T, Rows - 1>(rows, a, b, ldb, depth, sums);
-  }
+// Whole tiles first, then ever smaller ones for the rows left over.
+template <class T, int Rows, int Vectors>
+LSTM_EXT_INLINE void tiles(int64_t rows, Broadcast<T> a, const T* b, int64_t depth,
+                           T (*sums)[kPanelVectors][Vector<T>::kWidth]) {
+  for (; rows >= Rows; rows -= Rows, a.data += Rows * a.row_stride, sums += Rows)
+    tile_product<T, Rows, Vectors>(a, b, depth, sums);
+  if constexpr (Rows > 1) tiles<T, (Rows > 6 ? Rows / 2 : Rows - 1), Vectors>(rows, a, b, depth, sums);
 }
 
-// sums [rows][4] += A [rows, depth] * B [depth, 4 vectors], rows <= kPanelRows.
+// sums [rows][4] += A [rows, depth] * B [depth, 4 vectors], rows <= kPanelRows. Only the first
+// `vectors` of the four are wanted.
 template <class T>
-void panel_product(int64_t rows, Broadcast<T> a, const T* b, int64_t ldb, int64_t depth,
-                   T (*sums)[kPanelVectors][Vector<T>::kWidth]) {
-  int64_t r = 0;
-  for (; r + kTileRows <= rows; r += kTileRows, a.data += kTileRows * a.row_stride)
-    tile_product<T, kTileRows>(a, b, ldb, depth, sums + r);
-  remainder_product<T>(rows - r, a, b, ldb, depth, sums + r);
+void panel_product(int64_t rows, const Broadcast<T>& a, const Panel<T>& panel, int64_t depth,
+                   int vectors, T (*sums)[kPanelVectors][Vector<T>::kWidth]) {
+  const T* b = panel.b[0][0];
+  if (vectors == 1)
+    tiles<T, 4 * kTileRows, 1>(rows, a, b, depth, sums);
+  else if (vectors == 2)
+    tiles<T, 2 * kTileRows, 2>(rows, a, b, depth, sums);
+  else
+    tiles<T, kTileRows, kPanelVectors>(rows, a, b, depth, sums);
 }
 
 // rows[i][j] <-> rows[j][i], by log2(width) rounds of perfect shuffles.

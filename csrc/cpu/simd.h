@@ -172,6 +172,13 @@ LSTM_EXT_INLINE void store(S* p, VectorOf<S> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
+// *p = v, or *p += v.
+template <class S>
+LSTM_EXT_INLINE void store_result(S* p, VectorOf<S> v, int64_t n, bool accumulate) {
+  if (accumulate) v += load(p, n);
+  store(p, v, n);
+}
+
 // The four gates of one vector of hidden units lie H apart.
 template <class S>
 LSTM_EXT_INLINE Gates<VectorOf<S>> load_gates(const S* p, int64_t H, int64_t n) {
