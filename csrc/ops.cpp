@@ -87,8 +87,7 @@ CellGradients call_lstm_cell_backward(const std::optional<at::Tensor>& grad_hy,
 
 CellStateGradients call_lstm_cell_backward_accumulate(const std::optional<at::Tensor>& grad_hy,
                                                       const std::optional<at::Tensor>& grad_cy,
-                                                      const CellInputs& in,
-                                                      const at::Tensor& gates,
+                                                      const CellInputs& in, const at::Tensor& gates,
                                                       const CellParameterGradients& parameters,
                                                       CellStateGradientMask mask) {
   using Optional = const std::optional<at::Tensor>&;

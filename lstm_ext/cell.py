@@ -45,26 +45,24 @@ class LSTMCell(nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute (h', c') from the input and the states."""
-        weight_ih, weight_hh, bias_ih, bias_hh = self._weights()
+        # Straight from the dictionary: four look-ups through Module.__getattr__ would take as long
+        # as a small cell. Parametrizations and pruning put the weights elsewhere.
+        p = self._parameters
+        weights: tuple[Tensor | None, ...]
+        try:
+            weights = p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]
+        except KeyError:
+            weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
         if type(hx) is tuple and len(hx) == 2 and not torch.compiler.is_compiling():
-            out = _ops.fast_lstm_cell(input, *hx, weight_ih, weight_hh, bias_ih, bias_hh)
+            out = _ops.fast_lstm_cell(input, *hx, *weights)
             if out is not None:
                 return out
         if isinstance(input, Tensor) and input.dim() in (1, 2):
             if hx is None:
                 hx = self._zero_state(input)
             if _is_state_pair(hx):
-                return lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+                return lstm_cell(input, hx, *weights)
         return self._torch_forward(input, hx)
-
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        # Straight from the dictionary: four look-ups through Module.__getattr__ would take as long
-        # as a small cell. Parametrizations and pruning put the weights elsewhere.
-        p = self._parameters
-        try:
-            return p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]  # type: ignore[return-value]
-        except KeyError:
-            return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
     def _zero_state(self, input: Tensor) -> tuple[Tensor, Tensor]:
         # Two tensors: one that fills two inputs would stop torch.compile.

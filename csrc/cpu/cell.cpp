@@ -1,13 +1,14 @@
 // The operators on the CPU: tensors in, kernels over raw pointers out.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
 
 #include "cpu/cell_kernels.h"
+#include "cpu/denormals.h"
 #include "ops.h"
 
 namespace lstm_ext::cpu {
@@ -54,20 +55,29 @@ class Dense {
   const c10::MaybeOwned<Tensor> tensor_;
 };
 
+// A new dense tensor; at::empty, less its way through the dispatcher.
+Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::detail::empty_cpu(sizes, at::dtype(dtype));
+}
+
 template <class Kernel>
 void run(int64_t tasks, int64_t work, const Kernel& kernel) {
   const int64_t work_per_task = std::max<int64_t>(1, work / std::max<int64_t>(1, tasks));
   const int64_t grain = std::max<int64_t>(1, kForkWork / work_per_task);
-  at::parallel_for(0, tasks, grain, kernel);
+  at::parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) {
+    const FlushDenormals guard;
+    kernel(first, last);
+  });
 }
 
 void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   const int64_t N = in.input.size(0), I = in.input.size(1), H = in.hx.size(1);
-  hy = at::empty({N, H}, in.input.options());
-  cy = at::empty({N, H}, in.input.options());
-  if (gates) *gates = at::empty({N, 4 * H}, in.input.options());
+  const at::ScalarType dtype = in.input.scalar_type();
+  hy = empty({N, H}, dtype);
+  cy = empty({N, H}, dtype);
+  if (gates) *gates = empty({N, 4 * H}, dtype);
   if (hy.numel() == 0) return;
-  const CellKernels& kernels = cell_kernels(kernel_dtype(in.input.scalar_type()));
+  const CellKernels& kernels = cell_kernels(kernel_dtype(dtype));
   const Dense input(in.input), hx(in.hx), cx(in.cx), w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih),
       b_hh(in.b_hh);
   Tensor input_compute, hx_compute;
@@ -125,7 +135,7 @@ struct Target {
 
   bool wanted() const { return tensor.defined(); }
   static Target fresh(bool wanted, const Tensor& like) {
-    return {wanted ? at::empty(like.sizes(), like.options()) : Tensor(), false};
+    return {wanted ? empty(like.sizes(), like.scalar_type()) : Tensor(), false};
   }
   static Target existing(const std::optional<Tensor>& tensor) {
     return {tensor.value_or(Tensor()), true};
@@ -142,12 +152,12 @@ Tensor gate_gradients(const CellKernels& kernels, const std::optional<Tensor>& g
                       const std::optional<Tensor>& grad_cy, const Tensor& cx, const Tensor& gates,
                       const Targets& targets) {
   const int64_t N = cx.size(0), H = cx.size(1);
-  const auto compute_options = cx.options().dtype(compute_type(cx.scalar_type()));
-  Tensor grad_gates = at::empty({N, 4 * H}, compute_options);
+  const at::ScalarType compute = compute_type(cx.scalar_type());
+  Tensor grad_gates = empty({N, 4 * H}, compute);
   const Dense grad_h(grad_hy), grad_c(grad_cy), c(cx), g(gates);
   Tensor bias_sums;
   if (targets.b_ih.wanted() || targets.b_hh.wanted())
-    bias_sums = at::empty({bias_blocks(N), 4 * H}, compute_options);
+    bias_sums = empty({bias_blocks(N), 4 * H}, compute);
   const GateGradientArgs args = {
       N,
       H,
@@ -221,8 +231,8 @@ void check_backward(const std::optional<Tensor>& grad_hy, const std::optional<Te
                   gates.scalar_type() == hx.scalar_type(),
               "lstm_cell_backward: gates must be the third result of lstm_cell_forward");
   for (const auto* grad : {&grad_hy, &grad_cy})
-    TORCH_CHECK(!defined(*grad) || ((*grad)->sizes() == hx.sizes() &&
-                                    (*grad)->scalar_type() == hx.scalar_type()),
+    TORCH_CHECK(!defined(*grad) ||
+                    ((*grad)->sizes() == hx.sizes() && (*grad)->scalar_type() == hx.scalar_type()),
                 "lstm_cell_backward: a gradient must have the state's shape ", hx.sizes(),
                 " and dtype ", hx.scalar_type());
 }
@@ -249,11 +259,14 @@ CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
   if (!fusable(in)) return composite::cell_backward(grad_hy, grad_cy, in, gates, mask);
   check_backward(grad_hy, grad_cy, in, gates);
   const auto bias = [&](bool wanted) -> Target {
-    return {wanted ? at::empty({w_hh.size(0)}, w_hh.options()) : Tensor(), false};
+    return {wanted ? empty({w_hh.size(0)}, w_hh.scalar_type()) : Tensor(), false};
   };
-  Targets to = {Target::fresh(mask[0], input), Target::fresh(mask[1], hx),
-                Target::fresh(mask[2], cx),    Target::fresh(mask[3], w_ih),
-                Target::fresh(mask[4], w_hh),  bias(mask[5]),
+  Targets to = {Target::fresh(mask[0], input),
+                Target::fresh(mask[1], hx),
+                Target::fresh(mask[2], cx),
+                Target::fresh(mask[3], w_ih),
+                Target::fresh(mask[4], w_hh),
+                bias(mask[5]),
                 bias(mask[6])};
   backward(grad_hy, grad_cy, in, gates, to);
   return {std::move(to.input.tensor), std::move(to.hx.tensor),   std::move(to.cx.tensor),

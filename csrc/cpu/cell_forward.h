@@ -86,23 +86,43 @@ void gate_product_dots(const CellForwardArgs& args, int64_t row, int64_t rows, i
   if (rows - r == 1) dot_rows<S, 1, 3>(args, row + r, unit, units, sums + r);
 }
 
-// The product for many rows: the four gate vectors of the task's units as a panel.
+// How the four gates of a task's units lie in a panel's sums: one vector each, or, when all units
+// fill half a vector at most, one behind the other, so that no lane goes to waste.
+struct GateLayout {
+  bool dense;
+  int vectors;
+  int64_t gate_stride;  // from one gate's sums to the next one's
+};
+template <class S>
+LSTM_EXT_INLINE GateLayout gate_layout(int64_t H) {
+  constexpr int width = kWidthOf<S>;
+  if (2 * H > width) return {false, kGates, width};
+  return {true, static_cast<int>(blocks(kGates * H, width)), H};
+}
+
+// The product for many rows: the four gates of the task's units as a panel.
 // x is [N, K] in the compute type.
 template <class S>
 void gate_product_panel(const ComputeType<S>* x, const S* w, int64_t K, int64_t H, int64_t row,
                         int64_t rows, int64_t unit, int units, Panel<ComputeType<S>>& panel) {
   using T = ComputeType<S>;
+  constexpr int width = kWidthOf<S>;
+  const GateLayout layout = gate_layout<S>(H);
+  int64_t lanes[kPanelVectors];
+  for (int v = 0; v < kPanelVectors; ++v)
+    lanes[v] = layout.dense ? at_most(width, kGates * H - v * width) : units;
   for (int64_t k = 0; k < K; k += kPanelDepth) {
     const int64_t depth = at_most(kPanelDepth, K - k);
-    pack_transposed<S>(w + unit * K + k, K, H * K, units, depth, panel.b);
-    panel_product<T>(rows, {x + row * K + k, K, 1}, panel, depth, kPanelVectors, panel.sums);
+    pack_transposed<S>(w + unit * K + k, K, layout.dense ? width * K : H * K, lanes, depth,
+                       panel.b);
+    panel_product<T>(rows, {x + row * K + k, K, 1}, panel, depth, layout.vectors, panel.sums);
   }
 }
 
 // Activations and states of one task.
 template <class S>
 void finish_cells(const CellForwardArgs& args, int64_t row_begin, int64_t rows, int64_t unit,
-                  int units, Sums<S> sums) {
+                  int units, int64_t gate_stride, Sums<S> sums) {
   using T = ComputeType<S>;
   using V = VectorOf<S>;
   const int64_t H = args.H;
@@ -114,8 +134,10 @@ void finish_cells(const CellForwardArgs& args, int64_t row_begin, int64_t rows, 
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = row_begin + r, state = row * H + unit;
-    const Gates<V> pre = {load(sums[r][0]) + bias[0], load(sums[r][1]) + bias[1],
-                          load(sums[r][2]) + bias[2], load(sums[r][3]) + bias[3]};
+    const T* sum = sums[r][0];
+    const Gates<V> pre = {load(sum, units) + bias[0], load(sum + gate_stride, units) + bias[1],
+                          load(sum + 2 * gate_stride, units) + bias[2],
+                          load(sum + 3 * gate_stride, units) + bias[3]};
     V c_next, h_next;
     const V c = load(static_cast<const S*>(args.cx) + state, units);
     const Gates<V> gate = cell_forward<Activations<T>>(pre, c, c_next, h_next);
@@ -162,7 +184,7 @@ void forward_panels(const CellForwardArgs& args, int64_t first_task, int64_t las
     std::memset(panel.sums, 0, rows * sizeof(panel.sums[0]));
     gate_product_panel<S>(input, w_ih, args.I, args.H, row, rows, unit, units, panel);
     gate_product_panel<S>(hx, w_hh, args.H, args.H, row, rows, unit, units, panel);
-    finish_cells<S>(args, row, rows, unit, units, panel.sums);
+    finish_cells<S>(args, row, rows, unit, units, gate_layout<S>(args.H).gate_stride, panel.sums);
   }
 }
 
@@ -172,7 +194,7 @@ void forward_dots(const CellForwardArgs& args, int64_t first_task, int64_t last_
   for (int64_t task = first_task; task < last_task; ++task) {
     const auto [row, rows, unit, units] = forward_task<S>(args, task);
     gate_product_dots<S>(args, row, rows, unit, units, sums);
-    finish_cells<S>(args, row, rows, unit, units, sums);
+    finish_cells<S>(args, row, rows, unit, units, kWidthOf<S>, sums);
   }
 }
 

@@ -59,8 +59,7 @@ struct CellKernels {
   int64_t (*gate_gradient_tasks)(int64_t N, int64_t H);
   void (*gate_gradients)(const GateGradientArgs&, int64_t first_task, int64_t last_task);
   // The sum of the blocks of bias_sums, in order, into out [4H], or added to it.
-  void (*reduce_bias)(const void* bias_sums, int64_t blocks, int64_t H, void* out,
-                      bool accumulate);
+  void (*reduce_bias)(const void* bias_sums, int64_t blocks, int64_t H, void* out, bool accumulate);
   int64_t (*product_tasks)(int64_t rows, int64_t depth, int64_t columns);
   void (*product)(const ProductArgs&, int64_t first_task, int64_t last_task);
 };

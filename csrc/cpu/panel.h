@@ -71,7 +71,8 @@ LSTM_EXT_INLINE void tiles(int64_t rows, Broadcast<T> a, const T* b, int64_t dep
                            T (*sums)[kPanelVectors][Vector<T>::kWidth]) {
   for (; rows >= Rows; rows -= Rows, a.data += Rows * a.row_stride, sums += Rows)
     tile_product<T, Rows, Vectors>(a, b, depth, sums);
-  if constexpr (Rows > 1) tiles<T, (Rows > 6 ? Rows / 2 : Rows - 1), Vectors>(rows, a, b, depth, sums);
+  if constexpr (Rows > 1)
+    tiles<T, (Rows > 6 ? Rows / 2 : Rows - 1), Vectors>(rows, a, b, depth, sums);
 }
 
 // sums [rows][4] += A [rows, depth] * B [depth, 4 vectors], rows <= kPanelRows. Only the first
@@ -105,13 +106,15 @@ LSTM_EXT_INLINE void transpose(V (&rows)[Width]) {
 }
 
 // Panel of the transposed: b[k][v][lane] = w[v * vector_stride + lane * ldw + k] for the first
-// `lanes` lanes, zero in the others.
+// lanes_of[v] lanes, zero in the others.
 template <class S>
-void pack_transposed(const S* w, int64_t ldw, int64_t vector_stride, int64_t lanes, int64_t depth,
+void pack_transposed(const S* w, int64_t ldw, int64_t vector_stride,
+                     const int64_t (&lanes_of)[kPanelVectors], int64_t depth,
                      ComputeType<S> (*b)[kPanelVectors][kWidthOf<S>]) {
   using T = ComputeType<S>;
   constexpr int width = kWidthOf<S>;
   for (int v = 0; v < kPanelVectors; ++v, w += vector_stride) {
+    const int64_t lanes = lanes_of[v];
     int64_t k = 0;
     if (lanes == width)
       for (; k + width <= depth; k += width) {

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int kStreamDepth = 8;
 constexpr int64_t kStreamRows = LSTM_EXT_STREAM_ROWS;  // few rows: up to this many
-constexpr int64_t kStreamSums = 4096;                  // partial results kept in the first-level cache
-constexpr int64_t kStreamRowBlock = 64;                // rows of a task when the columns of a are few
+constexpr int64_t kStreamSums = 4096;    // partial results kept in the first-level cache
+constexpr int64_t kStreamRowBlock = 64;  // rows of a task when the columns of a are few
 
 LSTM_EXT_INLINE bool streams(int64_t rows, int64_t depth) {
   return depth > 0 && (rows <= kStreamRows || depth <= kStreamDepth);
