@@ -75,7 +75,7 @@ template <class S>
 int64_t product_tasks(int64_t rows, int64_t depth, int64_t columns) {
   if (rows == 0 || columns == 0) return 0;
   if (streams(rows, depth)) {
-    const StreamBlock block = stream_block(rows, depth, columns);
+    const StreamBlock block = stream_block(rows, columns);
     return blocks(rows, block.rows) * blocks(columns, block.columns);
   }
   return blocks(rows, kPanelRows) * blocks(columns, Panel<ComputeType<S>>::kColumns);
@@ -118,7 +118,7 @@ void product_panels(const ProductArgs& args, int64_t first_task, int64_t last_ta
 template <class S>
 void product(const ProductArgs& args, int64_t first_task, int64_t last_task) {
   if (!streams(args.rows, args.depth)) return product_panels<S>(args, first_task, last_task);
-  const StreamBlock block = stream_block(args.rows, args.depth, args.columns);
+  const StreamBlock block = stream_block(args.rows, args.columns);
   const int64_t row_blocks = blocks(args.rows, block.rows);
   for (int64_t task = first_task; task < last_task; ++task) {
     const int64_t row = task % row_blocks * block.rows;

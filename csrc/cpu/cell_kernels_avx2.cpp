@@ -22,6 +22,7 @@
 #define LSTM_EXT_HAS_F16C
 #define LSTM_EXT_DOT_ROWS 8
 #define LSTM_EXT_STREAM_ROWS 12
+#define LSTM_EXT_STREAM_DEPTH 16
 #define LSTM_EXT_TABLE kCellKernelsAVX2
 #include "cpu/cell_kernels_impl.h"
 #if defined(__clang__)

@@ -24,6 +24,7 @@
 #define LSTM_EXT_HAS_F16C
 #define LSTM_EXT_DOT_ROWS 8
 #define LSTM_EXT_STREAM_ROWS 12
+#define LSTM_EXT_STREAM_DEPTH 24
 #define LSTM_EXT_TABLE kCellKernelsAVX512
 #include "cpu/cell_kernels_impl.h"
 #if defined(__clang__)

@@ -6,5 +6,6 @@
 #define LSTM_EXT_TILE_ROWS 3
 #define LSTM_EXT_DOT_ROWS 8
 #define LSTM_EXT_STREAM_ROWS 12
+#define LSTM_EXT_STREAM_DEPTH 16
 #define LSTM_EXT_TABLE kCellKernelsDefault
 #include "cpu/cell_kernels_impl.h"

@@ -4,6 +4,7 @@
 //   LSTM_EXT_TILE_ROWS     rows of a register tile: 4 vectors x rows accumulators
 //   LSTM_EXT_DOT_ROWS      most rows for which the forward leaves the weights unpacked
 //   LSTM_EXT_STREAM_ROWS   most rows for which a backward product streams
+//   LSTM_EXT_STREAM_DEPTH  greatest depth for which one of many rows does
 //   LSTM_EXT_TABLE         the table to define
 #pragma once
 
