@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import limits
 import peers
 import protocol
 import report
@@ -95,7 +97,12 @@ def check_correct(
 
 
 def bench_row(
-    shape: tuple[int, int, int], mode: str, dtype: torch.dtype, names: list[str], rounds: int
+    shape: tuple[int, int, int],
+    mode: str,
+    dtype: torch.dtype,
+    names: list[str],
+    rounds: int,
+    machine: limits.Limits,
 ) -> dict[str, Any]:
     N, I, H = shape
     cells = peers.cells(I, H, dtype, [peers.OURS, *names])
@@ -103,23 +110,27 @@ def bench_row(
         closures = calls(cells, shape, mode, dtype)
         times = protocol.interleaved(closures, rounds)
     products = 3 if mode == "training_all" else 2 if mode == "training" else 1
+    flops = products * 2 * N * 4 * H * (I + H)
     row: dict[str, Any] = {
         "shape": list(shape),
         "mode": mode,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "microseconds": times,
-        "gflops": products * 2 * N * 4 * H * (I + H) / times[peers.OURS] / 1e3,
+        "gflops": flops / times[peers.OURS] / 1e3,
     }
+    if dtype == torch.float32:
+        # Every product reads the weights once, or writes as much.
+        least = machine.seconds(flops, products * 4.0 * 4 * H * (I + H))
+        row["share_of_limit"] = least * 1e6 / times[peers.OURS]
     rivals = [times[name] for name in (peers.TORCH, peers.COMPILED) if name in times]
     if rivals:
         row["ratio"] = min(rivals) / times[peers.OURS]
     if mode == "forward":
-        x, h, c = torch.randn(N, I), torch.randn(N, H), torch.randn(N, H)
+        x, h, c = (torch.randn(N, size).to(dtype) for size in (I, H, H))
         row["kept_bytes"] = {
             name: protocol.kept_bytes(
-                lambda cell=peer.call: cell(x.to(dtype), (h.to(dtype), c.to(dtype))),
-                peer.module.parameters(),
+                lambda cell=peer.call: cell(x, (h, c)), [x, h, c, *peer.module.parameters()]
             )
             for name, peer in cells.items()
             if name != peers.COMPILED  # its graph keeps views the hooks cannot tell apart
@@ -148,12 +159,18 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
 
+    machine = limits.measure(threads)
     plan = [(t, shape, mode) for t in threads for shape in shapes for mode in options.modes]
     rows = []
     for count, shape, mode in tqdm(plan, desc="rows"):
         torch.set_num_threads(count)
-        rows.append(bench_row(shape, mode, dtype, options.peers, rounds))
-        protocol.save(options.out, rows, title=f"LSTM cell, {options.dtype}")
+        rows.append(bench_row(shape, mode, dtype, options.peers, rounds, machine[count]))
+        protocol.save(
+            options.out,
+            rows,
+            title=f"LSTM cell, {options.dtype}",
+            limits=[asdict(machine[t]) for t in threads],
+        )
     report.print_table(options.out)
 
 

@@ -52,13 +52,14 @@ def summary(rows: Rows) -> str:
 def table(rows: Rows, markdown: bool) -> list[str]:
     """One line a shape: microseconds of each, the ratio to the best rival, GFLOP/s."""
     peers = list(rows[0]["microseconds"])
-    head = ["shape", *(f"{peer} µs" for peer in peers), "ratio", "GFLOP/s"]
+    head = ["shape", *(f"{peer} µs" for peer in peers), "ratio", "GFLOP/s", "of limit"]
     cells = [
         [
             name(row),
             *(f"{row['microseconds'].get(peer, float('nan')):.1f}" for peer in peers),
             f"{row['ratio']:.2f}" if "ratio" in row else "-",
             f"{row['gflops']:.1f}",
+            f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else "-",
         ]
         for row in rows
     ]
@@ -66,7 +67,7 @@ def table(rows: Rows, markdown: bool) -> list[str]:
         lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
         for cell, row in zip(cells, rows, strict=True):
             if row.get("ratio", 1) < 1:
-                cell[-2] = f"**{cell[-2]}**"
+                cell[-3] = f"**{cell[-3]}**"
             lines.append("| " + " | ".join(cell) + " |")
         return lines
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
@@ -127,7 +128,7 @@ def draw(path: Path) -> Path:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.tick_params(axis="y", which="minor", labelsize=7)
-        axis.legend(loc="upper right")
+        axis.legend(loc="upper center", ncols=len(counts))
     where = content["environment"]
     figure.suptitle(
         f"{content['title']}: speed against the faster of nn.LSTMCell and torch.compile\n"

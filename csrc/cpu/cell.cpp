@@ -198,19 +198,18 @@ class Products {
                      operands_[count_]->const_data_ptr(),
                      target.tensor.mutable_data_ptr(),
                      target.accumulate};
-    end_[count_] = (count_ ? end_[count_ - 1] : 0) + kernels_.product_tasks(rows, depth, columns);
+    tasks_[count_] = kernels_.product_tasks(rows, depth, columns);
     work_ += rows * columns * (depth + 4);
     ++count_;
   }
 
+  // Every thread takes its share of each product: their tasks differ in size.
   void run() const {
-    if (count_ == 0) return;
-    cpu::run(end_[count_ - 1], work_, [&](int64_t first, int64_t last) {
-      for (int p = 0; p < count_; ++p) {
-        const int64_t begin = p ? end_[p - 1] : 0;
-        const int64_t from = std::max(first, begin), to = std::min(last, end_[p]);
-        if (from < to) kernels_.product(args_[p], from - begin, to - begin);
-      }
+    const int64_t shares =
+        std::clamp<int64_t>(work_ / kForkWork, 1, static_cast<int64_t>(at::get_num_threads()));
+    cpu::run(shares, work_, [&](int64_t first, int64_t last) {
+      for (int p = 0; p < count_; ++p)
+        kernels_.product(args_[p], tasks_[p] * first / shares, tasks_[p] * last / shares);
     });
   }
 
@@ -219,7 +218,7 @@ class Products {
   const CellKernels& kernels_;
   std::array<c10::MaybeOwned<Tensor>, kMost> operands_;
   std::array<ProductArgs, kMost> args_;
-  std::array<int64_t, kMost> end_;
+  std::array<int64_t, kMost> tasks_;
   int count_ = 0;
   int64_t work_ = 0;
 };

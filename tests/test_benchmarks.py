@@ -1,0 +1,66 @@
+"""The benchmark runs, checks its peers before it times them, and its report draws."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(*command):
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, check=False
+    )
+
+
+def test_benchmark_and_report(tmp_path):
+    out = tmp_path / "cell.json"
+    result = run(
+        BENCHMARKS / "bench_cell.py", "--shapes", "1x3x2", "3x4x5", "--threads", 1, "--rounds", 2,
+        "--peers", "nn.LSTMCell", "reference", "LSTMCellFunction", "--out", out,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "geometric mean" in result.stdout
+    content = json.loads(out.read_text())
+    assert len(content["rows"]) == 2 * 4
+    assert {row["mode"] for row in content["rows"]} == {
+        "inference", "forward", "training", "training_all",
+    }  # fmt: skip
+    for row in content["rows"]:
+        assert set(row["microseconds"]) == {
+            "lstm_ext", "nn.LSTMCell", "reference", "LSTMCellFunction",
+        }  # fmt: skip
+        assert all(time > 0 for time in row["microseconds"].values())
+        rivals = row["microseconds"]["nn.LSTMCell"]
+        assert row["ratio"] == pytest.approx(rivals / row["microseconds"]["lstm_ext"])
+        if row["mode"] == "forward":
+            N, _, H = row["shape"]
+            assert row["kept_bytes"]["lstm_ext"] == 4 * N * H * 4
+            assert row["kept_bytes"]["nn.LSTMCell"] > row["kept_bytes"]["lstm_ext"]
+    report = run(BENCHMARKS / "report.py", out, "--png")
+    assert report.returncode == 0, report.stderr
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    markdown = run(BENCHMARKS / "report.py", out, "--markdown").stdout
+    assert "| 1 x 3 -> 2 |" in markdown
+
+
+def test_a_wrong_peer_is_not_timed():
+    """The check before a row is timed fails when a peer computes something else."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import torch, peers, bench_cell; "
+        "cells = peers.cells(3, 2, torch.float32, [peers.OURS, peers.TORCH]); "
+        "torch.nn.init.zeros_(cells[peers.TORCH].module.bias_hh); "
+        "bench_cell.calls(cells, (1, 3, 2), 'inference', torch.float32)"
+    )
+    result = run("-c", code)
+    assert result.returncode == 1
+    assert "a peer's result is off by" in result.stderr
+
+
+def test_shapes_are_checked():
+    result = run(BENCHMARKS / "bench_cell.py", "--shapes", "3x2")
+    assert result.returncode == 2
+    assert "'3x2' is not batch x input x hidden" in result.stderr
