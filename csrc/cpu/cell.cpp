@@ -208,8 +208,10 @@ class Products {
     const int64_t shares =
         std::clamp<int64_t>(work_ / kForkWork, 1, static_cast<int64_t>(at::get_num_threads()));
     cpu::run(shares, work_, [&](int64_t first, int64_t last) {
-      for (int p = 0; p < count_; ++p)
-        kernels_.product(args_[p], tasks_[p] * first / shares, tasks_[p] * last / shares);
+      for (int p = 0; p < count_; ++p) {
+        const int64_t from = tasks_[p] * first / shares, to = tasks_[p] * last / shares;
+        if (from < to) kernels_.product(args_[p], from, to);
+      }
     });
   }
 
