@@ -10,7 +10,10 @@ Environment variables:
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
@@ -28,6 +31,30 @@ ROOT = Path(__file__).parent.resolve()
 PACKAGE = "lstm_ext"
 
 
+def cuda_home() -> str | None:
+    """Find the CUDA toolkit: torch's guess, or where nvcc itself says that it lives.
+
+    torch takes the folder above the nvcc on PATH, which is wrong when that is a wrapper script.
+    """
+    home = cpp_extension.CUDA_HOME
+    if home is None or list(Path(home).glob("lib*/libcudart.so*")):
+        return home
+    nvcc = Path(home) / "bin" / "nvcc"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "empty.cu"
+        source.touch()
+        command = [str(nvcc), "--dryrun", str(source)]
+        said = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    top = re.search(r"^#\$ (?:TOP|_HERE_)=(\S+)", said.stderr, re.MULTILINE)
+    if top is None:
+        return home
+    folder_of_nvcc = Path(top.group(1))
+    for candidate in (folder_of_nvcc, *folder_of_nvcc.resolve().parents):
+        if list(candidate.glob("lib*/libcudart.so*")):
+            return str(candidate)
+    return home
+
+
 def cuda_wanted() -> bool:
     """Decide whether to build with CUDA, and say so in one line when it is not."""
     switch = os.environ.get("LSTM_EXT_CUDA", "").strip()
@@ -37,7 +64,7 @@ def cuda_wanted() -> bool:
     reason = ""
     if torch.version.cuda is None:
         reason = f"torch {torch.__version__} was built without CUDA"
-    elif cpp_extension.CUDA_HOME is None:
+    elif cpp_extension.CUDA_HOME is None:  # as cuda_home() has set it, below
         reason = "no CUDA toolkit found (set CUDA_HOME)"
     if switch == "1" and reason:
         raise SystemExit(f"lstm_ext: LSTM_EXT_CUDA=1, but {reason}")
@@ -101,5 +128,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         )
 
 
+# cpp_extension reads its own global, whenever it needs a path.
+cpp_extension.CUDA_HOME = cuda_home()
 WITH_CUDA = cuda_wanted()
 setup(ext_modules=[extension(WITH_CUDA)], cmdclass={"build_ext": BuildExtension})

@@ -120,8 +120,8 @@ def bench_row(
         "gflops": flops / times[peers.OURS] / 1e3,
     }
     if dtype == torch.float32:
-        # Every product reads the weights once, or writes as much.
-        least = machine.seconds(flops, products * 4.0 * 4 * H * (I + H))
+        # Every product reads the weights once, or writes as much: one at a time.
+        least = products * machine.seconds(flops / products, 4.0 * 4 * H * (I + H))
         row["share_of_limit"] = least * 1e6 / times[peers.OURS]
     rivals = [times[name] for name in (peers.TORCH, peers.COMPILED) if name in times]
     if rivals:
@@ -159,6 +159,7 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
 
+    protocol.environment()
     machine = limits.measure(threads)
     plan = [(t, shape, mode) for t in threads for shape in shapes for mode in options.modes]
     rows = []

@@ -68,7 +68,7 @@ int main(int argc, char** argv) {
   const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
   const double seconds = best_time(threads, multiply_add);
   std::printf("gflops %.1f\n", 2.0 * kChains * kWidth * kSteps * threads / seconds / 1e9);
-  for (long kib : {16, 256, 4096, 16384, 262144}) {
+  for (long kib : {16, 64, 256, 512, 1024, 4096, 8192, 16384, 32768, 65536, 262144}) {
     std::vector<std::vector<Floats>> data(threads);
     for (auto& d : data) d.assign(kib * 1024 / kBytes, Floats{} + 1.0f);
     const long repeats = std::max(2L, 512L * 1024 / kib);

@@ -25,10 +25,14 @@ class Limits:
     bandwidth: dict[int, float]
 
     def seconds(self, flops: float, weight_bytes: float) -> float:
-        """Least time for a product: its arithmetic, or reading its weights from where they lie."""
+        """Least time for a product: its arithmetic, or reading its weights from where they lie.
+
+        The rate is that of the largest amount measured that is no larger than the weights' share
+        of a thread: the fastest that they can be read at.
+        """
         per_thread = weight_bytes / self.threads / 1024
-        fitting = [size for size in sorted(self.bandwidth) if size >= per_thread]
-        rate = self.bandwidth[fitting[0] if fitting else max(self.bandwidth)]
+        below = [size for size in sorted(self.bandwidth) if size <= per_thread]
+        rate = self.bandwidth[below[-1] if below else min(self.bandwidth)]
         return max(flops / self.gflops, weight_bytes / rate) / 1e9
 
 

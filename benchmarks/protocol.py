@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import platform
@@ -59,6 +60,7 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(logs)) if logs else math.nan
 
 
+@functools.cache  # as the run began: the files it writes would make the revision "dirty"
 def environment() -> dict[str, Any]:
     """Describe machine, versions and revision, for the head of a result file."""
     return {

@@ -124,9 +124,10 @@ def draw(path: Path) -> Path:
             axis.bar(positions, [row["ratio"] for row in rows], width, label=label)
             axis.set_xticks(range(len(rows)), [name(row) for row in rows], rotation=60, ha="right")
         axis.axhline(1, color="black", linewidth=0.8)
+        axis.margins(y=0.25)  # room for the legend
         axis.set(title=mode.replace("_", ", "), ylabel="times as fast", yscale="log")
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if x in (2, 3, 5) else "")
         axis.tick_params(axis="y", which="minor", labelsize=7)
         axis.legend(loc="upper center", ncols=len(counts))
     where = content["environment"]
