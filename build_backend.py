@@ -16,12 +16,10 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from setuptools import build_meta
 from setuptools.build_meta import (
     build_editable,
     build_sdist,
     build_wheel,
-    get_requires_for_build_sdist,
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
@@ -54,15 +52,12 @@ def _site_packages() -> list[str]:
 sys.path += [f for f in dict.fromkeys(_site_packages()) if f not in sys.path and Path(f).is_dir()]
 
 
-def _torch_requirement() -> list[str]:
+# setuptools' own hooks would run setup.py to ask for its setup_requires. It has none, and it
+# imports torch, which is what may be missing.
+def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
+    """Return what a build needs beyond pyproject.toml's list: a torch when none is installed."""
     return [] if importlib.util.find_spec("torch") else [TORCH_REQUIREMENT]
 
 
-def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
-    """Return what a wheel needs: setuptools' own list, and a torch when none is installed."""
-    return build_meta.get_requires_for_build_wheel(config_settings) + _torch_requirement()
-
-
-def get_requires_for_build_editable(config_settings: dict[str, Any] | None = None) -> list[str]:
-    """Return what an editable install needs, as for a wheel."""
-    return build_meta.get_requires_for_build_editable(config_settings) + _torch_requirement()
+get_requires_for_build_editable = get_requires_for_build_wheel
+get_requires_for_build_sdist = get_requires_for_build_wheel

@@ -136,14 +136,15 @@ def test_newer_instruction_sets_leak_no_shared_functions(tmp_path):
 # in it can only come from the build or the install asking for one.
 
 
+PURELIB = "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+
 @pytest.fixture
 def environment(tmp_path):
     folder = tmp_path / "env"
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    site = Path(
-        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
-    )
+    site = Path(run(python, "-c", PURELIB).stdout.strip())
     source = Path(sysconfig.get_path("purelib"))
     for item in source.iterdir():
         if not item.name.startswith(("lstm_ext", "__editable__", "pip", "_virtualenv")):
@@ -196,6 +197,22 @@ def test_install(environment, checkout, arguments):
     where = install(environment, *arguments, cwd=checkout)
     in_checkout = str(checkout) in where
     assert in_checkout == ("-e" in arguments)
+
+
+@pytest.mark.packaging
+@pytest.mark.parametrize("with_torch", [True, False])
+def test_build_asks_for_a_torch_only_where_there_is_none(environment, checkout, with_torch):
+    site = Path(run(environment, "-c", PURELIB).stdout.strip())
+    if not with_torch:
+        (site / "torch").unlink()
+    for kind in ("wheel", "editable", "sdist"):
+        code = f"import build_backend; print(build_backend.get_requires_for_build_{kind}())"
+        # Nor is an active environment in sight, which the backend would look into as well.
+        variables = {
+            k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")
+        }
+        result = run(environment, "-c", code, cwd=checkout, env=variables)
+        assert result.stdout.strip() == ("[]" if with_torch else "['torch>=2.11']")
 
 
 @pytest.mark.packaging
