@@ -51,6 +51,13 @@ bool plain_cpu_tensor(const Tensor& tensor) {
   return backend == c10::DispatchKeySet(c10::DispatchKey::CPU);
 }
 
+// Whether two dense tensors share memory.
+bool overlap(const Tensor& a, const Tensor& b) {
+  const auto* a_begin = static_cast<const char*>(a.const_data_ptr());
+  const auto* b_begin = static_cast<const char*>(b.const_data_ptr());
+  return a_begin < b_begin + b.nbytes() && b_begin < a_begin + a.nbytes();
+}
+
 // The .grad tensors of the four parameters, where .backward() would add to them and do nothing
 // else: all exist, no hook wants to see the gradient first, none is asked for by name, and no
 // graph of the backward is recorded.
@@ -70,15 +77,16 @@ class ExistingGradients {
       if (!accumulate->pre_hooks().empty() || !accumulate->post_hooks().empty() ||
           !accumulate->tensor_pre_hooks().empty() || accumulate->tensor_post_acc_grad_hooks())
         return;
-      // One parameter in two places would be written twice at a time.
-      for (int other = 0; other < k; ++other)
-        if (wanted[other] && edges[other].function.get() == node) return;
       const Tensor& variable = accumulate->variable;
       const Tensor& grad = variable.grad();
       if (!grad.defined() || !grad.is_contiguous() || grad.requires_grad() ||
           grad.scalar_type() != variable.scalar_type() || grad.sizes() != variable.sizes() ||
           !plain_cpu_tensor(grad))
         return;
+      // One parameter in two places, or two with one .grad, would be written twice at a time.
+      for (int other = 0; other < k; ++other)
+        if (defined(tensors_[other]) && (nodes_[other] == node || overlap(*tensors_[other], grad)))
+          return;
       tensors_[k] = grad;
       nodes_[k] = node;
     }
@@ -86,6 +94,13 @@ class ExistingGradients {
   }
 
   bool usable() const { return usable_; }
+
+  // No kernel may read what another writes: not usable with a tensor in the same storage.
+  void keep_apart_from(const Tensor& read) {
+    if (!usable_ || !read.defined() || !read.has_storage()) return;
+    for (const auto& tensor : tensors_)
+      if (defined(tensor) && tensor->is_alias_of(read)) usable_ = false;
+  }
   const CellParameterGradients& tensors() const { return tensors_; }
 
   // Runs write() while no other thread writes these .grad tensors, and marks them as changed.
@@ -136,6 +151,8 @@ struct LSTMCellBackward : public torch::autograd::Node {
 
     constexpr int first_parameter = kCellInputs - kCellParameters;
     ExistingGradients existing(&next_edges()[first_parameter], &mask[first_parameter]);
+    for (const Tensor& read : variable_list{input, hx, cx, w_ih, w_hh, grads[0], grads[1]})
+      existing.keep_apart_from(read);
     if (existing.usable()) {
       CellStateGradients state;
       existing.update([&] {

@@ -364,6 +364,33 @@ def test_accumulating_into_a_parameter_in_two_places():
     torch.testing.assert_close(loss(lstm_ext.LSTMCell), loss(torch.nn.LSTMCell))
 
 
+def test_accumulating_into_gradients_that_share_memory():
+    """A .grad that the cell also reads, or that two parameters share: torch's own result."""
+
+    def grads(kind, shared):
+        torch.manual_seed(3)
+        cell = kind(4, 1).double()
+        for p in cell.parameters():
+            p.grad = torch.ones_like(p)
+        x = torch.randn(4, 4, dtype=torch.double)
+        if shared == "input":
+            x = cell.weight_ih.grad.detach()
+        elif shared == "biases":
+            cell.bias_hh.grad = cell.bias_ih.grad
+        elif shared == "flat":
+            flat = torch.ones(sum(p.numel() for p in cell.parameters()), dtype=torch.double)
+            pieces = flat.split([p.numel() for p in cell.parameters()])
+            for p, piece in zip(cell.parameters(), pieces, strict=True):
+                p.grad = piece.view_as(p)
+        sum(out.square().sum() for out in cell(x)).backward()
+        return [p.grad for p in cell.parameters()]
+
+    for shared in ("input", "biases", "flat"):
+        torch.testing.assert_close(
+            grads(lstm_ext.LSTMCell, shared), grads(torch.nn.LSTMCell, shared)
+        )
+
+
 def test_accumulating_over_steps_and_other_uses():
     """Several steps and a weight decay term in one backward."""
 
