@@ -17,7 +17,7 @@ def uniform(shape):
 
 def case(N, I, H, dtype, device="cpu", bias=True):
     """Random inputs, states, parameters and output gradients of one cell, in float64's order."""
-    bound = H**-0.5
+    bound = max(H, 1) ** -0.5
     shapes = {
         "input": (N, I),
         "h": (N, H),

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from measure import DTYPES, NAMES, Pool, case, exact, ours, run, torchs
 
 import lstm_ext
+from lstm_ext import reference
 
 # N, I, H: one of each kernel path, tile remainder and odd size.
 SHAPES = [
@@ -42,6 +45,18 @@ def test_error_is_no_worse_than_torchs(device, dtype, shape, bias):
             pool.add(t, a, b)
     for name, pool in zip(NAMES[: len(truth)], pools, strict=False):
         pool.assert_no_worse(name, dtype)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    N=st.integers(0, 40), I=st.integers(0, 140), H=st.integers(0, 70), bias=st.booleans(),
+)  # fmt: skip
+def test_any_size(N, I, H, bias):
+    """Whatever the tiles leave over: outputs and gradients are the reference's."""
+    torch.manual_seed(0)
+    values, grads = case(N, I, H, torch.float64, bias=bias)
+    expected = run(lambda x, h, c, *w: reference.lstm_cell(x, (h, c), *w), values, grads)
+    torch.testing.assert_close(run(ours, values, grads), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
