@@ -3,7 +3,7 @@
 // e^x = 2^n (1 + (e^r - 1)) with x = n ln2 + r and |r| <= ln2 / 2, where e^r - 1 is its Taylor
 // series. tanh(x) = 1 - 2 / (e^2x + 1) would cancel near 0: below kTanhSmall it is the odd
 // polynomial x + x^3 P(x^2), P a near-minimax fit (Chebyshev interpolation of
-// (tanh x - x) / x^3 in 40 digits). Largest errors, in units in the last place: 2 for sigmoid,
+// (tanh x - x) / x^3 in 40 digits). Largest errors, in units in the last place: 2.3 for sigmoid,
 // as torch.sigmoid, and 1.5 for tanh (tests/test_activations.py). +-inf give the limits, NaN
 // stays NaN.
 #pragma once

@@ -26,7 +26,6 @@ LSTM_EXT_INLINE int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) 
 
 template <class T>
 struct Panel {
-  using V = typename Vector<T>::type;
   static constexpr int kWidth = Vector<T>::kWidth;
   static constexpr int kColumns = kPanelVectors * kWidth;
 
