@@ -2,6 +2,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -36,8 +37,11 @@ Dtype kernel_dtype(at::ScalarType dtype) {
 at::ScalarType compute_type(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
-Tensor to_compute_type(const Tensor& tensor) {
-  return tensor.to(compute_type(tensor.scalar_type())).contiguous();
+
+// The rows of x [N, K] as factors.
+Tensor to_factors(const CellKernels& kernels, const Tensor& x) {
+  if (!kernels.pair_rows) return x.to(compute_type(x.scalar_type())).contiguous();
+  return x.size(1) % 2 ? at::constant_pad_nd(x, {0, 1}) : x.contiguous();
 }
 
 // The tensor itself where it is dense, borrowed, else a copy; null where it is undefined.
@@ -80,18 +84,18 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   const CellKernels& kernels = cell_kernels(kernel_dtype(dtype));
   const Dense input(in.input), hx(in.hx), cx(in.cx), w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih),
       b_hh(in.b_hh);
-  Tensor input_compute, hx_compute;
+  Tensor input_factors, hx_factors;
   if (kernels.forward_packs(N)) {
-    input_compute = to_compute_type(in.input);
-    hx_compute = to_compute_type(in.hx);
+    input_factors = to_factors(kernels, in.input);
+    hx_factors = to_factors(kernels, in.hx);
   }
   const CellForwardArgs args = {N,
                                 I,
                                 H,
                                 input.data(),
                                 hx.data(),
-                                Dense(input_compute).data(),
-                                Dense(hx_compute).data(),
+                                Dense(input_factors).data(),
+                                Dense(hx_factors).data(),
                                 cx.data(),
                                 w_ih.data(),
                                 w_hh.data(),
@@ -172,32 +176,77 @@ Tensor gate_gradients(const CellKernels& kernels, const std::optional<Tensor>& g
       [&](int64_t first, int64_t last) { kernels.gate_gradients(args, first, last); });
   for (const Target* bias : {&targets.b_ih, &targets.b_hh})
     if (bias->wanted())
-      kernels.reduce_bias(bias_sums.const_data_ptr(), bias_blocks(N), H,
-                          bias->tensor.mutable_data_ptr(), bias->accumulate);
+      kernels.add_up(bias_sums.const_data_ptr(), bias_blocks(N), 4 * H,
+                     bias->tensor.mutable_data_ptr(), bias->accumulate);
   return grad_gates;
 }
+
+// The gradients of the gates [N, 4H] as the left factors of the products, made when asked for.
+class GateFactors {
+ public:
+  GateFactors(const CellKernels& kernels, Tensor grad_gates)
+      : kernels_(kernels), grad_gates_(std::move(grad_gates)) {}
+  int64_t N() const { return grad_gates_.size(0); }
+  int64_t gates() const { return grad_gates_.size(1); }
+
+  // Fills in args.a, which lives as long as this, for a product with the gradients or, transposed,
+  // with their transpose.
+  void left(bool transposed, ProductArgs& args) {
+    const bool pairs = kernels_.pair_rows && kernels_.product_packs(args.rows, args.depth);
+    const Tensor& a = !pairs ? grad_gates_ : transposed ? row_pairs() : halves();
+    args.a = a.const_data_ptr();
+    args.a_row_stride = transposed ? 1 : pairs ? gates() / 2 : gates();
+    args.a_k_stride = transposed ? gates() : 1;
+  }
+
+ private:
+  const Tensor& halves() {
+    if (!halves_.defined()) halves_ = grad_gates_.to(at::kBFloat16);
+    return halves_;
+  }
+  const Tensor& row_pairs() {
+    if (!row_pairs_.defined()) {
+      const int64_t pairs = (N() + 1) / 2;
+      row_pairs_ = empty({pairs, gates(), 2}, at::kBFloat16);
+      run(pairs, N() * gates(), [&](int64_t first, int64_t last) {
+        kernels_.pair_rows(grad_gates_.const_data_ptr(), N(), gates(),
+                           row_pairs_.mutable_data_ptr(), first, last);
+      });
+    }
+    return row_pairs_;
+  }
+
+  const CellKernels& kernels_;
+  const Tensor grad_gates_;
+  Tensor halves_, row_pairs_;
+};
 
 // Matrix products that run side by side in one parallel region.
 class Products {
  public:
-  explicit Products(const CellKernels& kernels) : kernels_(kernels) {}
+  Products(const CellKernels& kernels, GateFactors& factors)
+      : kernels_(kernels), factors_(factors) {}
 
-  // target = or += a * b, or a^T * b; a is grad_gates [N, 4H], dense, and outlives this.
-  void add(const Target& target, const Tensor& a, bool transpose_a, const Tensor& b) {
+  // target = or += the gates' gradients, or their transpose, times b.
+  void add(const Target& target, bool transposed, const Tensor& b) {
     if (!target.wanted()) return;
-    const int64_t N = a.size(0), gates = a.size(1);
-    const int64_t rows = transpose_a ? gates : N, depth = transpose_a ? N : gates;
+    const int64_t rows = transposed ? factors_.gates() : factors_.N();
+    const int64_t depth = transposed ? factors_.N() : factors_.gates();
     const int64_t columns = b.size(1);
     operands_[count_] = b.expect_contiguous();
-    args_[count_] = {rows,
-                     columns,
-                     depth,
-                     a.const_data_ptr(),
-                     transpose_a ? 1 : gates,
-                     transpose_a ? gates : 1,
-                     operands_[count_]->const_data_ptr(),
-                     target.tensor.mutable_data_ptr(),
-                     target.accumulate};
+    ProductArgs& args = args_[count_];
+    args.rows = rows;
+    args.columns = columns;
+    args.depth = depth;
+    factors_.left(transposed, args);
+    args.b = operands_[count_]->const_data_ptr();
+    parts_[count_] = kernels_.product_parts(rows, depth, columns);
+    if (parts_[count_] > 1)
+      terms_[count_] =
+          empty({parts_[count_], rows, columns}, compute_type(target.tensor.scalar_type()));
+    results_[count_] = target;
+    args.c = (parts_[count_] > 1 ? terms_[count_] : target.tensor).mutable_data_ptr();
+    args.accumulate = target.accumulate;
     tasks_[count_] = kernels_.product_tasks(rows, depth, columns);
     work_ += rows * columns * (depth + 4);
     ++count_;
@@ -213,14 +262,21 @@ class Products {
         if (from < to) kernels_.product(args_[p], from, to);
       }
     });
+    for (int p = 0; p < count_; ++p)
+      if (parts_[p] > 1)
+        kernels_.add_up(terms_[p].const_data_ptr(), parts_[p], args_[p].rows * args_[p].columns,
+                        results_[p].tensor.mutable_data_ptr(), results_[p].accumulate);
   }
 
  private:
   static constexpr int kMost = 4;
   const CellKernels& kernels_;
+  GateFactors& factors_;
   std::array<c10::MaybeOwned<Tensor>, kMost> operands_;
   std::array<ProductArgs, kMost> args_;
-  std::array<int64_t, kMost> tasks_;
+  std::array<int64_t, kMost> tasks_, parts_;
+  std::array<Tensor, kMost> terms_;
+  std::array<Target, kMost> results_;
   int count_ = 0;
   int64_t work_ = 0;
 };
@@ -241,12 +297,12 @@ void check_backward(const std::optional<Tensor>& grad_hy, const std::optional<Te
 void backward(const std::optional<Tensor>& grad_hy, const std::optional<Tensor>& grad_cy,
               const CellInputs& in, const Tensor& gates, const Targets& targets) {
   const CellKernels& kernels = cell_kernels(kernel_dtype(in.hx.scalar_type()));
-  const Tensor grad_gates = gate_gradients(kernels, grad_hy, grad_cy, in.cx, gates, targets);
-  Products products(kernels);
-  products.add(targets.input, grad_gates, false, in.w_ih);
-  products.add(targets.hx, grad_gates, false, in.w_hh);
-  products.add(targets.w_ih, grad_gates, true, in.input);
-  products.add(targets.w_hh, grad_gates, true, in.hx);
+  GateFactors factors(kernels, gate_gradients(kernels, grad_hy, grad_cy, in.cx, gates, targets));
+  Products products(kernels, factors);
+  products.add(targets.input, false, in.w_ih);
+  products.add(targets.hx, false, in.w_hh);
+  products.add(targets.w_ih, true, in.input);
+  products.add(targets.w_hh, true, in.hx);
   products.run();
 }
 

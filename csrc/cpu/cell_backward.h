@@ -58,17 +58,50 @@ void gate_gradients(const GateGradientArgs& args, int64_t first_task, int64_t la
 }
 
 template <class S>
-void reduce_bias(const void* bias_sums, int64_t row_blocks, int64_t H, void* out, bool accumulate) {
-  const auto* sums = static_cast<const ComputeType<S>*>(bias_sums);
-  for (int64_t j = 0; j < 4 * H; j += kWidthOf<S>) {
-    const int64_t n = at_most(kWidthOf<S>, 4 * H - j);
+void add_up(const void* parts, int64_t count, int64_t size, void* out, bool accumulate) {
+  const auto* terms = static_cast<const ComputeType<S>*>(parts);
+  for (int64_t j = 0; j < size; j += kWidthOf<S>) {
+    const int64_t n = at_most(kWidthOf<S>, size - j);
     // Four running sums: a quarter of the roundings in a row.
-    VectorOf<S> part[4] = {};
-    for (int64_t block = 0; block < row_blocks; ++block)
-      part[block % 4] += load(sums + block * 4 * H + j, n);
-    store_result(static_cast<S*>(out) + j, (part[0] + part[1]) + (part[2] + part[3]), n,
-                 accumulate);
+    VectorOf<S> sum[4] = {};
+    for (int64_t part = 0; part < count; ++part) sum[part % 4] += load(terms + part * size + j, n);
+    store_result(static_cast<S*>(out) + j, (sum[0] + sum[1]) + (sum[2] + sum[3]), n, accumulate);
   }
+}
+
+template <class S>
+bool product_packs(int64_t rows, int64_t depth) {
+  return !streams(rows, depth);
+}
+
+// How a packed product is cut: into blocks of rows, as even as whole tiles allow, panels of
+// columns, and, where that makes few tasks of great depth, parts of the depth, whose results are
+// added up in the end.
+struct PanelPlan {
+  RowBlocks rows;
+  int64_t column_blocks, parts, part_depth;
+};
+constexpr int64_t kTasksWanted = 16;
+constexpr int64_t kPartPanels = 4;  // of depth, at least, in each part
+
+template <class S>
+PanelPlan panel_plan(int64_t rows, int64_t depth, int64_t columns) {
+  PanelPlan plan;
+  plan.rows = row_blocks(rows);
+  plan.column_blocks = blocks(columns, Panel<FactorType<S>>::kColumns);
+  const int64_t panels = depth > 0 ? blocks(depth, kPanelStep<S>) : 1;
+  const int64_t most =
+      at_most(panels / kPartPanels, kTasksWanted / (plan.rows.count * plan.column_blocks));
+  const int64_t part_panels = most > 1 ? blocks(panels, most) : panels;
+  plan.parts = blocks(panels, part_panels);
+  plan.part_depth = part_panels * kPanelStep<S>;
+  return plan;
+}
+
+template <class S>
+int64_t product_parts(int64_t rows, int64_t depth, int64_t columns) {
+  if (rows == 0 || columns == 0 || depth == 0 || streams(rows, depth)) return 1;
+  return panel_plan<S>(rows, depth, columns).parts;
 }
 
 template <class S>
@@ -78,45 +111,60 @@ int64_t product_tasks(int64_t rows, int64_t depth, int64_t columns) {
     const StreamBlock block = stream_block(rows, columns);
     return blocks(rows, block.rows) * blocks(columns, block.columns);
   }
-  return blocks(rows, kPanelRows) * blocks(columns, Panel<ComputeType<S>>::kColumns);
+  const PanelPlan plan = panel_plan<S>(rows, depth, columns);
+  return plan.rows.count * plan.column_blocks * plan.parts;
 }
 
-// A task: one panel of columns for up to kPanelRows rows.
+// A task: one panel of columns, one block of rows, one part of the depth.
 template <class S>
-void panel_task(const ProductArgs& args, int64_t row, int64_t column,
-                Panel<ComputeType<S>>& panel) {
+void panel_task(const ProductArgs& args, const PanelPlan& plan, int64_t task,
+                Panel<FactorType<S>>& panel) {
+  using F = FactorType<S>;
   using T = ComputeType<S>;
-  constexpr int width = kWidthOf<S>;
-  const int64_t rows = at_most(kPanelRows, args.rows - row);
-  const int64_t columns = at_most(Panel<T>::kColumns, args.columns - column);
-  const int vectors = static_cast<int>(blocks(columns, width));
-  const T* a = static_cast<const T*>(args.a) + row * args.a_row_stride;
+  const int64_t part = task % plan.parts, block = task / plan.parts;
+  const int64_t row = block % plan.rows.count * plan.rows.rows;
+  const int64_t column = block / plan.rows.count * Panel<F>::kColumns;
+  const int64_t first_k = part * plan.part_depth;
+  const int64_t end = at_most(first_k + plan.part_depth, args.depth);
+  const int64_t rows = at_most(plan.rows.rows, args.rows - row);
+  const int64_t columns = at_most(Panel<F>::kColumns, args.columns - column);
+  const int vectors = static_cast<int>(blocks(columns, kWidthOf<S>));
+  const F* a = static_cast<const F*>(args.a) + row * args.a_row_stride +
+               first_k / kDepthOfFactor<S> * args.a_k_stride;
   const S* b = static_cast<const S*>(args.b) + column;
-  std::memset(panel.sums, 0, rows * sizeof(panel.sums[0]));
-  for (int64_t k = 0; k < args.depth; k += kPanelDepth) {
-    const int64_t depth = at_most(kPanelDepth, args.depth - k);
-    pack_columns<S>(b + k * args.columns, args.columns, columns, depth, panel.b);
-    panel_product<T>(rows, {a + k * args.a_k_stride, args.a_row_stride, args.a_k_stride}, panel,
-                     depth, vectors, panel.sums);
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    S* c = static_cast<S*>(args.c) + (row + r) * args.columns + column;
-    for (int v = 0; v < vectors; ++v)
-      store_result(c + v * width, load(panel.sums[r][v]), columns - v * width, args.accumulate);
-  }
+  const int64_t at = row * args.columns + column;
+  const Result<S> result = {static_cast<S*>(args.c) + at, args.columns, columns, args.accumulate};
+  const Result<T> partial = {static_cast<T*>(args.c) + part * args.rows * args.columns + at,
+                             args.columns, columns, false};
+  const bool one_panel = plan.parts == 1 && args.depth <= kPanelStep<S>;
+  int64_t k = first_k;
+  do {  // once even without any depth: the result is zero then
+    const int64_t depth = pack_columns<S>(b + k * args.columns, args.columns, columns,
+                                          at_most(kPanelStep<S>, end - k), panel.b);
+    const Broadcast<F> left = {a, args.a_row_stride, args.a_k_stride};
+    if (one_panel)
+      panel_product(rows, left, panel, depth, vectors, result);
+    else
+      panel_product(rows, left, panel, depth, vectors, panel_sums(panel, k == first_k));
+    a += depth * args.a_k_stride;
+    k += kPanelStep<S>;
+  } while (k < end);
+  if (plan.parts > 1)
+    copy_sums(panel, rows, vectors, partial);
+  else if (!one_panel)
+    copy_sums(panel, rows, vectors, result);
 }
 
 template <class S>
 void product_panels(const ProductArgs& args, int64_t first_task, int64_t last_task) {
-  const int64_t row_blocks = blocks(args.rows, kPanelRows);
-  Panel<ComputeType<S>> panel;
-  for (int64_t task = first_task; task < last_task; ++task)
-    panel_task<S>(args, task % row_blocks * kPanelRows,
-                  task / row_blocks * Panel<ComputeType<S>>::kColumns, panel);
+  const PanelPlan plan = panel_plan<S>(args.rows, args.depth, args.columns);
+  Panel<FactorType<S>> panel;
+  for (int64_t task = first_task; task < last_task; ++task) panel_task<S>(args, plan, task, panel);
 }
 
 template <class S>
 void product(const ProductArgs& args, int64_t first_task, int64_t last_task) {
+  if (first_task >= last_task) return;
   if (!streams(args.rows, args.depth)) return product_panels<S>(args, first_task, last_task);
   const StreamBlock block = stream_block(args.rows, args.columns);
   const int64_t row_blocks = blocks(args.rows, block.rows);
@@ -126,6 +174,23 @@ void product(const ProductArgs& args, int64_t first_task, int64_t last_task) {
     stream_task<S>(args, row, at_most(block.rows, args.rows - row), column,
                    at_most(block.columns, args.columns - column));
   }
+}
+
+template <class S>
+void pair_rows(const void* m, int64_t rows, int64_t columns, void* pairs, int64_t first,
+               int64_t last) {
+  const auto* row = static_cast<const ComputeType<S>*>(m) + 2 * first * columns;
+  auto* out = static_cast<BFloat16Pair*>(pairs) + first * columns;
+  for (int64_t pair = first; pair < last; ++pair, row += 2 * columns, out += columns)
+    for (int64_t j = 0; j < columns; j += kWidthOf<S>) {
+      const int64_t n = at_most(kWidthOf<S>, columns - j);
+      const auto low = narrow(load(row + j, n), S{});
+      const auto high = 2 * pair + 1 < rows ? narrow(load(row + columns + j, n), S{}) : UInt16s{};
+      store(reinterpret_cast<float*>(out + j),
+            bit_cast<Floats>(__builtin_convertvector(low, UInt32s) |
+                             __builtin_convertvector(high, UInt32s) << 16),
+            n);
+    }
 }
 
 }  // namespace

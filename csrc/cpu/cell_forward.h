@@ -22,68 +22,61 @@ using Sums = ComputeType<S> (*)[kGates][kWidthOf<S>];
 // (No lambdas here: GCC compiles them for the file's own target, not the pragma's.)
 
 // sum += the products of one vector along K, or of its first n elements.
-template <class S, int Rows, int Units, bool Whole>
+template <class S, int Rows, bool Whole>
 LSTM_EXT_INLINE void dot_step(const S* x, const S* w, int64_t K, int64_t H, int64_t n,
-                              VectorOf<S> (&sum)[Rows][Units][kGates]) {
-  VectorOf<S> x_k[Rows];
+                              VectorOf<S> (&sum)[Rows][kGates]) {
+  if (Whole) n = kWidthOf<S> * kDepthOfFactor<S>;
+  FactorVectorOf<S> x_k[Rows];
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) x_k[r] = Whole ? load(x + r * K) : load(x + r * K, n);
-#pragma GCC unroll 8
-  for (int u = 0; u < Units; ++u)
+  for (int r = 0; r < Rows; ++r) x_k[r] = load_factors<S>(x + r * K, n);
 #pragma GCC unroll 4
-    for (int gate = 0; gate < kGates; ++gate) {
-      const S* w_row = w + (gate * H + u) * K;
-      const VectorOf<S> w_k = Whole ? load(w_row) : load(w_row, n);
+  for (int gate = 0; gate < kGates; ++gate) {
+    const FactorVectorOf<S> w_k = load_factors<S>(w + gate * H * K, n);
 #pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) sum[r][u][gate] += x_k[r] * w_k;
-    }
+    for (int r = 0; r < Rows; ++r)
+      sum[r][gate] = multiply_add<FactorType<S>>(sum[r][gate], x_k[r], w_k);
+  }
 }
 
-// Dot products of Rows rows of x [*, K] with the four gate rows of Units hidden units, weights
-// as they lie: w [4H, K]. One result is summed in the same order whatever the tile.
-template <class S, int Rows, int Units>
+// Dot products of Rows rows of x [*, K] with the four gate rows of a hidden unit, weights as they
+// lie: w [4H, K]. One result is summed in the same order whatever the tile.
+template <class S, int Rows>
 LSTM_EXT_INLINE void dot_products(const S* x, const S* w, int64_t K, int64_t H,
-                                  VectorOf<S> (&sum)[Rows][Units][kGates]) {
-  constexpr int width = kWidthOf<S>;
+                                  VectorOf<S> (&sum)[Rows][kGates]) {
+  constexpr int step = kWidthOf<S> * kDepthOfFactor<S>;
   int64_t k = 0;
-  for (; k + width <= K; k += width) dot_step<S, Rows, Units, true>(x + k, w + k, K, H, width, sum);
-  if (k < K) dot_step<S, Rows, Units, false>(x + k, w + k, K, H, K - k, sum);
+  for (; k + step <= K; k += step) dot_step<S, Rows, true>(x + k, w + k, K, H, step, sum);
+  if (k < K) dot_step<S, Rows, false>(x + k, w + k, K, H, K - k, sum);
 }
 
-template <class S, int Rows, int Units>
-void dot_tile(const CellForwardArgs& args, int64_t row, int64_t unit, int u, Sums<S> sums) {
-  using T = ComputeType<S>;
-  VectorOf<S> sum[Rows][Units][kGates] = {};
-  dot_products<S, Rows, Units>(static_cast<const S*>(args.input) + row * args.I,
-                               static_cast<const S*>(args.w_ih) + unit * args.I, args.I, args.H,
-                               sum);
-  dot_products<S, Rows, Units>(static_cast<const S*>(args.hx) + row * args.H,
-                               static_cast<const S*>(args.w_hh) + unit * args.H, args.H, args.H,
-                               sum);
-  for (int r = 0; r < Rows; ++r)
-    for (int i = 0; i < Units; ++i) {
-      T total[kGates];
-      horizontal_sums<T>(sum[r][i], total);
-      for (int gate = 0; gate < kGates; ++gate) sums[r][gate][u + i] = total[gate];
-    }
-}
-
-// Rows rows of every unit of the task, Units units at a time.
-template <class S, int Rows, int Units>
+// Rows rows of every unit of the task.
+template <class S, int Rows>
 void dot_rows(const CellForwardArgs& args, int64_t row, int64_t unit, int units, Sums<S> sums) {
-  int u = 0;
-  for (; u + Units <= units; u += Units) dot_tile<S, Rows, Units>(args, row, unit + u, u, sums);
-  for (; u < units; ++u) dot_tile<S, Rows, 1>(args, row, unit + u, u, sums);
+  const S* input = static_cast<const S*>(args.input) + row * args.I;
+  const S* hx = static_cast<const S*>(args.hx) + row * args.H;
+  const S* w_ih = static_cast<const S*>(args.w_ih) + unit * args.I;
+  const S* w_hh = static_cast<const S*>(args.w_hh) + unit * args.H;
+  for (int u = 0; u < units; ++u, w_ih += args.I, w_hh += args.H) {
+    VectorOf<S> sum[Rows][kGates] = {};
+    dot_products<S, Rows>(input, w_ih, args.I, args.H, sum);
+    dot_products<S, Rows>(hx, w_hh, args.H, args.H, sum);
+    for (int r = 0; r < Rows; ++r) {
+      ComputeType<S> total[kGates];
+      horizontal_sums<ComputeType<S>>(sum[r], total);
+      for (int gate = 0; gate < kGates; ++gate) sums[r][gate][u] = total[gate];
+    }
+  }
 }
 
-// The product for few rows: tiles of about twelve accumulators, to cover the latency of FMA.
+// The product for few rows, as many at a time as leave their sums in registers. (Fewer streams of
+// weights read slower from memory, more of them slower from the caches.)
 template <class S>
 void gate_product_dots(const CellForwardArgs& args, int64_t row, int64_t rows, int64_t unit,
                        int units, Sums<S> sums) {
   int64_t r = 0;
-  for (; r + 3 <= rows; r += 3) dot_rows<S, 3, 1>(args, row + r, unit, units, sums + r);
-  if (rows - r == 2) dot_rows<S, 2, 1>(args, row + r, unit, units, sums + r);
-  if (rows - r == 1) dot_rows<S, 1, 3>(args, row + r, unit, units, sums + r);
+  for (; r + 3 <= rows; r += 3) dot_rows<S, 3>(args, row + r, unit, units, sums + r);
+  if (rows - r == 2) dot_rows<S, 2>(args, row + r, unit, units, sums + r);
+  if (rows - r == 1) dot_rows<S, 1>(args, row + r, unit, units, sums + r);
 }
 
 // How the four gates of a task's units lie in a panel's sums: one vector each, or, when all units
@@ -101,21 +94,22 @@ LSTM_EXT_INLINE GateLayout gate_layout(int64_t H) {
 }
 
 // The product for many rows: the four gates of the task's units as a panel.
-// x is [N, K] in the compute type.
+// x is [N, K] in factors; the first product replaces the panel's sums, others add to them.
 template <class S>
-void gate_product_panel(const ComputeType<S>* x, const S* w, int64_t K, int64_t H, int64_t row,
-                        int64_t rows, int64_t unit, int units, Panel<ComputeType<S>>& panel) {
-  using T = ComputeType<S>;
+void gate_product_panel(const FactorType<S>* x, const S* w, int64_t K, int64_t H, int64_t row,
+                        int64_t rows, int64_t unit, int units, bool first,
+                        Panel<FactorType<S>>& panel) {
+  const int64_t ldx = blocks(K, kDepthOfFactor<S>);
   constexpr int width = kWidthOf<S>;
   const GateLayout layout = gate_layout<S>(H);
   int64_t lanes[kPanelVectors];
   for (int v = 0; v < kPanelVectors; ++v)
     lanes[v] = layout.dense ? at_most(width, kGates * H - v * width) : units;
-  for (int64_t k = 0; k < K; k += kPanelDepth) {
-    const int64_t depth = at_most(kPanelDepth, K - k);
-    pack_transposed<S>(w + unit * K + k, K, layout.dense ? width * K : H * K, lanes, depth,
-                       panel.b);
-    panel_product<T>(rows, {x + row * K + k, K, 1}, panel, depth, layout.vectors, panel.sums);
+  for (int64_t k = 0; k < K; k += kPanelStep<S>) {
+    const int64_t depth = pack_transposed<S>(w + unit * K + k, K, layout.dense ? width * K : H * K,
+                                             lanes, at_most(kPanelStep<S>, K - k), panel.b);
+    panel_product<FactorType<S>>(rows, {x + row * ldx + k / kDepthOfFactor<S>, ldx, 1}, panel,
+                                 depth, layout.vectors, panel_sums(panel, first && k == 0));
   }
 }
 
@@ -150,7 +144,7 @@ void finish_cells(const CellForwardArgs& args, int64_t row_begin, int64_t rows, 
 
 template <class S>
 int64_t forward_tasks(int64_t N, int64_t H) {
-  return blocks(N, kPanelRows) * blocks(H, kWidthOf<S>);
+  return row_blocks(N).count * blocks(H, kWidthOf<S>);
 }
 
 template <class S>
@@ -165,25 +159,24 @@ struct ForwardTask {
 };
 template <class S>
 LSTM_EXT_INLINE ForwardTask forward_task(const CellForwardArgs& args, int64_t task) {
-  const int64_t row_blocks = blocks(args.N, kPanelRows);
-  const int64_t row = task % row_blocks * kPanelRows, unit = task / row_blocks * kWidthOf<S>;
-  return {row, at_most(kPanelRows, args.N - row), unit,
+  const RowBlocks cut = row_blocks(args.N);
+  const int64_t row = task % cut.count * cut.rows, unit = task / cut.count * kWidthOf<S>;
+  return {row, at_most(cut.rows, args.N - row), unit,
           static_cast<int>(at_most(kWidthOf<S>, args.H - unit))};
 }
 
 template <class S>
 void forward_panels(const CellForwardArgs& args, int64_t first_task, int64_t last_task) {
-  using T = ComputeType<S>;
-  const T* input = static_cast<const T*>(args.input_compute);
-  const T* hx = static_cast<const T*>(args.hx_compute);
+  using F = FactorType<S>;
+  const F* input = static_cast<const F*>(args.input_factors);
+  const F* hx = static_cast<const F*>(args.hx_factors);
   const S* w_ih = static_cast<const S*>(args.w_ih);
   const S* w_hh = static_cast<const S*>(args.w_hh);
-  Panel<T> panel;
+  Panel<F> panel;
   for (int64_t task = first_task; task < last_task; ++task) {
     const auto [row, rows, unit, units] = forward_task<S>(args, task);
-    std::memset(panel.sums, 0, rows * sizeof(panel.sums[0]));
-    gate_product_panel<S>(input, w_ih, args.I, args.H, row, rows, unit, units, panel);
-    gate_product_panel<S>(hx, w_hh, args.H, args.H, row, rows, unit, units, panel);
+    gate_product_panel<S>(hx, w_hh, args.H, args.H, row, rows, unit, units, true, panel);
+    gate_product_panel<S>(input, w_ih, args.I, args.H, row, rows, unit, units, false, panel);
     finish_cells<S>(args, row, rows, unit, units, gate_layout<S>(args.H).gate_stride, panel.sums);
   }
 }

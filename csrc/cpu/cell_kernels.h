@@ -10,14 +10,16 @@ namespace lstm_ext::cpu {
 enum class Dtype { kFloat, kDouble, kBFloat16, kHalf };
 inline constexpr int kDtypes = 4;
 
-// Sums are made in the "compute type": float for the two halves, else the dtype itself.
-// No output may overlap an input.
+// Sums are made in the "compute type": float for the two halves, else the dtype itself. The
+// "factors" of the large products are in the compute type too, but for bfloat16 where the processor
+// multiplies it: there a factor is two neighbouring k's, (0, 1), (2, 3), .., the last one padded
+// with zero. No output may overlap an input.
 struct CellForwardArgs {
   int64_t N, I, H;
   const void* input;          // [N, I]
   const void* hx;             // [N, H]
-  const void* input_compute;  // both in the compute type; read if forward_packs(N)
-  const void* hx_compute;
+  const void* input_factors;  // both as factors; read if forward_packs(N)
+  const void* hx_factors;
   const void* cx;    // [N, H]
   const void* w_ih;  // [4H, I]
   const void* w_hh;  // [4H, H]
@@ -43,7 +45,9 @@ struct GateGradientArgs {
 // c [rows, columns] = a [rows, depth] * b [depth, columns], or that added to c
 struct ProductArgs {
   int64_t rows, columns, depth;
-  const void* a;  // in the compute type, element [r, k] at r * a_row_stride + k * a_k_stride
+  // In the compute type, or in factors if product_packs(rows, depth): element [r, k] at
+  // r * a_row_stride + k * a_k_stride.
+  const void* a;
   int64_t a_row_stride, a_k_stride;
   const void* b;
   void* c;
@@ -58,10 +62,18 @@ struct CellKernels {
   void (*forward)(const CellForwardArgs&, int64_t first_task, int64_t last_task);
   int64_t (*gate_gradient_tasks)(int64_t N, int64_t H);
   void (*gate_gradients)(const GateGradientArgs&, int64_t first_task, int64_t last_task);
-  // The sum of the blocks of bias_sums, in order, into out [4H], or added to it.
-  void (*reduce_bias)(const void* bias_sums, int64_t blocks, int64_t H, void* out, bool accumulate);
+  // out [size] = or += the sum of parts [count, size], in the compute type, in a fixed order.
+  void (*add_up)(const void* parts, int64_t count, int64_t size, void* out, bool accumulate);
+  bool (*product_packs)(int64_t rows, int64_t depth);
+  // If more than one, c is not the result: it takes as many terms of it [parts, rows, columns], in
+  // the compute type, to be added up.
+  int64_t (*product_parts)(int64_t rows, int64_t depth, int64_t columns);
   int64_t (*product_tasks)(int64_t rows, int64_t depth, int64_t columns);
   void (*product)(const ProductArgs&, int64_t first_task, int64_t last_task);
+  // Null unless factors are pairs. m [rows, columns] in the compute type, its rows two by two:
+  // pairs [ceil(rows / 2), columns], of which those from first to last are written.
+  void (*pair_rows)(const void* m, int64_t rows, int64_t columns, void* pairs, int64_t first,
+                    int64_t last);
 };
 
 inline constexpr int64_t kBiasBlockRows = 16;  // short sums: few roundings
@@ -72,6 +84,7 @@ extern const CellKernels kCellKernelsDefault[kDtypes];
 #if defined(__x86_64__)
 extern const CellKernels kCellKernelsAVX2[kDtypes];
 extern const CellKernels kCellKernelsAVX512[kDtypes];
+extern const CellKernels kCellKernelsAVX512BF16;  // for bfloat16 alone
 #endif
 
 // The instruction sets compiled in, comma-separated, and the one that at::get_cpu_capability()

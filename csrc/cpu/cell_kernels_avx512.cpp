@@ -21,12 +21,16 @@
 #endif
 #define LSTM_EXT_VECTOR_BYTES 64
 #define LSTM_EXT_TILE_ROWS 6
-#define LSTM_EXT_HAS_F16C
 #define LSTM_EXT_DOT_ROWS 8
 #define LSTM_EXT_STREAM_ROWS 12
 #define LSTM_EXT_STREAM_DEPTH 24
-#define LSTM_EXT_TABLE kCellKernelsAVX512
 #include "cpu/cell_kernels_impl.h"
+
+namespace lstm_ext::cpu {
+// In the order of Dtype.
+const CellKernels kCellKernelsAVX512[kDtypes] = {table<float>(), table<double>(), table<BFloat16>(),
+                                                 table<Half>()};
+}  // namespace lstm_ext::cpu
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

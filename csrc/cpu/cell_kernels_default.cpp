@@ -7,5 +7,10 @@
 #define LSTM_EXT_DOT_ROWS 8
 #define LSTM_EXT_STREAM_ROWS 12
 #define LSTM_EXT_STREAM_DEPTH 16
-#define LSTM_EXT_TABLE kCellKernelsDefault
 #include "cpu/cell_kernels_impl.h"
+
+namespace lstm_ext::cpu {
+// In the order of Dtype.
+const CellKernels kCellKernelsDefault[kDtypes] = {table<float>(), table<double>(),
+                                                  table<BFloat16>(), table<Half>()};
+}  // namespace lstm_ext::cpu

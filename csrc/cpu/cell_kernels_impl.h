@@ -5,7 +5,7 @@
 //   LSTM_EXT_DOT_ROWS      most rows for which the forward leaves the weights unpacked
 //   LSTM_EXT_STREAM_ROWS   most rows for which a backward product streams
 //   LSTM_EXT_STREAM_DEPTH  greatest depth for which one of many rows does
-//   LSTM_EXT_TABLE         the table to define
+//   LSTM_EXT_HAS_BF16_PRODUCT  defined where the processor multiplies bfloat16
 #pragma once
 
 #include "cpu/cell_backward.h"
@@ -15,15 +15,19 @@ namespace lstm_ext::cpu {
 namespace {
 
 template <class S>
+constexpr auto pairing() -> decltype(CellKernels::pair_rows) {
+  if constexpr (kPaired<S>)
+    return pair_rows<S>;
+  else
+    return nullptr;
+}
+
+template <class S>
 constexpr CellKernels table() {
   return {forward_packs<S>,  forward_tasks<S>, forward<S>,       gate_gradient_tasks<S>,
-          gate_gradients<S>, reduce_bias<S>,   product_tasks<S>, product<S>};
+          gate_gradients<S>, add_up<S>,        product_packs<S>, product_parts<S>,
+          product_tasks<S>,  product<S>,       pairing<S>()};
 }
 
 }  // namespace
-
-// In the order of Dtype.
-const CellKernels LSTM_EXT_TABLE[kDtypes] = {table<float>(), table<double>(), table<BFloat16>(),
-                                             table<Half>()};
-
 }  // namespace lstm_ext::cpu

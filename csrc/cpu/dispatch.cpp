@@ -2,6 +2,7 @@
 // ATEN_CPU_CAPABILITY allow.
 #include <ATen/Version.h>
 
+#include <cstdlib>
 #include <string>
 
 #include "cpu/cell_kernels.h"
@@ -13,6 +14,7 @@ namespace {
 struct InstructionSet {
   const char* name;
   const CellKernels* cell;
+  const CellKernels* cell_bfloat16 = nullptr;  // where it has its own
 };
 
 // Read once, as ATen itself does.
@@ -20,7 +22,13 @@ const InstructionSet& active() {
   static const InstructionSet set = [] {
 #if defined(__x86_64__)
     const std::string capability = at::get_cpu_capability();
-    if (capability.rfind("AVX512", 0) == 0) return InstructionSet{"AVX512", kCellKernelsAVX512};
+    if (capability.rfind("AVX512", 0) == 0) {
+      // ATen names no extension of AVX-512; who asks for that one by name gets no more.
+      const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
+      if (__builtin_cpu_supports("avx512bf16") && (!asked || std::string(asked) != "avx512"))
+        return InstructionSet{"AVX512_BF16", kCellKernelsAVX512, &kCellKernelsAVX512BF16};
+      return InstructionSet{"AVX512", kCellKernelsAVX512};
+    }
     if (capability.rfind("AVX", 0) == 0) return InstructionSet{"AVX2", kCellKernelsAVX2};
 #endif
     return InstructionSet{"DEFAULT", kCellKernelsDefault};
@@ -32,7 +40,7 @@ const InstructionSet& active() {
 
 const char* compiled_instruction_sets() {
 #if defined(__x86_64__)
-  return "DEFAULT,AVX2,AVX512";
+  return "DEFAULT,AVX2,AVX512,AVX512_BF16";
 #else
   return "DEFAULT";
 #endif
@@ -40,6 +48,10 @@ const char* compiled_instruction_sets() {
 
 const char* active_instruction_set() { return active().name; }
 
-const CellKernels& cell_kernels(Dtype dtype) { return active().cell[static_cast<int>(dtype)]; }
+const CellKernels& cell_kernels(Dtype dtype) {
+  const InstructionSet& set = active();
+  if (dtype == Dtype::kBFloat16 && set.cell_bfloat16) return *set.cell_bfloat16;
+  return set.cell[static_cast<int>(dtype)];
+}
 
 }  // namespace lstm_ext::cpu

@@ -24,68 +24,113 @@ constexpr int kPanelRows = 192;  // rows of A that share a panel; a multiple of 
 LSTM_EXT_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 LSTM_EXT_INLINE int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-template <class T>
+// Rows in blocks that share a panel, as even as whole tiles allow.
+struct RowBlocks {
+  int64_t count, rows;
+};
+LSTM_EXT_INLINE RowBlocks row_blocks(int64_t rows) {
+  const int64_t count = blocks(rows, kPanelRows);
+  return {count, count ? blocks(blocks(rows, count), kTileRows) * kTileRows : 0};
+}
+
+template <class F>  // of factors
 struct Panel {
-  static constexpr int kWidth = Vector<T>::kWidth;
+  static constexpr int kWidth = Vector<F>::kWidth;
   static constexpr int kColumns = kPanelVectors * kWidth;
 
-  alignas(64) T b[kPanelDepth][kPanelVectors][kWidth];
-  alignas(64) T sums[kPanelRows][kPanelVectors][kWidth];
+  alignas(64) F b[kPanelDepth][kPanelVectors][kWidth];
+  alignas(64) SumTypeOf<F> sums[kPanelRows][kPanelVectors][kWidth];
 };
+// k's per panel
+template <class S>
+constexpr int64_t kPanelStep = kPanelDepth * kDepthOfFactor<S>;
 
-// A in the compute type: element [r, k] lies at data[r * row_stride + k * k_stride].
-template <class T>
+// A: factor [r, k] lies at data[r * row_stride + k * k_stride].
+template <class F>
 struct Broadcast {
-  const T* data;
+  const F* data;
   int64_t row_stride, k_stride;
 };
 
+// Where a product goes: element [r, j] = or += at data[r * row_stride + j]; its columns may end
+// within the four vectors.
+template <class S>
+struct Result {
+  S* data;
+  int64_t row_stride, columns;
+  bool accumulate;
+};
+// The panel's own sums, to be replaced (first) or added to.
+template <class F>
+LSTM_EXT_INLINE Result<SumTypeOf<F>> panel_sums(Panel<F>& panel, bool first) {
+  return {panel.sums[0][0], Panel<F>::kColumns, Panel<F>::kColumns, !first};
+}
+
 // Vectors of the four that a tile computes: fewer for matrices of few columns, with more rows.
-template <class T, int Rows, int Vectors>
-LSTM_EXT_INLINE void tile_product(const Broadcast<T>& a, const T* b, int64_t depth,
-                                  T (*sums)[kPanelVectors][Vector<T>::kWidth]) {
-  using V = typename Vector<T>::type;
-  V sum[Rows][Vectors] = {};
-  const T* a_k = a.data;
-  for (int64_t k = 0; k < depth; ++k, a_k += a.k_stride, b += Panel<T>::kColumns) {
+template <int Rows, int Vectors, class F, class S>
+LSTM_EXT_INLINE void tile_product(const Broadcast<F>& a, const F* b, int64_t depth,
+                                  const Result<S>& result) {
+  using V = typename Vector<F>::type;
+  typename Vector<SumTypeOf<F>>::type sum[Rows][Vectors] = {};
+  const F* a_k = a.data;
+  for (int64_t k = 0; k < depth; ++k, a_k += a.k_stride, b += Panel<F>::kColumns) {
     V b_k[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) b_k[v] = load(b + v * Vector<T>::kWidth);
+    for (int v = 0; v < Vectors; ++v) b_k[v] = load(b + v * Vector<F>::kWidth);
 #pragma GCC unroll 32
     for (int r = 0; r < Rows; ++r) {
-      const T a_rk = a_k[r * a.row_stride];
+      const V a_rk = broadcast(a_k[r * a.row_stride]);
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sum[r][v] += a_rk * b_k[v];
+      for (int v = 0; v < Vectors; ++v) sum[r][v] = multiply_add<F>(sum[r][v], a_rk, b_k[v]);
     }
   }
 #pragma GCC unroll 32
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) store(sums[r][v], load(sums[r][v]) + sum[r][v]);
+    for (int v = 0; v < Vectors; ++v) {
+      constexpr int width = Vector<F>::kWidth;
+      const int64_t n = result.columns - v * width;
+      if (n > 0)
+        store_result(result.data + r * result.row_stride + v * width, sum[r][v], n,
+                     result.accumulate);
+    }
 }
 
 // Whole tiles first, then ever smaller ones for the rows left over.
-template <class T, int Rows, int Vectors>
-LSTM_EXT_INLINE void tiles(int64_t rows, Broadcast<T> a, const T* b, int64_t depth,
-                           T (*sums)[kPanelVectors][Vector<T>::kWidth]) {
-  for (; rows >= Rows; rows -= Rows, a.data += Rows * a.row_stride, sums += Rows)
-    tile_product<T, Rows, Vectors>(a, b, depth, sums);
+template <int Rows, int Vectors, class F, class S>
+LSTM_EXT_INLINE void tiles(int64_t rows, Broadcast<F> a, const F* b, int64_t depth,
+                           Result<S> result) {
+  for (; rows >= Rows; rows -= Rows) {
+    tile_product<Rows, Vectors>(a, b, depth, result);
+    a.data += Rows * a.row_stride;
+    result.data += Rows * result.row_stride;
+  }
   if constexpr (Rows > 1)
-    tiles<T, (Rows > 6 ? Rows / 2 : Rows - 1), Vectors>(rows, a, b, depth, sums);
+    tiles<(Rows > 6 ? Rows / 2 : Rows - 1), Vectors>(rows, a, b, depth, result);
 }
 
-// sums [rows][4] += A [rows, depth] * B [depth, 4 vectors], rows <= kPanelRows. Only the first
-// `vectors` of the four are wanted.
-template <class T>
-void panel_product(int64_t rows, const Broadcast<T>& a, const Panel<T>& panel, int64_t depth,
-                   int vectors, T (*sums)[kPanelVectors][Vector<T>::kWidth]) {
-  const T* b = panel.b[0][0];
+// result [rows, 4 vectors] = or += A [rows, depth] * B [depth, 4 vectors], depth in factors. Only
+// the first `vectors` of the four are wanted.
+template <class F, class S>
+void panel_product(int64_t rows, const Broadcast<F>& a, const Panel<F>& panel, int64_t depth,
+                   int vectors, const Result<S>& result) {
+  const F* b = panel.b[0][0];
   if (vectors == 1)
-    tiles<T, 4 * kTileRows, 1>(rows, a, b, depth, sums);
+    tiles<4 * kTileRows, 1>(rows, a, b, depth, result);
   else if (vectors == 2)
-    tiles<T, 2 * kTileRows, 2>(rows, a, b, depth, sums);
+    tiles<2 * kTileRows, 2>(rows, a, b, depth, result);
   else
-    tiles<T, kTileRows, kPanelVectors>(rows, a, b, depth, sums);
+    tiles<kTileRows, kPanelVectors>(rows, a, b, depth, result);
+}
+
+template <class F, class S>
+LSTM_EXT_INLINE void copy_sums(const Panel<F>& panel, int64_t rows, int vectors,
+                               const Result<S>& result) {
+  constexpr int width = Vector<F>::kWidth;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v)
+      store_result(result.data + r * result.row_stride + v * width, load(panel.sums[r][v]),
+                   result.columns - v * width, result.accumulate);
 }
 
 // rows[i][j] <-> rows[j][i], by log2(width) rounds of perfect shuffles.
@@ -105,42 +150,60 @@ LSTM_EXT_INLINE void transpose(V (&rows)[Width]) {
 }
 
 // Panel of the transposed: b[k][v][lane] = w[v * vector_stride + lane * ldw + k] for the first
-// lanes_of[v] lanes, zero in the others.
+// lanes_of[v] lanes, zero in the others. Returns its depth in factors.
 template <class S>
-void pack_transposed(const S* w, int64_t ldw, int64_t vector_stride,
-                     const int64_t (&lanes_of)[kPanelVectors], int64_t depth,
-                     ComputeType<S> (*b)[kPanelVectors][kWidthOf<S>]) {
-  using T = ComputeType<S>;
-  constexpr int width = kWidthOf<S>;
+int64_t pack_transposed(const S* w, int64_t ldw, int64_t vector_stride,
+                        const int64_t (&lanes_of)[kPanelVectors], int64_t depth,
+                        FactorType<S> (*b)[kPanelVectors][kWidthOf<S>]) {
+  constexpr int width = kWidthOf<S>, per_factor = kDepthOfFactor<S>;
+  const int64_t factors = blocks(depth, per_factor);
   for (int v = 0; v < kPanelVectors; ++v, w += vector_stride) {
     const int64_t lanes = lanes_of[v];
-    int64_t k = 0;
-    if (lanes == width)
-      for (; k + width <= depth; k += width) {
-        VectorOf<S> rows[width];
+    for (int64_t k = 0; k < factors; k += width) {
+      const S* column = w + k * per_factor;
+      const int64_t n = at_most(width * per_factor, depth - k * per_factor);
+      FactorVectorOf<S> rows[width];
 #pragma GCC unroll 16
-        for (int lane = 0; lane < width; ++lane) rows[lane] = load(w + lane * ldw + k);
-        transpose(rows);
+      for (int lane = 0; lane < width; ++lane)
+        rows[lane] = load_factors<S>(column + lane * ldw, lane < lanes ? n : 0);
+      transpose(rows);
+      if (k + width <= factors) {
 #pragma GCC unroll 16
         for (int i = 0; i < width; ++i) store(b[k + i][v], rows[i]);
+      } else {
+        for (int i = 0; k + i < factors; ++i) store(b[k + i][v], rows[i]);
       }
-    for (; k < depth; ++k)
-      for (int lane = 0; lane < width; ++lane)
-        b[k][v][lane] = lane < lanes ? to_compute(w[lane * ldw + k]) : T(0);
+    }
+  }
+  return factors;
+}
+
+// Factors of one vector of columns: those of row k, or of rows k and k + 1.
+template <class S>
+LSTM_EXT_INLINE FactorVectorOf<S> column_factors(const S* row, int64_t ldm, int64_t rows_left,
+                                                 int64_t n) {
+  if constexpr (kPaired<S>) {
+    const UInt32s low = bit_cast<UInt32s>(load(row, n)) >> 16;
+    return rows_left > 1 ? low | bit_cast<UInt32s>(load(row + ldm, n)) : low;
+  } else {
+    return load(row, n);
   }
 }
 
 // Panel of neighbouring columns: b[k][v][lane] = m[k * ldm + v * width + lane], zero beyond
-// `columns`.
+// `columns`. Returns its depth in factors.
 template <class S>
-void pack_columns(const S* m, int64_t ldm, int64_t columns, int64_t depth,
-                  ComputeType<S> (*b)[kPanelVectors][kWidthOf<S>]) {
-  constexpr int width = kWidthOf<S>;
-  for (int64_t k = 0; k < depth; ++k, m += ldm)
+int64_t pack_columns(const S* m, int64_t ldm, int64_t columns, int64_t depth,
+                     FactorType<S> (*b)[kPanelVectors][kWidthOf<S>]) {
+  constexpr int width = kWidthOf<S>, per_factor = kDepthOfFactor<S>;
+  int64_t factors = 0;
+  for (int64_t k = 0; k < depth; k += per_factor, m += per_factor * ldm, ++factors)
     for (int v = 0; v < kPanelVectors; ++v) {
       const int64_t left = columns - v * width;
-      store(b[k][v], left > 0 ? load(m + v * width, left) : zeros<VectorOf<S>>());
+      store(b[factors][v], left > 0 ? column_factors(m + v * width, ldm, depth - k, left)
+                                    : zeros<FactorVectorOf<S>>());
     }
+  return factors;
 }
 
 }  // namespace

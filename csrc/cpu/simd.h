@@ -74,45 +74,36 @@ LSTM_EXT_INLINE Doubles load(const double* p) {
 }
 LSTM_EXT_INLINE void store(double* p, Doubles v) { std::memcpy(p, &v, sizeof(v)); }
 
-LSTM_EXT_INLINE Floats load(const BFloat16* p) {
-  UInt16s bits;
-  std::memcpy(&bits, p, sizeof(bits));
+// The two halves, a vector of their bits at a time.
+LSTM_EXT_INLINE Floats widen(UInt16s bits, BFloat16) {
   return bit_cast<Floats>(__builtin_convertvector(bits, UInt32s) << 16);
 }
-LSTM_EXT_INLINE void store(BFloat16* p, Floats v) {
+LSTM_EXT_INLINE UInt16s narrow(Floats v, BFloat16) {
   const UInt32s bits = bit_cast<UInt32s>(v);
   // Round to nearest even; a NaN stays one.
   const UInt32s rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const UInt32s is_nan = bit_cast<UInt32s>(v != v);
-  const UInt32s result = (is_nan & 0x7fc0u) | (~is_nan & rounded);
-  const UInt16s narrow = __builtin_convertvector(result, UInt16s);
-  std::memcpy(p, &narrow, sizeof(narrow));
+  return __builtin_convertvector((is_nan & 0x7fc0u) | (~is_nan & rounded), UInt16s);
 }
 
-#if defined(LSTM_EXT_HAS_F16C)
-LSTM_EXT_INLINE Floats load(const Half* p) {
 #if LSTM_EXT_VECTOR_BYTES == 64
-  // (The unmasked form reads an uninitialised register by design, and GCC warns of it.)
-  return bit_cast<Floats>(
-      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-#else
-  return bit_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#endif
+// (The unmasked form reads an uninitialised register by design, and GCC warns of it.)
+LSTM_EXT_INLINE Floats widen(UInt16s bits, Half) {
+  return bit_cast<Floats>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits)));
 }
-LSTM_EXT_INLINE void store(Half* p, Floats v) {
-#if LSTM_EXT_VECTOR_BYTES == 64
-  _mm256_storeu_si256(
-      reinterpret_cast<__m256i*>(p),
+LSTM_EXT_INLINE UInt16s narrow(Floats v, Half) {
+  return bit_cast<UInt16s>(
       _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
-#else
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
-#endif
+}
+#elif LSTM_EXT_VECTOR_BYTES == 32
+LSTM_EXT_INLINE Floats widen(UInt16s bits, Half) {
+  return bit_cast<Floats>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
+}
+LSTM_EXT_INLINE UInt16s narrow(Floats v, Half) {
+  return bit_cast<UInt16s>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-LSTM_EXT_INLINE Floats load(const Half* p) {
-  UInt16s half;
-  std::memcpy(&half, p, sizeof(half));
+LSTM_EXT_INLINE Floats widen(UInt16s half, Half) {
   const UInt32s bits = __builtin_convertvector(half, UInt32s);
   const UInt32s magnitude = bits & 0x7fffu;
   // Normal numbers: move exponent and mantissa into place and rebias by 112.
@@ -125,7 +116,7 @@ LSTM_EXT_INLINE Floats load(const Half* p) {
   const UInt32s value = (is_small & bit_cast<UInt32s>(small)) | (~is_small & normal);
   return bit_cast<Floats>(value | ((bits & 0x8000u) << 16));
 }
-LSTM_EXT_INLINE void store(Half* p, Floats v) {
+LSTM_EXT_INLINE UInt16s narrow(Floats v, Half) {
   const UInt32s bits = bit_cast<UInt32s>(v);
   const UInt32s sign = (bits >> 16) & 0x8000u;
   const UInt32s magnitude = bits & 0x7fffffffu;
@@ -139,20 +130,49 @@ LSTM_EXT_INLINE void store(Half* p, Floats v) {
   UInt32s result = (is_small & small) | (~is_small & normal);
   result = (is_large & 0x7c00u) | (~is_large & result);
   result = (is_nan & 0x7e00u) | (~is_nan & result);
-  const UInt16s narrow = __builtin_convertvector(result | sign, UInt16s);
-  std::memcpy(p, &narrow, sizeof(narrow));
+  return __builtin_convertvector(result | sign, UInt16s);
 }
 #endif
 
-// The first n elements, zero in the other lanes; n may be the width or more.
+template <class S>
+LSTM_EXT_INLINE Floats load(const S* p) {
+  UInt16s bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return widen(bits, S{});
+}
+template <class S>
+LSTM_EXT_INLINE void store(S* p, Floats v) {
+  const UInt16s bits = narrow(v, S{});
+  std::memcpy(p, &bits, sizeof(bits));
+}
+
+#if LSTM_EXT_VECTOR_BYTES == 32
+// A mask of whose elements the first n are set.
+LSTM_EXT_INLINE __m256i first_lanes(int64_t n, float) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+LSTM_EXT_INLINE __m256i first_lanes(int64_t n, double) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+#endif
+
+// The first n elements, zero in the other lanes; n may be 0, the width or more.
 template <class S>
 LSTM_EXT_INLINE VectorOf<S> load(const S* p, int64_t n) {
   if (n >= kWidthOf<S>) return load(p);
 #if LSTM_EXT_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<S, float>)
     return bit_cast<Floats>(_mm512_maskz_loadu_ps((1u << n) - 1, p));
-  if constexpr (std::is_same_v<S, double>)
+  else if constexpr (std::is_same_v<S, double>)
     return bit_cast<Doubles>(_mm512_maskz_loadu_pd((1u << n) - 1, p));
+  else
+    return widen(bit_cast<UInt16s>(_mm256_maskz_loadu_epi16((1u << n) - 1, p)), S{});
+#elif LSTM_EXT_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<S, float>)
+    return bit_cast<Floats>(_mm256_maskload_ps(p, first_lanes(n, 0.0f)));
+  if constexpr (std::is_same_v<S, double>)
+    return bit_cast<Doubles>(_mm256_maskload_pd(p, first_lanes(n, 0.0)));
 #endif
   S buffer[kWidthOf<S>] = {};
   for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
@@ -164,8 +184,15 @@ LSTM_EXT_INLINE void store(S* p, VectorOf<S> v, int64_t n) {
 #if LSTM_EXT_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<S, float>)
     return _mm512_mask_storeu_ps(p, (1u << n) - 1, bit_cast<__m512>(v));
-  if constexpr (std::is_same_v<S, double>)
+  else if constexpr (std::is_same_v<S, double>)
     return _mm512_mask_storeu_pd(p, (1u << n) - 1, bit_cast<__m512d>(v));
+  else
+    return _mm256_mask_storeu_epi16(p, (1u << n) - 1, bit_cast<__m256i>(narrow(v, S{})));
+#elif LSTM_EXT_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<S, float>)
+    return _mm256_maskstore_ps(p, first_lanes(n, 0.0f), bit_cast<__m256>(v));
+  if constexpr (std::is_same_v<S, double>)
+    return _mm256_maskstore_pd(p, first_lanes(n, 0.0), bit_cast<__m256d>(v));
 #endif
   S buffer[kWidthOf<S>];
   store(buffer, v);
@@ -177,6 +204,76 @@ template <class S>
 LSTM_EXT_INLINE void store_result(S* p, VectorOf<S> v, int64_t n, bool accumulate) {
   if (accumulate) v += load(p, n);
   store(p, v, n);
+}
+
+// What the products multiply: the compute type, one k a lane, or with AVX512_BF16 two
+// neighbouring k's of bfloat16.
+struct BFloat16Pair {
+  BFloat16 k[2];
+};
+template <>
+struct Vector<BFloat16Pair> {
+  static constexpr int kWidth = LSTM_EXT_VECTOR_BYTES / sizeof(BFloat16Pair);
+  using type = UInt32s;
+};
+template <class S>
+struct Factor {
+  using type = ComputeType<S>;
+};
+#if defined(LSTM_EXT_HAS_BF16_PRODUCT)
+template <>
+struct Factor<BFloat16> {
+  using type = BFloat16Pair;
+};
+#endif
+template <class S>
+using FactorType = typename Factor<S>::type;
+template <class S>
+using FactorVectorOf = typename Vector<FactorType<S>>::type;
+template <class S>
+constexpr bool kPaired = std::is_same_v<FactorType<S>, BFloat16Pair>;
+template <class S>
+constexpr int kDepthOfFactor = kPaired<S> ? 2 : 1;  // k's in one factor
+template <class F>
+using SumTypeOf = std::conditional_t<std::is_same_v<F, double>, double, float>;
+
+// The factors of the next n elements of a row, zero beyond them.
+template <class S>
+LSTM_EXT_INLINE FactorVectorOf<S> load_factors(const S* p, int64_t n) {
+#if defined(LSTM_EXT_HAS_BF16_PRODUCT)
+  if constexpr (kPaired<S>)
+    return bit_cast<UInt32s>(n >= 32 ? _mm512_loadu_si512(p)
+                                     : _mm512_maskz_loadu_epi16((uint32_t{1} << n) - 1, p));
+  else
+#endif
+    return load(p, n);
+}
+
+LSTM_EXT_INLINE UInt32s load(const BFloat16Pair* p) {
+  UInt32s v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+LSTM_EXT_INLINE void store(BFloat16Pair* p, UInt32s v) { std::memcpy(p, &v, sizeof(v)); }
+
+// sum + a * b
+template <class F, class V>
+LSTM_EXT_INLINE V multiply_add(V sum, typename Vector<F>::type a, typename Vector<F>::type b) {
+#if defined(LSTM_EXT_HAS_BF16_PRODUCT)
+  if constexpr (std::is_same_v<F, BFloat16Pair>)
+    return bit_cast<Floats>(
+        _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+  else
+#endif
+    return sum + a * b;
+}
+
+template <class F>
+LSTM_EXT_INLINE typename Vector<F>::type broadcast(F value) {
+  if constexpr (std::is_same_v<F, BFloat16Pair>)
+    return bit_cast<uint32_t>(value) - UInt32s{};
+  else
+    return value - typename Vector<F>::type{};  // (0 + value would lose the sign of -0)
 }
 
 // The four gates of one vector of hidden units lie H apart.
@@ -207,7 +304,7 @@ LSTM_EXT_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, (I % 2 * width + First + I / 2)...);
 #else
-  using Int = std::conditional_t<std::is_same_v<V, Floats>, int32_t, int64_t>;
+  using Int = std::conditional_t<sizeof(V{}[0]) == 4, int32_t, int64_t>;
   typedef Int IntV __attribute__((vector_size(LSTM_EXT_VECTOR_BYTES)));
   return __builtin_shuffle(a, b, IntV{(I % 2 * width + First + I / 2)...});
 #endif

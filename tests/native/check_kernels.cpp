@@ -1,0 +1,325 @@
+// The CPU kernels without PyTorch: every table this machine can run, against plain loops in double
+// precision, on buffers of exactly the size that the kernels may touch, so that a sanitizer sees
+// every stray access. Built by tests/test_native.py. Exit status 0 if all agree.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "cpu/cell_kernels.h"
+
+namespace {
+
+using lstm_ext::cpu::CellKernels;
+using lstm_ext::cpu::Dtype;
+using Values = std::vector<double>;
+using Bytes = std::vector<unsigned char>;
+
+struct Table {
+  const char* name;
+  const CellKernels* kernels;
+  Dtype dtype;
+};
+
+int size_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
+Dtype compute_type(Dtype dtype) { return dtype == Dtype::kDouble ? dtype : Dtype::kFloat; }
+// The distance of neighbouring numbers about 1.
+double spacing(Dtype dtype) {
+  const int bits[] = {23, 52, 7, 10};
+  return std::ldexp(1.0, -bits[static_cast<int>(dtype)]);
+}
+
+void put(Dtype dtype, unsigned char* to, double value) {
+  const auto narrow = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &narrow, 4);
+  if (dtype == Dtype::kDouble) {
+    std::memcpy(to, &value, 8);
+  } else if (dtype == Dtype::kFloat) {
+    std::memcpy(to, &narrow, 4);
+  } else if (dtype == Dtype::kBFloat16) {
+    const auto half = static_cast<uint16_t>(bits >> 16);
+    std::memcpy(to, &half, 2);
+  } else {  // the low bits are dropped, and numbers too small to be normal
+    const auto half = static_cast<uint16_t>(std::abs(value) < 0x1p-14
+                                                ? 0
+                                                : (bits >> 16 & 0x8000) |
+                                                      ((bits & 0x7fffffff) - (112u << 23)) >> 13);
+    std::memcpy(to, &half, 2);
+  }
+}
+double get(Dtype dtype, const unsigned char* from) {
+  if (dtype == Dtype::kDouble) {
+    double value;
+    std::memcpy(&value, from, 8);
+    return value;
+  }
+  if (dtype == Dtype::kFloat) {
+    float value;
+    std::memcpy(&value, from, 4);
+    return value;
+  }
+  uint16_t half;
+  std::memcpy(&half, from, 2);
+  if (dtype == Dtype::kBFloat16) {
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const double magnitude =
+      exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+  return half & 0x8000 ? -magnitude : magnitude;
+}
+
+Bytes pack(Dtype dtype, const Values& values) {
+  Bytes bytes(values.size() * size_of(dtype));
+  for (size_t i = 0; i < values.size(); ++i)
+    put(dtype, bytes.data() + i * size_of(dtype), values[i]);
+  return bytes;
+}
+Values unpack(Dtype dtype, const Bytes& bytes) {
+  Values values(bytes.size() / size_of(dtype));
+  for (size_t i = 0; i < values.size(); ++i)
+    values[i] = get(dtype, bytes.data() + i * size_of(dtype));
+  return values;
+}
+
+std::mt19937 generator(0);
+// Numbers that the dtype holds exactly.
+Values random(Dtype dtype, int64_t size) {
+  std::uniform_real_distribution<double> uniform(0.1, 1.0);
+  Values values(size);
+  for (double& value : values) value = generator() % 2 ? uniform(generator) : -uniform(generator);
+  return unpack(dtype, pack(dtype, values));
+}
+
+int failures = 0, comparisons = 0;
+
+void compare(const Table& table, const char* what, int64_t N, int64_t I, int64_t H, Dtype dtype,
+             const Bytes& got, const Values& expected, double scale) {
+  const Values values = unpack(dtype, got);
+  double worst = 0;
+  for (size_t i = 0; i < values.size(); ++i) {
+    const double error = std::abs(values[i] - expected[i]);
+    worst = std::isnan(error) ? INFINITY : std::max(worst, error);
+  }
+  ++comparisons;
+  // Rounding of the result, and of what goes into it (bfloat16 gate gradients, say).
+  if (worst <= 8 * scale * spacing(table.dtype)) return;
+  ++failures;
+  std::printf("%-11s dtype %d %s at N %ld I %ld H %ld: error %g\n", table.name,
+              static_cast<int>(table.dtype), what, static_cast<long>(N), static_cast<long>(I),
+              static_cast<long>(H), worst);
+}
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+// a [rows, depth] * b [depth, columns], or with a transposed.
+Values multiply(const Values& a, bool transposed, const Values& b, int64_t rows, int64_t depth,
+                int64_t columns) {
+  std::vector<long double> c(rows * columns);  // long sums, of which double would lose a little
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t j = 0; j < columns; ++j)
+        c[r * columns + j] += a[transposed ? k * rows + r : r * depth + k] * b[k * columns + j];
+  return Values(c.begin(), c.end());
+}
+
+// Rows two by two, as pairs of k.
+Bytes row_pairs(Dtype dtype, const Values& m, int64_t rows, int64_t columns) {
+  const int64_t pairs = (rows + 1) / 2;
+  Values values(2 * pairs * columns);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < columns; ++j)
+      values[(r / 2 * columns + j) * 2 + r % 2] = m[r * columns + j];
+  return pack(dtype, values);
+}
+Bytes padded_rows(Dtype dtype, const Values& m, int64_t rows, int64_t columns) {
+  const int64_t width = (columns + 1) / 2 * 2;
+  Values values(rows * width);
+  for (int64_t r = 0; r < rows; ++r)
+    std::copy_n(m.data() + r * columns, columns, values.data() + r * width);
+  return pack(dtype, values);
+}
+
+void check_product(const Table& table, const Values& grad_gates, bool transposed, int64_t N,
+                   int64_t H, const Values& b, int64_t columns) {
+  const CellKernels& kernels = *table.kernels;
+  const Dtype dtype = table.dtype, compute = compute_type(dtype);
+  const int64_t rows = transposed ? 4 * H : N, depth = transposed ? N : 4 * H;
+  const bool pairs = kernels.pair_rows && kernels.product_packs(rows, depth);
+  const Bytes a = !pairs       ? pack(compute, grad_gates)
+                  : transposed ? row_pairs(dtype, grad_gates, N, 4 * H)
+                               : padded_rows(dtype, grad_gates, N, 4 * H);
+  const Values before = random(dtype, rows * columns);
+  Values expected = multiply(grad_gates, transposed, b, rows, depth, columns);
+  for (size_t i = 0; i < expected.size(); ++i) expected[i] += before[i];
+  Bytes c = pack(dtype, before);
+  const Bytes b_bytes = pack(dtype, b);
+  const int64_t parts = kernels.product_parts(rows, depth, columns);
+  Bytes terms(parts > 1 ? parts * rows * columns * size_of(compute) : 0);
+  const lstm_ext::cpu::ProductArgs args = {rows,
+                                           columns,
+                                           depth,
+                                           a.data(),
+                                           transposed ? 1
+                                           : pairs    ? 2 * H
+                                                      : 4 * H,
+                                           transposed ? 4 * H : 1,
+                                           b_bytes.data(),
+                                           parts > 1 ? terms.data() : c.data(),
+                                           true};
+  const int64_t tasks = kernels.product_tasks(rows, depth, columns);
+  kernels.product(args, tasks / 2, tasks);
+  kernels.product(args, 0, tasks / 2);
+  if (parts > 1) kernels.add_up(terms.data(), parts, rows * columns, c.data(), true);
+  compare(table, transposed ? "weight gradient" : "state gradient", N, columns, H, dtype, c,
+          expected, std::sqrt(static_cast<double>(depth)) + 4);
+}
+
+void check(const Table& table, int64_t N, int64_t I, int64_t H) {
+  const CellKernels& kernels = *table.kernels;
+  const Dtype dtype = table.dtype, compute = compute_type(dtype);
+  const Values x = random(dtype, N * I), h = random(dtype, N * H), c = random(dtype, N * H);
+  const Values w_ih = random(dtype, 4 * H * I), w_hh = random(dtype, 4 * H * H);
+  const Values b_ih = random(dtype, 4 * H), b_hh = random(dtype, 4 * H);
+  Values hy(N * H), cy(N * H), gates(N * 4 * H);
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t j = 0; j < H; ++j) {
+      double a[4];
+      for (int64_t gate = 0; gate < 4; ++gate) {
+        const int64_t row = gate * H + j;
+        a[gate] = b_ih[row] + b_hh[row];
+        for (int64_t k = 0; k < I; ++k) a[gate] += x[n * I + k] * w_ih[row * I + k];
+        for (int64_t k = 0; k < H; ++k) a[gate] += h[n * H + k] * w_hh[row * H + k];
+        a[gate] = gate == 2 ? std::tanh(a[gate]) : sigmoid(a[gate]);
+        gates[n * 4 * H + row] = a[gate];
+      }
+      cy[n * H + j] = a[1] * c[n * H + j] + a[0] * a[2];
+      hy[n * H + j] = a[3] * std::tanh(cy[n * H + j]);
+    }
+
+  const Bytes x_bytes = pack(dtype, x), h_bytes = pack(dtype, h), c_bytes = pack(dtype, c);
+  const Bytes w_ih_bytes = pack(dtype, w_ih), w_hh_bytes = pack(dtype, w_hh);
+  const Bytes b_ih_bytes = pack(dtype, b_ih), b_hh_bytes = pack(dtype, b_hh);
+  const bool pairs = kernels.pair_rows != nullptr;
+  const Bytes x_factors = pairs ? padded_rows(dtype, x, N, I) : pack(compute, x);
+  const Bytes h_factors = pairs ? padded_rows(dtype, h, N, H) : pack(compute, h);
+  Bytes hy_bytes(h_bytes.size()), cy_bytes(h_bytes.size()), gates_bytes(4 * h_bytes.size());
+  const lstm_ext::cpu::CellForwardArgs forward = {N,
+                                                  I,
+                                                  H,
+                                                  x_bytes.data(),
+                                                  h_bytes.data(),
+                                                  x_factors.data(),
+                                                  h_factors.data(),
+                                                  c_bytes.data(),
+                                                  w_ih_bytes.data(),
+                                                  w_hh_bytes.data(),
+                                                  b_ih_bytes.data(),
+                                                  b_hh_bytes.data(),
+                                                  hy_bytes.data(),
+                                                  cy_bytes.data(),
+                                                  gates_bytes.data()};
+  const int64_t tasks = kernels.forward_tasks(N, H);
+  kernels.forward(forward, tasks / 2, tasks);
+  kernels.forward(forward, 0, tasks / 2);
+  // In single precision the rounding of a sum of I + H terms comes on top.
+  const double terms = std::sqrt(static_cast<double>(I + H)) + 2;
+  compare(table, "h", N, I, H, dtype, hy_bytes, hy, terms);
+  compare(table, "c", N, I, H, dtype, cy_bytes, cy, terms);
+  compare(table, "gates", N, I, H, dtype, gates_bytes, gates, terms);
+
+  const Values grad_hy = random(dtype, N * H), grad_cy = random(dtype, N * H);
+  const Values kept = unpack(dtype, pack(dtype, gates));  // as the kernel will see them
+  Values grad_gates(N * 4 * H), grad_cx(N * H), grad_bias(4 * H);
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t j = 0; j < H; ++j) {
+      const double* gate = &kept[n * 4 * H + j];
+      const double i = gate[0], f = gate[H], g = gate[2 * H], o = gate[3 * H];
+      const double c_0 = c[n * H + j], tanh_c = std::tanh(f * c_0 + i * g);
+      const double d_h = grad_hy[n * H + j];
+      const double d_c = grad_cy[n * H + j] + d_h * o * (1 - tanh_c * tanh_c);
+      double* d = &grad_gates[n * 4 * H + j];
+      d[0] = d_c * g * i * (1 - i);
+      d[H] = d_c * c_0 * f * (1 - f);
+      d[2 * H] = d_c * i * (1 - g * g);
+      d[3 * H] = d_h * tanh_c * o * (1 - o);
+      grad_cx[n * H + j] = d_c * f;
+      for (int gate_index = 0; gate_index < 4; ++gate_index)
+        grad_bias[gate_index * H + j] += d[gate_index * H];
+    }
+  const Bytes kept_bytes = pack(dtype, gates), grad_hy_bytes = pack(dtype, grad_hy),
+              grad_cy_bytes = pack(dtype, grad_cy);
+  const int64_t bias_blocks = lstm_ext::cpu::bias_blocks(N);
+  Bytes grad_gates_bytes(N * 4 * H * size_of(compute)), grad_cx_bytes(c_bytes.size()),
+      sums(bias_blocks * 4 * H * size_of(compute)), grad_bias_bytes(b_ih_bytes.size());
+  const lstm_ext::cpu::GateGradientArgs gradients = {N,
+                                                     H,
+                                                     grad_hy_bytes.data(),
+                                                     grad_cy_bytes.data(),
+                                                     c_bytes.data(),
+                                                     kept_bytes.data(),
+                                                     grad_gates_bytes.data(),
+                                                     grad_cx_bytes.data(),
+                                                     sums.data()};
+  kernels.gate_gradients(gradients, 0, kernels.gate_gradient_tasks(N, H));
+  kernels.add_up(sums.data(), bias_blocks, 4 * H, grad_bias_bytes.data(), false);
+  compare(table, "gate gradients", N, I, H, compute, grad_gates_bytes, grad_gates, 1);
+  compare(table, "c gradient", N, I, H, dtype, grad_cx_bytes, grad_cx, 1);
+  compare(table, "bias gradient", N, I, H, dtype, grad_bias_bytes, grad_bias,
+          std::sqrt(static_cast<double>(N)) + 1);
+
+  // Gate gradients that every dtype holds exactly, so that only the products are measured.
+  const Values factors = random(Dtype::kBFloat16, N * 4 * H);
+  if (kernels.pair_rows) {
+    Bytes made((N + 1) / 2 * 4 * H * 4);
+    const Bytes single = pack(compute, factors);
+    kernels.pair_rows(single.data(), N, 4 * H, made.data(), 0, (N + 1) / 2);
+    ++comparisons;
+    if (made != row_pairs(dtype, factors, N, 4 * H)) {
+      ++failures;
+      std::printf("%s pair_rows at N %ld H %ld\n", table.name, static_cast<long>(N),
+                  static_cast<long>(H));
+    }
+  }
+  check_product(table, factors, false, N, H, w_ih, I);
+  check_product(table, factors, false, N, H, w_hh, H);
+  check_product(table, factors, true, N, H, x, I);
+  check_product(table, factors, true, N, H, h, H);
+}
+
+}  // namespace
+
+int main() {
+  using namespace lstm_ext::cpu;
+  std::vector<Table> tables;
+  const auto add = [&](const char* name, const CellKernels* kernels) {
+    for (int dtype = 0; dtype < kDtypes; ++dtype)
+      tables.push_back({name, &kernels[dtype], static_cast<Dtype>(dtype)});
+  };
+  add("DEFAULT", kCellKernelsDefault);
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    add("AVX2", kCellKernelsAVX2);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    add("AVX512", kCellKernelsAVX512);
+    if (__builtin_cpu_supports("avx512bf16"))
+      tables.push_back({"AVX512_BF16", &kCellKernelsAVX512BF16, Dtype::kBFloat16});
+  }
+#endif
+  const int64_t shapes[][3] = {{1, 3, 2},     {1, 1, 1},     {2, 5, 7},    {3, 17, 16},
+                               {5, 33, 9},    {8, 16, 32},   {9, 20, 5},   {13, 66, 31},
+                               {25, 7, 3},    {40, 129, 17}, {193, 10, 8}, {600, 6, 20},
+                               {1100, 18, 5}, {2, 0, 4}};
+  for (const Table& table : tables)
+    for (const auto& shape : shapes) check(table, shape[0], shape[1], shape[2]);
+  std::printf("%zu tables, %d comparisons, %d failures\n", tables.size(), comparisons, failures);
+  return failures != 0;
+}
