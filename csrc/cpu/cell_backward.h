@@ -143,9 +143,9 @@ void panel_task(const ProductArgs& args, const PanelPlan& plan, int64_t task,
                                           at_most(kPanelStep<S>, end - k), panel.b);
     const Broadcast<F> left = {a, args.a_row_stride, args.a_k_stride};
     if (one_panel)
-      panel_product(rows, left, panel, depth, vectors, result);
+      panel_product(rows, left, panel.b[0][0], depth, vectors, result);
     else
-      panel_product(rows, left, panel, depth, vectors, panel_sums(panel, k == first_k));
+      panel_product(rows, left, panel.b[0][0], depth, vectors, panel_sums(panel, k == first_k));
     a += depth * args.a_k_stride;
     k += kPanelStep<S>;
   } while (k < end);

@@ -2,22 +2,15 @@
 // from there while it is still in the first-level cache.
 #pragma once
 
-#include "cpu/activations.h"
+#include "cpu/cell_finish.h"
 #include "cpu/cell_kernels.h"
 #include "cpu/panel.h"
 
 namespace lstm_ext::cpu {
 namespace {
 
-constexpr int kGates = 4;
-static_assert(kGates == kPanelVectors);
-
 // Up to this many rows, dot products on the weights as they lie beat packing them.
 constexpr int kDotRows = LSTM_EXT_DOT_ROWS;
-
-// Pre-activations of a task: [row][gate][unit].
-template <class S>
-using Sums = ComputeType<S> (*)[kGates][kWidthOf<S>];
 
 // (No lambdas here: GCC compiles them for the file's own target, not the pragma's.)
 
@@ -79,20 +72,6 @@ void gate_product_dots(const CellForwardArgs& args, int64_t row, int64_t rows, i
   if (rows - r == 1) dot_rows<S, 1>(args, row + r, unit, units, sums + r);
 }
 
-// How the four gates of a task's units lie in a panel's sums: one vector each, or, when all units
-// fill half a vector at most, one behind the other, so that no lane goes to waste.
-struct GateLayout {
-  bool dense;
-  int vectors;
-  int64_t gate_stride;  // from one gate's sums to the next one's
-};
-template <class S>
-LSTM_EXT_INLINE GateLayout gate_layout(int64_t H) {
-  constexpr int width = kWidthOf<S>;
-  if (2 * H > width) return {false, kGates, width};
-  return {true, static_cast<int>(blocks(kGates * H, width)), H};
-}
-
 // The product for many rows: the four gates of the task's units as a panel.
 // x is [N, K] in factors; the first product replaces the panel's sums, others add to them.
 template <class S>
@@ -108,37 +87,9 @@ void gate_product_panel(const FactorType<S>* x, const S* w, int64_t K, int64_t H
   for (int64_t k = 0; k < K; k += kPanelStep<S>) {
     const int64_t depth = pack_transposed<S>(w + unit * K + k, K, layout.dense ? width * K : H * K,
                                              lanes, at_most(kPanelStep<S>, K - k), panel.b);
-    panel_product<FactorType<S>>(rows, {x + row * ldx + k / kDepthOfFactor<S>, ldx, 1}, panel,
-                                 depth, layout.vectors, panel_sums(panel, first && k == 0));
-  }
-}
-
-// Activations and states of one task.
-template <class S>
-void finish_cells(const CellForwardArgs& args, int64_t row_begin, int64_t rows, int64_t unit,
-                  int units, int64_t gate_stride, Sums<S> sums) {
-  using T = ComputeType<S>;
-  using V = VectorOf<S>;
-  const int64_t H = args.H;
-  V bias[kGates] = {};
-  for (int gate = 0; gate < kGates; ++gate) {
-    const int64_t offset = gate * H + unit;
-    if (args.b_ih) bias[gate] += load(static_cast<const S*>(args.b_ih) + offset, units);
-    if (args.b_hh) bias[gate] += load(static_cast<const S*>(args.b_hh) + offset, units);
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t row = row_begin + r, state = row * H + unit;
-    const T* sum = sums[r][0];
-    const Gates<V> pre = {load(sum, units) + bias[0], load(sum + gate_stride, units) + bias[1],
-                          load(sum + 2 * gate_stride, units) + bias[2],
-                          load(sum + 3 * gate_stride, units) + bias[3]};
-    V c_next, h_next;
-    const V c = load(static_cast<const S*>(args.cx) + state, units);
-    const Gates<V> gate = cell_forward<Activations<T>>(pre, c, c_next, h_next);
-    store(static_cast<S*>(args.cy) + state, c_next, units);
-    store(static_cast<S*>(args.hy) + state, h_next, units);
-    if (args.gates)
-      store_gates(static_cast<S*>(args.gates) + row * kGates * H + unit, H, gate, units);
+    panel_product<FactorType<S>>(rows, {x + row * ldx + k / kDepthOfFactor<S>, ldx, 1},
+                                 panel.b[0][0], depth, layout.vectors,
+                                 panel_sums(panel, first && k == 0));
   }
 }
 
@@ -166,6 +117,21 @@ LSTM_EXT_INLINE ForwardTask forward_task(const CellForwardArgs& args, int64_t ta
 }
 
 template <class S>
+LSTM_EXT_INLINE CellRows<S> cell_rows(const CellForwardArgs& args, int64_t row) {
+  const int64_t H = args.H;
+  CellRows<S> cells = {};
+  cells.H = H;
+  cells.b_ih = static_cast<const S*>(args.b_ih);
+  cells.b_hh = static_cast<const S*>(args.b_hh);
+  cells.cx = static_cast<const S*>(args.cx) + row * H;
+  cells.cy = static_cast<S*>(args.cy) + row * H;
+  cells.hy = static_cast<S*>(args.hy) + row * H;
+  cells.hy_stride = H;
+  cells.gates = args.gates ? static_cast<S*>(args.gates) + row * kGates * H : nullptr;
+  return cells;
+}
+
+template <class S>
 void forward_panels(const CellForwardArgs& args, int64_t first_task, int64_t last_task) {
   using F = FactorType<S>;
   const F* input = static_cast<const F*>(args.input_factors);
@@ -177,7 +143,8 @@ void forward_panels(const CellForwardArgs& args, int64_t first_task, int64_t las
     const auto [row, rows, unit, units] = forward_task<S>(args, task);
     gate_product_panel<S>(hx, w_hh, args.H, args.H, row, rows, unit, units, true, panel);
     gate_product_panel<S>(input, w_ih, args.I, args.H, row, rows, unit, units, false, panel);
-    finish_cells<S>(args, row, rows, unit, units, gate_layout<S>(args.H).gate_stride, panel.sums);
+    finish_cells<S>(cell_rows<S>(args, row), rows, unit, units, gate_layout<S>(args.H).gate_stride,
+                    panel.sums[0][0]);
   }
 }
 
@@ -187,7 +154,7 @@ void forward_dots(const CellForwardArgs& args, int64_t first_task, int64_t last_
   for (int64_t task = first_task; task < last_task; ++task) {
     const auto [row, rows, unit, units] = forward_task<S>(args, task);
     gate_product_dots<S>(args, row, rows, unit, units, sums);
-    finish_cells<S>(args, row, rows, unit, units, kWidthOf<S>, sums);
+    finish_cells<S>(cell_rows<S>(args, row), rows, unit, units, kWidthOf<S>, sums[0][0]);
   }
 }
 

@@ -112,9 +112,8 @@ LSTM_EXT_INLINE void tiles(int64_t rows, Broadcast<F> a, const F* b, int64_t dep
 // result [rows, 4 vectors] = or += A [rows, depth] * B [depth, 4 vectors], depth in factors. Only
 // the first `vectors` of the four are wanted.
 template <class F, class S>
-void panel_product(int64_t rows, const Broadcast<F>& a, const Panel<F>& panel, int64_t depth,
-                   int vectors, const Result<S>& result) {
-  const F* b = panel.b[0][0];
+void panel_product(int64_t rows, const Broadcast<F>& a, const F* b, int64_t depth, int vectors,
+                   const Result<S>& result) {
   if (vectors == 1)
     tiles<4 * kTileRows, 1>(rows, a, b, depth, result);
   else if (vectors == 2)

@@ -234,6 +234,13 @@ template <class S>
 constexpr bool kPaired = std::is_same_v<FactorType<S>, BFloat16Pair>;
 template <class S>
 constexpr int kDepthOfFactor = kPaired<S> ? 2 : 1;  // k's in one factor
+// A row of K factors as elements: padded to whole pairs where they are pairs.
+template <class S>
+using FactorElement = std::conditional_t<kPaired<S>, S, ComputeType<S>>;
+template <class S>
+LSTM_EXT_INLINE int64_t factor_row(int64_t K) {
+  return kPaired<S> ? (K + 1) / 2 * 2 : K;
+}
 template <class F>
 using SumTypeOf = std::conditional_t<std::is_same_v<F, double>, double, float>;
 

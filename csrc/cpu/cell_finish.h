@@ -1,0 +1,77 @@
+// From pre-activations to the new states: what ends every forward, of a cell and of a time step.
+#pragma once
+
+#include "cpu/activations.h"
+#include "cpu/panel.h"
+
+namespace lstm_ext::cpu {
+namespace {
+
+constexpr int kGates = 4;
+static_assert(kGates == kPanelVectors);
+
+// Pre-activations of some rows: [row][gate][unit].
+template <class S>
+using Sums = ComputeType<S> (*)[kGates][kWidthOf<S>];
+
+// How the four gates of a task's units lie in a panel's sums: one vector each, or, when all units
+// fill half a vector at most, one behind the other, so that no lane goes to waste.
+struct GateLayout {
+  bool dense;
+  int vectors;
+  int64_t gate_stride;  // from one gate's sums to the next one's
+};
+template <class S>
+LSTM_EXT_INLINE GateLayout gate_layout(int64_t H) {
+  constexpr int width = kWidthOf<S>;
+  if (2 * H > width) return {false, kGates, width};
+  return {true, static_cast<int>(blocks(kGates * H, width)), H};
+}
+
+// Where the states of some rows lie; each pointer is to the first of them. Null where not wanted.
+template <class S>
+struct CellRows {
+  int64_t H;
+  const S *b_ih, *b_hh;  // [4H]
+  const S* cx;           // [rows, H]; may be cy
+  S* cy;                 // [rows, H]
+  S* hy;                 // row by row hy_stride apart
+  int64_t hy_stride;
+  FactorElement<S>* h_factors;  // [rows, factor_row(H)]
+  S* gates;                     // [rows, 4H], activated
+  S* c_before;                  // a copy of cx
+  const bool* reset_next;       // rows whose cy and h_factors shall be zero
+};
+
+// One vector of hidden units.
+template <class S>
+void finish_cells(const CellRows<S>& cells, int64_t rows, int64_t unit, int units,
+                  int64_t gate_stride, const ComputeType<S>* sums) {
+  using T = ComputeType<S>;
+  using V = VectorOf<S>;
+  const int64_t H = cells.H;
+  V bias[kGates] = {};
+  for (int gate = 0; gate < kGates; ++gate) {
+    const int64_t offset = gate * H + unit;
+    if (cells.b_ih) bias[gate] += load(cells.b_ih + offset, units);
+    if (cells.b_hh) bias[gate] += load(cells.b_hh + offset, units);
+  }
+  for (int64_t r = 0; r < rows; ++r, sums += kGates * kWidthOf<S>) {
+    const int64_t state = r * H + unit;
+    const Gates<V> pre = {load(sums, units) + bias[0], load(sums + gate_stride, units) + bias[1],
+                          load(sums + 2 * gate_stride, units) + bias[2],
+                          load(sums + 3 * gate_stride, units) + bias[3]};
+    V c_next, h_next;
+    const V c = load(cells.cx + state, units);
+    const Gates<V> gate = cell_forward<Activations<T>>(pre, c, c_next, h_next);
+    if (cells.c_before) store(cells.c_before + state, c, units);
+    if (cells.hy) store(cells.hy + r * cells.hy_stride + unit, h_next, units);
+    if (cells.gates) store_gates(cells.gates + r * kGates * H + unit, H, gate, units);
+    if (cells.reset_next && cells.reset_next[r]) c_next = h_next = zeros<V>();
+    store(cells.cy + state, c_next, units);
+    if (cells.h_factors) store(cells.h_factors + r * factor_row<S>(H) + unit, h_next, units);
+  }
+}
+
+}  // namespace
+}  // namespace lstm_ext::cpu
