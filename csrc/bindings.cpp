@@ -7,7 +7,7 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/version.h>
 
-#include "cpu/cell_kernels.h"
+#include "cpu/kernels.h"
 #include "ops.h"
 
 namespace py = pybind11;

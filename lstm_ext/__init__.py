@@ -1,6 +1,6 @@
-"""lstm_ext: the LSTM cell as one fused operation, a drop-in for ``torch.nn.LSTMCell``.
+"""lstm_ext: the LSTM as fused operations, drop-ins for ``torch.nn.LSTMCell`` and ``torch.nn.LSTM``.
 
-``LSTMCell`` is the module, ``lstm_cell`` its functional form, ``LSTMCellFunction`` the autograd
+``LSTMCell`` and ``LSTM`` are the modules, ``lstm_cell`` and ``lstm`` their functional forms, ``LSTMCellFunction`` the autograd
 Function, ``reference`` the same in plain torch operations, ``build_info`` what was compiled.
 """
 
@@ -10,13 +10,17 @@ from lstm_ext import reference
 from lstm_ext._info import __version__, build_info
 from lstm_ext.autograd import LSTMCellFunction
 from lstm_ext.cell import LSTMCell
-from lstm_ext.functional import lstm_cell
+from lstm_ext.functional import LayerWeights, lstm, lstm_cell
+from lstm_ext.layer import LSTM
 
 __all__ = [
+    "LSTM",
     "LSTMCell",
     "LSTMCellFunction",
+    "LayerWeights",
     "__version__",
     "build_info",
+    "lstm",
     "lstm_cell",
     "reference",
 ]

@@ -56,6 +56,7 @@ _C = load()
 # The operator itself, and the short way to it, which returns None for what it leaves to the
 # operator: see csrc/bindings.cpp.
 lstm_cell = torch.ops.lstm_ext.lstm_cell
+lstm_layer = torch.ops.lstm_ext.lstm_layer
 fast_lstm_cell: Callable[..., tuple[Tensor, Tensor] | None] = _C.lstm_cell
 
 
@@ -131,4 +132,78 @@ def _(
     return tuple(
         gates.new_empty(like.shape) if wanted else None
         for like, wanted in zip((input, hx, cx), output_mask, strict=True)
+    )
+
+
+def _layer_shapes(input: Tensor, w_hh: Tensor) -> tuple[torch.SymInt | int, ...]:
+    return (*input.shape[:-1], w_hh.shape[1])
+
+
+@torch.library.register_fake("lstm_ext::lstm_layer")
+def _(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    output = input.new_empty(_layer_shapes(input, w_hh))
+    return output, hx.new_empty(hx.shape), cx.new_empty(cx.shape)
+
+
+@torch.library.register_fake("lstm_ext::lstm_layer_forward")
+def _(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    output = input.new_empty(_layer_shapes(input, w_hh))
+    rows = output.flatten(0, -2).shape[0]
+    H = w_hh.shape[1]
+    return (
+        output,
+        hx.new_empty(hx.shape),
+        cx.new_empty(cx.shape),
+        input.new_empty(rows, 4 * H),
+        input.new_empty(rows, H),
+    )
+
+
+@torch.library.register_fake("lstm_ext::lstm_layer_backward")
+def _(
+    grad_output: Tensor | None,
+    grad_hy: Tensor | None,
+    grad_cy: Tensor | None,
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    output: Tensor,
+    gates: Tensor,
+    c_before: Tensor,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    bias = w_hh.shape[:1]
+    shapes = (input.shape, hx.shape, cx.shape, w_ih.shape, w_hh.shape, bias, bias)
+    return tuple(
+        gates.new_empty(shape) if wanted else None
+        for shape, wanted in zip(shapes, output_mask, strict=True)
     )

@@ -1,6 +1,9 @@
-"""The functional form of the LSTM cell."""
+"""The functional forms of the LSTM cell and of the LSTM."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,3 +66,112 @@ def lstm_cell(
         return hy.squeeze(0), cy.squeeze(0)
     hy, cy = _ops.lstm_cell(input, h, c, w_ih, w_hh, b_ih, b_hh)
     return hy, cy
+
+
+class LayerWeights(NamedTuple):
+    """The weights of one layer in one direction: w_ih (4H, I), w_hh (4H, P), and what it has of
+    b_ih and b_hh (4H) and of the projection w_hr (P, H); without the latter, P = H.
+    """
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    w_hr: Tensor | None = None
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: Sequence[LayerWeights],
+    *,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    batch_sizes: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one or more layers of an LSTM over a whole sequence.
+
+    The formula is :func:`lstm_cell`'s, step by step; each layer and direction is one fused
+    operation. Layers K, directions D (2 if bidirectional, else 1).
+
+    Args:
+        input: (L, N, I), or the data (S, I) of a packed sequence.
+        hx: h (K D, N, P) and c (K D, N, H) before the first step.
+        weights: K D of them, ordered as in :class:`torch.nn.LSTM`: layer by layer, in each forward
+            first.
+        bidirectional: whether every second of them reads the sequence from its end.
+        dropout: probability of dropout after each layer but the last; 0 for none, as in evaluation.
+        batch_sizes: those of a packed sequence, int64 (L), on the CPU.
+        reset: bool (L, N): where it is true, h and c are zero before that step.
+
+    Returns:
+        output (L, N, D P) or (S, D P), h_n and c_n, shaped like hx.
+
+    float32, float64, bfloat16 and float16 run fused on the CPU (the halves are summed in float32).
+    Kept for backward, per layer and direction: 5 S H numbers, the gates and the c of each step.
+    What the kernels do not take (another device, projections) goes to torch's own LSTM, or with
+    ``reset`` is computed in tensor operations.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices do not fit.
+    """
+    h, c = hx
+    if reset is None and (
+        not input.is_cpu or weights[0].w_hr is not None or 0 in input.shape or input.dim() < 2
+    ):
+        return _torch_lstm(input, hx, weights, bidirectional, dropout, batch_sizes)
+    directions = 2 if bidirectional else 1
+    if len(weights) == 1:
+        output, h_n, c_n = _layer(input, h[0], c[0], weights[0], batch_sizes, reset, False)
+        return output, h_n.unsqueeze(0), c_n.unsqueeze(0)
+    states_h, states_c = [], []
+    for k in range(0, len(weights), directions):
+        if k > 0 and dropout > 0:
+            input = torch.dropout(input, dropout, True)
+        outputs = []
+        for d in range(directions):
+            output, h_n, c_n = _layer(
+                input, h[k + d], c[k + d], weights[k + d], batch_sizes, reset, d == 1
+            )
+            outputs.append(output)
+            states_h.append(h_n)
+            states_c.append(c_n)
+        input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+    return input, torch.stack(states_h), torch.stack(states_c)
+
+
+def _layer(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w: LayerWeights,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if w.w_hr is not None:
+        raise NotImplementedError("reset with projections (proj_size > 0)")
+    output, h_n, c_n = _ops.lstm_layer(
+        input, h, c, w.w_ih, w.w_hh, w.b_ih, w.b_hh, batch_sizes, reset, reverse
+    )
+    return output, h_n, c_n
+
+
+def _torch_lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: Sequence[LayerWeights],
+    bidirectional: bool,
+    dropout: float,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    flat = [tensor for layer in weights for tensor in layer if tensor is not None]
+    has_biases = weights[0].b_ih is not None
+    layers = len(weights) // (2 if bidirectional else 1)
+    options = (has_biases, layers, dropout, dropout > 0, bidirectional)
+    if batch_sizes is None:
+        output, h, c = torch._VF.lstm(input, hx, flat, *options, False)
+    else:
+        output, h, c = torch._VF.lstm(input, batch_sizes, hx, flat, *options)
+    return output, h, c

@@ -121,15 +121,15 @@ def test_newer_instruction_sets_leak_no_shared_functions(tmp_path):
     A function that two files emit is kept once: were it the newer set's, older machines would
     meet an illegal instruction.
     """
-    for name in ("avx2", "avx512"):
+    for name in ("avx2", "avx512", "avx512bf16"):
         target = tmp_path / f"{name}.o"
         compiler = os.environ.get("CXX", "c++")
-        source = ROOT / "csrc" / "cpu" / f"cell_kernels_{name}.cpp"
+        source = ROOT / "csrc" / "cpu" / f"kernels_{name}.cpp"
         run(compiler, "-std=c++20", "-O2", "-fPIC", "-I", ROOT / "csrc", "-c", source, "-o", target)
         symbols = run("nm", "--extern-only", "--defined-only", "-C", target).stdout.split("\n")
         defined = [line.split(" ", 2)[2] for line in symbols if line]
         assert len(defined) <= 1
-        assert all(symbol.startswith("lstm_ext::cpu::kCellKernelsAVX") for symbol in defined)
+        assert all(symbol.startswith("lstm_ext::cpu::kKernelsAVX") for symbol in defined)
 
 
 # The installs. Each environment sees this one's torch through a path file, so that a second torch

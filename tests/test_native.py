@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [
-    *sorted((ROOT / "csrc" / "cpu").glob("cell_kernels_*.cpp")),
+    *sorted((ROOT / "csrc" / "cpu").glob("kernels_*.cpp")),
     ROOT / "tests" / "native" / "check_kernels.cpp",
 ]
 WARNINGS = ["-Wall", "-Werror", "-Wno-unknown-pragmas"]

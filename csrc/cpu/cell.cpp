@@ -1,78 +1,12 @@
 // The operators on the CPU: tensors in, kernels over raw pointers out.
-#include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <array>
-
-#include "cpu/cell_kernels.h"
-#include "cpu/denormals.h"
+#include "cpu/products.h"
+#include "cpu/tensors.h"
 #include "ops.h"
 
 namespace lstm_ext::cpu {
 namespace {
-
-using at::Tensor;
-
-// Multiplications and additions, in their thousands, below which a second thread costs more
-// than it brings.
-constexpr int64_t kForkWork = 64 * 1024;
-
-Dtype kernel_dtype(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return Dtype::kFloat;
-    case at::kDouble:
-      return Dtype::kDouble;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    default:
-      return Dtype::kHalf;
-  }
-}
-
-at::ScalarType compute_type(at::ScalarType dtype) {
-  return dtype == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// The rows of x [N, K] as factors.
-Tensor to_factors(const CellKernels& kernels, const Tensor& x) {
-  if (!kernels.pair_rows) return x.to(compute_type(x.scalar_type())).contiguous();
-  return x.size(1) % 2 ? at::constant_pad_nd(x, {0, 1}) : x.contiguous();
-}
-
-// The tensor itself where it is dense, borrowed, else a copy; null where it is undefined.
-class Dense {
- public:
-  explicit Dense(const Tensor& tensor)
-      : tensor_(tensor.defined() ? tensor.expect_contiguous()
-                                 : c10::MaybeOwned<Tensor>::borrowed(tensor)) {}
-  explicit Dense(const std::optional<Tensor>& tensor)
-      : tensor_(defined(tensor) ? tensor->expect_contiguous()
-                                : c10::MaybeOwned<Tensor>::owned(std::in_place)) {}
-  const void* data() const { return tensor_->defined() ? tensor_->const_data_ptr() : nullptr; }
-
- private:
-  const c10::MaybeOwned<Tensor> tensor_;
-};
-
-// A new dense tensor; at::empty, less its way through the dispatcher.
-Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
-  return at::detail::empty_cpu(sizes, at::dtype(dtype));
-}
-
-template <class Kernel>
-void run(int64_t tasks, int64_t work, const Kernel& kernel) {
-  const int64_t work_per_task = std::max<int64_t>(1, work / std::max<int64_t>(1, tasks));
-  const int64_t grain = std::max<int64_t>(1, kForkWork / work_per_task);
-  at::parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) {
-    const FlushDenormals guard;
-    kernel(first, last);
-  });
-}
 
 void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   const int64_t N = in.input.size(0), I = in.input.size(1), H = in.hx.size(1);
@@ -81,7 +15,7 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   cy = empty({N, H}, dtype);
   if (gates) *gates = empty({N, 4 * H}, dtype);
   if (hy.numel() == 0) return;
-  const CellKernels& kernels = cell_kernels(kernel_dtype(dtype));
+  const CellKernels& kernels = cpu::kernels(kernel_dtype(dtype)).cell;
   const Dense input(in.input), hx(in.hx), cx(in.cx), w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih),
       b_hh(in.b_hh);
   Tensor input_factors, hx_factors;
@@ -132,20 +66,6 @@ CellTrainingOutputs lstm_cell_forward(const Tensor& input, const Tensor& hx, con
   return {std::move(hy), std::move(cy), std::move(gates)};
 }
 
-// A gradient to compute: a new tensor, or one that exists and is added to. No tensor: not wanted.
-struct Target {
-  Tensor tensor;
-  bool accumulate = false;
-
-  bool wanted() const { return tensor.defined(); }
-  static Target fresh(bool wanted, const Tensor& like) {
-    return {wanted ? empty(like.sizes(), like.scalar_type()) : Tensor(), false};
-  }
-  static Target existing(const std::optional<Tensor>& tensor) {
-    return {tensor.value_or(Tensor()), true};
-  }
-};
-
 struct Targets {
   Target input, hx, cx, w_ih, w_hh, b_ih, b_hh;
 };
@@ -181,106 +101,6 @@ Tensor gate_gradients(const CellKernels& kernels, const std::optional<Tensor>& g
   return grad_gates;
 }
 
-// The gradients of the gates [N, 4H] as the left factors of the products, made when asked for.
-class GateFactors {
- public:
-  GateFactors(const CellKernels& kernels, Tensor grad_gates)
-      : kernels_(kernels), grad_gates_(std::move(grad_gates)) {}
-  int64_t N() const { return grad_gates_.size(0); }
-  int64_t gates() const { return grad_gates_.size(1); }
-
-  // Fills in args.a, which lives as long as this, for a product with the gradients or, transposed,
-  // with their transpose.
-  void left(bool transposed, ProductArgs& args) {
-    const bool pairs = kernels_.pair_rows && kernels_.product_packs(args.rows, args.depth);
-    const Tensor& a = !pairs ? grad_gates_ : transposed ? row_pairs() : halves();
-    args.a = a.const_data_ptr();
-    args.a_row_stride = transposed ? 1 : pairs ? gates() / 2 : gates();
-    args.a_k_stride = transposed ? gates() : 1;
-  }
-
- private:
-  const Tensor& halves() {
-    if (!halves_.defined()) halves_ = grad_gates_.to(at::kBFloat16);
-    return halves_;
-  }
-  const Tensor& row_pairs() {
-    if (!row_pairs_.defined()) {
-      const int64_t pairs = (N() + 1) / 2;
-      row_pairs_ = empty({pairs, gates(), 2}, at::kBFloat16);
-      run(pairs, N() * gates(), [&](int64_t first, int64_t last) {
-        kernels_.pair_rows(grad_gates_.const_data_ptr(), N(), gates(),
-                           row_pairs_.mutable_data_ptr(), first, last);
-      });
-    }
-    return row_pairs_;
-  }
-
-  const CellKernels& kernels_;
-  const Tensor grad_gates_;
-  Tensor halves_, row_pairs_;
-};
-
-// Matrix products that run side by side in one parallel region.
-class Products {
- public:
-  Products(const CellKernels& kernels, GateFactors& factors)
-      : kernels_(kernels), factors_(factors) {}
-
-  // target = or += the gates' gradients, or their transpose, times b.
-  void add(const Target& target, bool transposed, const Tensor& b) {
-    if (!target.wanted()) return;
-    const int64_t rows = transposed ? factors_.gates() : factors_.N();
-    const int64_t depth = transposed ? factors_.N() : factors_.gates();
-    const int64_t columns = b.size(1);
-    operands_[count_] = b.expect_contiguous();
-    ProductArgs& args = args_[count_];
-    args.rows = rows;
-    args.columns = columns;
-    args.depth = depth;
-    factors_.left(transposed, args);
-    args.b = operands_[count_]->const_data_ptr();
-    parts_[count_] = kernels_.product_parts(rows, depth, columns);
-    if (parts_[count_] > 1)
-      terms_[count_] =
-          empty({parts_[count_], rows, columns}, compute_type(target.tensor.scalar_type()));
-    results_[count_] = target;
-    args.c = (parts_[count_] > 1 ? terms_[count_] : target.tensor).mutable_data_ptr();
-    args.accumulate = target.accumulate;
-    tasks_[count_] = kernels_.product_tasks(rows, depth, columns);
-    work_ += rows * columns * (depth + 4);
-    ++count_;
-  }
-
-  // Every thread takes its share of each product: their tasks differ in size.
-  void run() const {
-    const int64_t shares =
-        std::clamp<int64_t>(work_ / kForkWork, 1, static_cast<int64_t>(at::get_num_threads()));
-    cpu::run(shares, work_, [&](int64_t first, int64_t last) {
-      for (int p = 0; p < count_; ++p) {
-        const int64_t from = tasks_[p] * first / shares, to = tasks_[p] * last / shares;
-        if (from < to) kernels_.product(args_[p], from, to);
-      }
-    });
-    for (int p = 0; p < count_; ++p)
-      if (parts_[p] > 1)
-        kernels_.add_up(terms_[p].const_data_ptr(), parts_[p], args_[p].rows * args_[p].columns,
-                        results_[p].tensor.mutable_data_ptr(), results_[p].accumulate);
-  }
-
- private:
-  static constexpr int kMost = 4;
-  const CellKernels& kernels_;
-  GateFactors& factors_;
-  std::array<c10::MaybeOwned<Tensor>, kMost> operands_;
-  std::array<ProductArgs, kMost> args_;
-  std::array<int64_t, kMost> tasks_, parts_;
-  std::array<Tensor, kMost> terms_;
-  std::array<Target, kMost> results_;
-  int count_ = 0;
-  int64_t work_ = 0;
-};
-
 void check_backward(const std::optional<Tensor>& grad_hy, const std::optional<Tensor>& grad_cy,
                     const CellInputs& in, const Tensor& gates) {
   const Tensor& hx = in.hx;
@@ -296,7 +116,7 @@ void check_backward(const std::optional<Tensor>& grad_hy, const std::optional<Te
 
 void backward(const std::optional<Tensor>& grad_hy, const std::optional<Tensor>& grad_cy,
               const CellInputs& in, const Tensor& gates, const Targets& targets) {
-  const CellKernels& kernels = cell_kernels(kernel_dtype(in.hx.scalar_type()));
+  const CellKernels& kernels = cpu::kernels(kernel_dtype(in.hx.scalar_type())).cell;
   GateFactors factors(kernels, gate_gradients(kernels, grad_hy, grad_cy, in.cx, gates, targets));
   Products products(kernels, factors);
   products.add(targets.input, false, in.w_ih);

@@ -79,18 +79,4 @@ struct CellKernels {
 inline constexpr int64_t kBiasBlockRows = 16;  // short sums: few roundings
 inline int64_t bias_blocks(int64_t N) { return (N + kBiasBlockRows - 1) / kBiasBlockRows; }
 
-// One table per instruction set, indexed by Dtype.
-extern const CellKernels kCellKernelsDefault[kDtypes];
-#if defined(__x86_64__)
-extern const CellKernels kCellKernelsAVX2[kDtypes];
-extern const CellKernels kCellKernelsAVX512[kDtypes];
-extern const CellKernels kCellKernelsAVX512BF16;  // for bfloat16 alone
-#endif
-
-// The instruction sets compiled in, comma-separated, and the one that at::get_cpu_capability()
-// (hence ATEN_CPU_CAPABILITY) selects.
-const char* compiled_instruction_sets();
-const char* active_instruction_set();
-const CellKernels& cell_kernels(Dtype dtype);
-
 }  // namespace lstm_ext::cpu

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "cpu/cell_kernels.h"
+#include "cpu/kernels.h"
 
 namespace lstm_ext::cpu {
 
@@ -13,8 +13,8 @@ namespace {
 
 struct InstructionSet {
   const char* name;
-  const CellKernels* cell;
-  const CellKernels* cell_bfloat16 = nullptr;  // where it has its own
+  const Kernels* kernels;
+  const Kernels* bfloat16 = nullptr;  // where it has its own
 };
 
 // Read once, as ATen itself does.
@@ -26,12 +26,12 @@ const InstructionSet& active() {
       // ATen names no extension of AVX-512; who asks for that one by name gets no more.
       const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
       if (__builtin_cpu_supports("avx512bf16") && (!asked || std::string(asked) != "avx512"))
-        return InstructionSet{"AVX512_BF16", kCellKernelsAVX512, &kCellKernelsAVX512BF16};
-      return InstructionSet{"AVX512", kCellKernelsAVX512};
+        return InstructionSet{"AVX512_BF16", kKernelsAVX512, &kKernelsAVX512BF16};
+      return InstructionSet{"AVX512", kKernelsAVX512};
     }
-    if (capability.rfind("AVX", 0) == 0) return InstructionSet{"AVX2", kCellKernelsAVX2};
+    if (capability.rfind("AVX", 0) == 0) return InstructionSet{"AVX2", kKernelsAVX2};
 #endif
-    return InstructionSet{"DEFAULT", kCellKernelsDefault};
+    return InstructionSet{"DEFAULT", kKernelsDefault};
   }();
   return set;
 }
@@ -48,10 +48,10 @@ const char* compiled_instruction_sets() {
 
 const char* active_instruction_set() { return active().name; }
 
-const CellKernels& cell_kernels(Dtype dtype) {
+const Kernels& kernels(Dtype dtype) {
   const InstructionSet& set = active();
-  if (dtype == Dtype::kBFloat16 && set.cell_bfloat16) return *set.cell_bfloat16;
-  return set.cell[static_cast<int>(dtype)];
+  if (dtype == Dtype::kBFloat16 && set.bfloat16) return *set.bfloat16;
+  return set.kernels[static_cast<int>(dtype)];
 }
 
 }  // namespace lstm_ext::cpu

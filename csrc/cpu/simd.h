@@ -1,6 +1,6 @@
 // A vector of LSTM_EXT_VECTOR_BYTES over the compiler's vector extensions: the
 // kernels are written once and compiled for each instruction set. Everything is
-// in an anonymous namespace and always inlined (see cell_kernels_avx2.cpp).
+// in an anonymous namespace and always inlined (see kernels_avx2.cpp).
 #pragma once
 
 #include <cmath>

@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "cpu/cell_kernels.h"
+#include "cpu/kernels.h"
 
 namespace {
 
@@ -299,19 +299,18 @@ void check(const Table& table, int64_t N, int64_t I, int64_t H) {
 int main() {
   using namespace lstm_ext::cpu;
   std::vector<Table> tables;
-  const auto add = [&](const char* name, const CellKernels* kernels) {
+  const auto add = [&](const char* name, const lstm_ext::cpu::Kernels* kernels) {
     for (int dtype = 0; dtype < kDtypes; ++dtype)
-      tables.push_back({name, &kernels[dtype], static_cast<Dtype>(dtype)});
+      tables.push_back({name, &kernels[dtype].cell, static_cast<Dtype>(dtype)});
   };
-  add("DEFAULT", kCellKernelsDefault);
+  add("DEFAULT", kKernelsDefault);
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    add("AVX2", kCellKernelsAVX2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add("AVX2", kKernelsAVX2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    add("AVX512", kCellKernelsAVX512);
+    add("AVX512", kKernelsAVX512);
     if (__builtin_cpu_supports("avx512bf16"))
-      tables.push_back({"AVX512_BF16", &kCellKernelsAVX512BF16, Dtype::kBFloat16});
+      tables.push_back({"AVX512_BF16", &kKernelsAVX512BF16.cell, Dtype::kBFloat16});
   }
 #endif
   const int64_t shapes[][3] = {{1, 3, 2},     {1, 1, 1},     {2, 5, 7},    {3, 17, 16},

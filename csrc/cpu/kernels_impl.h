@@ -1,5 +1,5 @@
-// The CPU kernels of one LSTM cell over the vector type of simd.h. Included once by each
-// cell_kernels_*.cpp, which names the instruction set by these macros:
+// The CPU kernels of the LSTM over the vector type of simd.h. Included once by each
+// kernels_*.cpp, which names the instruction set by these macros:
 //   LSTM_EXT_VECTOR_BYTES  width of a vector
 //   LSTM_EXT_TILE_ROWS     rows of a register tile: 4 vectors x rows accumulators
 //   LSTM_EXT_DOT_ROWS      most rows for which the forward leaves the weights unpacked
@@ -10,6 +10,8 @@
 
 #include "cpu/cell_backward.h"
 #include "cpu/cell_forward.h"
+#include "cpu/layer_backward.h"
+#include "cpu/layer_forward.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -23,10 +25,22 @@ constexpr auto pairing() -> decltype(CellKernels::pair_rows) {
 }
 
 template <class S>
-constexpr CellKernels table() {
+constexpr CellKernels cell_table() {
   return {forward_packs<S>,  forward_tasks<S>, forward<S>,       gate_gradient_tasks<S>,
           gate_gradients<S>, add_up<S>,        product_packs<S>, product_parts<S>,
           product_tasks<S>,  product<S>,       pairing<S>()};
+}
+
+template <class S>
+constexpr LayerKernels layer_table() {
+  return {unit_blocks<S>,    column_blocks<S>, sums_per_row<S>,       packed_gates<S>,
+          packed_columns<S>, pack_gates<S>,    pack_state_columns<S>, gate_product<S>,
+          step<S>,           step_gradient<S>, state_gradient<S>,     block_sums<S>};
+}
+
+template <class S>
+constexpr Kernels table() {
+  return {cell_table<S>(), layer_table<S>()};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The cell's CPU kernels for AVX2 with FMA and F16C.
-#include "cpu/cell_kernels.h"
+// The CPU kernels for AVX2 with FMA and F16C.
+#include "cpu/kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -22,12 +22,12 @@
 #define LSTM_EXT_DOT_ROWS 8
 #define LSTM_EXT_STREAM_ROWS 12
 #define LSTM_EXT_STREAM_DEPTH 16
-#include "cpu/cell_kernels_impl.h"
+#include "cpu/kernels_impl.h"
 
 namespace lstm_ext::cpu {
 // In the order of Dtype.
-const CellKernels kCellKernelsAVX2[kDtypes] = {table<float>(), table<double>(), table<BFloat16>(),
-                                               table<Half>()};
+const Kernels kKernelsAVX2[kDtypes] = {table<float>(), table<double>(), table<BFloat16>(),
+                                       table<Half>()};
 }  // namespace lstm_ext::cpu
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,5 +1,5 @@
-// The cell's CPU kernels for bfloat16 with AVX-512 and its extension AVX512_BF16.
-#include "cpu/cell_kernels.h"
+// The CPU kernels for bfloat16 with AVX-512 and its extension AVX512_BF16.
+#include "cpu/kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -25,10 +25,10 @@
 #define LSTM_EXT_DOT_ROWS 8
 #define LSTM_EXT_STREAM_ROWS 4
 #define LSTM_EXT_STREAM_DEPTH 4
-#include "cpu/cell_kernels_impl.h"
+#include "cpu/kernels_impl.h"
 
 namespace lstm_ext::cpu {
-const CellKernels kCellKernelsAVX512BF16 = table<BFloat16>();
+const Kernels kKernelsAVX512BF16 = table<BFloat16>();
 }  // namespace lstm_ext::cpu
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,5 +1,5 @@
-// The cell's CPU kernels for AVX-512 (F, BW, DQ, VL).
-#include "cpu/cell_kernels.h"
+// The CPU kernels for AVX-512 (F, BW, DQ, VL).
+#include "cpu/kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -24,12 +24,12 @@
 #define LSTM_EXT_DOT_ROWS 8
 #define LSTM_EXT_STREAM_ROWS 12
 #define LSTM_EXT_STREAM_DEPTH 24
-#include "cpu/cell_kernels_impl.h"
+#include "cpu/kernels_impl.h"
 
 namespace lstm_ext::cpu {
 // In the order of Dtype.
-const CellKernels kCellKernelsAVX512[kDtypes] = {table<float>(), table<double>(), table<BFloat16>(),
-                                                 table<Half>()};
+const Kernels kKernelsAVX512[kDtypes] = {table<float>(), table<double>(), table<BFloat16>(),
+                                         table<Half>()};
 }  // namespace lstm_ext::cpu
 #if defined(__clang__)
 #pragma clang attribute pop

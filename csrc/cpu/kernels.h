@@ -1,0 +1,28 @@
+// All CPU kernels of one dtype, and how they are chosen.
+#pragma once
+
+#include "cpu/cell_kernels.h"
+#include "cpu/layer_kernels.h"
+
+namespace lstm_ext::cpu {
+
+struct Kernels {
+  CellKernels cell;
+  LayerKernels layer;
+};
+
+// One table per instruction set, indexed by Dtype.
+extern const Kernels kKernelsDefault[kDtypes];
+#if defined(__x86_64__)
+extern const Kernels kKernelsAVX2[kDtypes];
+extern const Kernels kKernelsAVX512[kDtypes];
+extern const Kernels kKernelsAVX512BF16;  // for bfloat16 alone
+#endif
+
+// The instruction sets compiled in, comma-separated, and the one that at::get_cpu_capability()
+// (hence ATEN_CPU_CAPABILITY) selects.
+const char* compiled_instruction_sets();
+const char* active_instruction_set();
+const Kernels& kernels(Dtype dtype);
+
+}  // namespace lstm_ext::cpu

@@ -1,0 +1,90 @@
+// Backward of an LSTM layer: the gradients that travel from step to step. Those of weights and
+// inputs are large products over all steps afterwards (cell_backward.h).
+#pragma once
+
+#include "cpu/activations.h"
+#include "cpu/cell_backward.h"
+#include "cpu/layer_forward.h"
+#include "cpu/layer_kernels.h"
+
+namespace lstm_ext::cpu {
+namespace {
+
+static_assert(kUnitBlocks == kPanelVectors);
+
+template <class S>
+int64_t column_blocks(int64_t H) {
+  return blocks(H, Panel<FactorType<S>>::kColumns);
+}
+
+template <class S>
+int64_t packed_columns(int64_t H) {
+  return column_blocks<S>(H) * block_size<S>(4 * H);
+}
+
+template <class S>
+void pack_state_columns(const void* w_hh, int64_t H, void* packed, int64_t first, int64_t last) {
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t column = block * Panel<FactorType<S>>::kColumns;
+    pack_columns<S>(static_cast<const S*>(w_hh) + column, H, H - column, 4 * H,
+                    reinterpret_cast<PackedRows<S>>(static_cast<FactorType<S>*>(packed) +
+                                                    block * block_size<S>(4 * H)));
+  }
+}
+
+template <class S>
+void step_gradient(const StepGradientArgs& args, int64_t first_block, int64_t last_block) {
+  using T = ComputeType<S>;
+  using V = VectorOf<S>;
+  const int64_t H = args.H;
+  for (int64_t unit = first_block * kWidthOf<S>; unit < at_most(H, last_block * kWidthOf<S>);
+       unit += kWidthOf<S>) {
+    const int64_t units = at_most(kWidthOf<S>, H - unit);
+    for (int64_t r = 0; r < args.rows; ++r) {
+      const int64_t state = r * H + unit, gates = r * 4 * H + unit;
+      T* grad_c = static_cast<T*>(args.grad_c) + state;
+      const V grad_h = load(static_cast<const T*>(args.grad_h) + state, units) +
+                       load_or_zero<S>(args.grad_output, r * args.grad_output_stride + unit, units);
+      V grad_c_before;
+      const Gates<V> grad = cell_backward<Activations<T>>(
+          load_gates(static_cast<const S*>(args.gates) + gates, H, units),
+          load(static_cast<const S*>(args.c_before) + state, units), grad_h, load(grad_c, units),
+          grad_c_before);
+      store_gates(static_cast<T*>(args.grad_gates) + gates, H, grad, units);
+      if (args.grad_gates_factors)
+        store_gates(static_cast<S*>(args.grad_gates_factors) + gates, H, grad, units);
+      if (args.reset && args.reset[r]) grad_c_before = zeros<V>();
+      store(grad_c, grad_c_before, units);
+    }
+  }
+}
+
+template <class S>
+void state_gradient(const StateGradientArgs& args, int64_t first_block, int64_t last_block) {
+  using T = ComputeType<S>;
+  const int64_t H = args.H;
+  for (int64_t block = first_block; block < last_block; ++block) {
+    const int64_t column = block * Panel<FactorType<S>>::kColumns;
+    const int64_t columns = at_most(Panel<FactorType<S>>::kColumns, H - column);
+    T* grad_h = static_cast<T*>(args.grad_h) + column;
+    packed_product<S>(args.rows, static_cast<const FactorType<S>*>(args.grad_gates),
+                      static_cast<const FactorType<S>*>(args.packed) + block * block_size<S>(4 * H),
+                      4 * H, static_cast<int>(blocks(columns, kWidthOf<S>)),
+                      Result<T>{grad_h, H, columns, false});
+    for (int64_t r = 0; args.reset && r < args.rows; ++r)
+      if (args.reset[r]) std::memset(grad_h + r * H, 0, columns * sizeof(T));
+  }
+}
+
+template <class S>
+void block_sums(const void* m, int64_t rows, int64_t columns, void* sums, int64_t first,
+                int64_t last) {
+  using T = ComputeType<S>;
+  for (int64_t block = first; block < last; ++block)
+    add_up<T>(static_cast<const T*>(m) + block * kBiasBlockRows * columns,
+              at_most(kBiasBlockRows, rows - block * kBiasBlockRows), columns,
+              static_cast<T*>(sums) + block * columns, false);
+}
+
+}  // namespace
+}  // namespace lstm_ext::cpu

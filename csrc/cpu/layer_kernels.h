@@ -1,0 +1,91 @@
+// What the CPU kernels of a whole LSTM layer take: the steps of one time loop, over weights packed
+// once per call. Raw pointers and sizes, no tensors; terms as in cell_kernels.h.
+//
+// The hidden units are cut into blocks, one vector each: what a thread can own. "Factors" are what
+// the products multiply (cell_kernels.h); a row of K of them takes factors_of(K) elements.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/cell_kernels.h"
+
+namespace lstm_ext::cpu {
+
+// Rows of pre-activations of one chunk of the sequence: [block][row][gate][unit], in the compute
+// type.
+struct GateSums {
+  void* data;
+  int64_t rows;  // of the chunk
+};
+
+// sums = or += x W^T for rows of x, whose pre-activations start at row first_row.
+struct GateProductArgs {
+  int64_t rows, K, H;
+  const void* x;  // factors, [rows, K]
+  const void* packed;
+  GateSums sums;
+  int64_t first_row;
+  bool accumulate;
+};
+
+// One time step of some rows: activations and states from the complete pre-activations.
+// Every pointer is to the first of these rows.
+struct StepArgs {
+  int64_t rows, H;
+  GateSums sums;
+  int64_t first_row;
+  const void* b_ih;  // [4H] or null
+  const void* b_hh;  // [4H] or null
+  void* c;           // [rows, H], replaced
+  void* h_factors;   // [rows, H] as factors, for the next step's product
+  void* output;      // h, row by row output_stride apart; null where not wanted
+  int64_t output_stride;
+  void* gates;             // [rows, 4H], activated; null in inference
+  void* c_before;          // [rows, H], the c that the step read; null in inference
+  const bool* reset_next;  // rows whose states the next step shall find zero; or null
+};
+
+// One time step backward: the gradients of the pre-activations.
+struct StepGradientArgs {
+  int64_t rows, H;
+  const void* grad_output;  // row by row grad_output_stride apart; null for zero
+  int64_t grad_output_stride;
+  const void* grad_h;        // [rows, H] in the compute type: from the step after
+  void* grad_c;              // [rows, H] in the compute type, replaced
+  const void* gates;         // [rows, 4H]
+  const void* c_before;      // [rows, H]
+  void* grad_gates;          // [rows, 4H] in the compute type
+  void* grad_gates_factors;  // [rows, 4H] as factors where those are pairs, else null
+  const bool* reset;         // rows whose states the step found zero; or null
+};
+
+// grad_h [rows, H] = grad_gates [rows, 4H] W_hh, zero where reset.
+struct StateGradientArgs {
+  int64_t rows, H;
+  const void* grad_gates;  // factors
+  const void* packed;
+  void* grad_h;  // in the compute type
+  const bool* reset;
+};
+
+inline constexpr int64_t kUnitBlocks = 4;
+
+struct LayerKernels {
+  int64_t (*unit_blocks)(int64_t H);
+  int64_t (*column_blocks)(int64_t H);  // those of grad_h, kUnitBlocks unit blocks each
+  int64_t (*sums_per_row)(int64_t H);   // elements
+  int64_t (*packed_gates)(int64_t K, int64_t H);  // elements of the compute type
+  int64_t (*packed_columns)(int64_t H);
+  void (*pack_gates)(const void* w, int64_t K, int64_t H, void* packed, int64_t first,
+                     int64_t last);
+  void (*pack_columns)(const void* w_hh, int64_t H, void* packed, int64_t first, int64_t last);
+  void (*gate_product)(const GateProductArgs&, int64_t first_block, int64_t last_block);
+  void (*step)(const StepArgs&, int64_t first_block, int64_t last_block);
+  void (*step_gradient)(const StepGradientArgs&, int64_t first_block, int64_t last_block);
+  void (*state_gradient)(const StateGradientArgs&, int64_t first_block, int64_t last_block);
+  // sums [ceil(rows / kBiasBlockRows), columns] of m [rows, columns], in the compute type.
+  void (*block_sums)(const void* m, int64_t rows, int64_t columns, void* sums, int64_t first,
+                     int64_t last);
+};
+
+}  // namespace lstm_ext::cpu

@@ -1,0 +1,78 @@
+// Between tensors and kernels: memory, dtypes and threads, for everything on the CPU floor.
+#pragma once
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "cpu/denormals.h"
+#include "cpu/kernels.h"
+#include "ops.h"
+
+namespace lstm_ext::cpu {
+
+using at::Tensor;
+
+// Multiplications and additions, in their thousands, below which a second thread costs more
+// than it brings.
+inline constexpr int64_t kForkWork = 64 * 1024;
+
+inline Dtype kernel_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kDouble:
+      return Dtype::kDouble;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    default:
+      return Dtype::kHalf;
+  }
+}
+
+inline at::ScalarType compute_type(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// The rows of x [N, K] as factors.
+inline Tensor to_factors(const CellKernels& kernels, const Tensor& x) {
+  if (!kernels.pair_rows) return x.to(compute_type(x.scalar_type())).contiguous();
+  return x.size(1) % 2 ? at::constant_pad_nd(x, {0, 1}) : x.contiguous();
+}
+
+// The tensor itself where it is dense, borrowed, else a copy; null where it is undefined.
+class Dense {
+ public:
+  explicit Dense(const Tensor& tensor)
+      : tensor_(tensor.defined() ? tensor.expect_contiguous()
+                                 : c10::MaybeOwned<Tensor>::borrowed(tensor)) {}
+  explicit Dense(const std::optional<Tensor>& tensor)
+      : tensor_(defined(tensor) ? tensor->expect_contiguous()
+                                : c10::MaybeOwned<Tensor>::owned(std::in_place)) {}
+  const void* data() const { return tensor_->defined() ? tensor_->const_data_ptr() : nullptr; }
+
+ private:
+  const c10::MaybeOwned<Tensor> tensor_;
+};
+
+// A new dense tensor; at::empty, less its way through the dispatcher.
+inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::detail::empty_cpu(sizes, at::dtype(dtype));
+}
+
+template <class Kernel>
+void run(int64_t tasks, int64_t work, const Kernel& kernel) {
+  const int64_t work_per_task = std::max<int64_t>(1, work / std::max<int64_t>(1, tasks));
+  const int64_t grain = std::max<int64_t>(1, kForkWork / work_per_task);
+  at::parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) {
+    const FlushDenormals guard;
+    kernel(first, last);
+  });
+}
+
+}  // namespace lstm_ext::cpu

@@ -1,0 +1,154 @@
+// Differentiation of the layer's operators; see autograd.cpp for why the node is our own.
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <mutex>
+
+#include "layer_ops.h"
+#include "node_compat.h"
+
+namespace lstm_ext {
+namespace {
+
+using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+using Optional = const std::optional<Tensor>&;
+
+std::optional<Tensor> or_none(Tensor tensor) {
+  return tensor.defined() ? std::optional<Tensor>(std::move(tensor)) : std::nullopt;
+}
+
+bool has_forward_grad(const LayerInputs& in) {
+  using torch::autograd::isFwGradDefined;
+  return isFwGradDefined(in.input) || isFwGradDefined(in.hx) || isFwGradDefined(in.cx) ||
+         isFwGradDefined(in.w_ih) || isFwGradDefined(in.w_hh) || isFwGradDefined(in.b_ih) ||
+         isFwGradDefined(in.b_hh);
+}
+
+bool requires_grad(const LayerInputs& in) {
+  return torch::autograd::compute_requires_grad(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih,
+                                                in.b_hh);
+}
+
+// Keeps the inputs, the output, the gates and the c before each step: 5 S H numbers beyond inputs
+// and outputs.
+struct LSTMLayerBackward : public torch::autograd::Node {
+  std::array<SavedVariable, kCellInputs> inputs;
+  SavedVariable batch_sizes, reset, output, gates, c_before;
+  bool reverse = false;
+
+  std::string name() const override { return "LSTMLayerBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& saved : inputs) saved.reset_data();
+    for (SavedVariable* saved : {&batch_sizes, &reset, &output, &gates, &c_before})
+      saved->reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined())
+      return variable_list(kCellInputs);
+    const Tensor input = inputs[0].unpack(), hx = inputs[1].unpack(), cx = inputs[2].unpack(),
+                 w_ih = inputs[3].unpack(), w_hh = inputs[4].unpack();
+    const std::optional<Tensor> b_ih = or_none(inputs[5].unpack()),
+                                b_hh = or_none(inputs[6].unpack()),
+                                sizes = or_none(batch_sizes.unpack()),
+                                resets = or_none(reset.unpack());
+    CellGradientMask mask;
+    for (int k = 0; k < kCellInputs; ++k) mask[k] = task_should_compute_output(k);
+    auto [d_input, d_hx, d_cx, d_w_ih, d_w_hh, d_b_ih, d_b_hh] =
+        call_lstm_layer_backward({or_none(grads[0]), or_none(grads[1]), or_none(grads[2])},
+                                 {input, hx, cx, w_ih, w_hh, b_ih, b_hh, sizes, resets, reverse},
+                                 {output.unpack(), gates.unpack(), c_before.unpack()}, mask);
+    return {std::move(d_input), std::move(d_hx),   std::move(d_cx),  std::move(d_w_ih),
+            std::move(d_w_hh),  std::move(d_b_ih), std::move(d_b_hh)};
+  }
+};
+
+LayerTrainingOutputs forward_with_graph(const LayerInputs& in) {
+  auto node = make_node<LSTMLayerBackward>();
+  const Tensor b_ih = in.b_ih.value_or(Tensor()), b_hh = in.b_hh.value_or(Tensor());
+  node->set_next_edges(
+      torch::autograd::collect_next_edges(in.input, in.hx, in.cx, in.w_ih, in.w_hh, b_ih, b_hh));
+  LayerTrainingOutputs out;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    out = call_lstm_layer_forward(in);
+  }
+  auto& [output, hy, cy, gates, c_before] = out;
+  node->inputs = {SavedVariable(in.input, false), SavedVariable(in.hx, false),
+                  SavedVariable(in.cx, false),    SavedVariable(in.w_ih, false),
+                  SavedVariable(in.w_hh, false),  SavedVariable(b_ih, false),
+                  SavedVariable(b_hh, false)};
+  node->batch_sizes = SavedVariable(in.batch_sizes.value_or(Tensor()), false);
+  node->reset = SavedVariable(in.reset.value_or(Tensor()), false);
+  node->reverse = in.reverse;
+  node->gates = SavedVariable(gates, false);
+  node->c_before = SavedVariable(c_before, false);
+  // Detached: the node shall not own itself. A change in place is noticed all the same.
+  node->output = SavedVariable(output.detach(), false);
+  torch::autograd::set_history(output, node);
+  torch::autograd::set_history(hy, node);
+  torch::autograd::set_history(cy, node);
+  return out;
+}
+
+LayerOutputs lstm_layer(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
+                        const Tensor& w_hh, Optional b_ih, Optional b_hh, Optional batch_sizes,
+                        Optional reset, bool reverse) {
+  const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
+  const bool forward_ad = has_forward_grad(in);
+  if (!forward_ad && !requires_grad(in)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return call_lstm_layer(in);
+  }
+  // What the kernels do not take is differentiated operation by operation.
+  auto [output, hy, cy, gates, c_before] =
+      forward_ad || !layer_fusable(in) ? composite::layer_forward(in) : forward_with_graph(in);
+  return {std::move(output), std::move(hy), std::move(cy)};
+}
+
+LayerTrainingOutputs lstm_layer_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
+                                        const Tensor& w_ih, const Tensor& w_hh, Optional b_ih,
+                                        Optional b_hh, Optional batch_sizes, Optional reset,
+                                        bool reverse) {
+  const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
+  if (has_forward_grad(in)) return composite::layer_forward(in);
+  if (requires_grad(in))
+    return layer_fusable(in) ? forward_with_graph(in) : composite::layer_forward(in);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_lstm_layer_forward(in);
+}
+
+CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Optional grad_cy,
+                                  const Tensor& input, const Tensor& hx, const Tensor& cx,
+                                  const Tensor& w_ih, const Tensor& w_hh, Optional b_ih,
+                                  Optional b_hh, Optional batch_sizes, Optional reset, bool reverse,
+                                  const Tensor& output, const Tensor& gates, const Tensor& c_before,
+                                  CellGradientMask mask) {
+  using torch::autograd::isFwGradDefined;
+  const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
+  const LayerOutputGradients grads = {grad_output, grad_hy, grad_cy};
+  const bool differentiable =
+      requires_grad(in) || torch::autograd::compute_requires_grad(grad_output, grad_hy, grad_cy) ||
+      has_forward_grad(in) || isFwGradDefined(grad_output) || isFwGradDefined(grad_hy) ||
+      isFwGradDefined(grad_cy);
+  if (differentiable) return composite::layer_backward(grads, in, mask);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_lstm_layer_backward(grads, in, {output, gates, c_before}, mask);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lstm_ext, Autograd, m) {
+  m.impl("lstm_layer", lstm_layer);
+  m.impl("lstm_layer_forward", lstm_layer_forward);
+  m.impl("lstm_layer_backward", lstm_layer_backward);
+}
+
+}  // namespace lstm_ext

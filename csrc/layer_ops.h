@@ -1,0 +1,65 @@
+// The operators lstm_ext::lstm_layer*: one layer of an LSTM in one direction, over a whole
+// sequence. Shapes: L time, N batch, I input, H hidden, S = L N, or for a packed sequence the sum
+// of its batch sizes.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "ops.h"
+
+namespace lstm_ext {
+
+struct LayerInputs {
+  const at::Tensor& input;                       // [L, N, I], or packed [S, I]
+  const at::Tensor& hx;                          // [N, H]
+  const at::Tensor& cx;                          // [N, H]
+  const at::Tensor& w_ih;                        // [4H, I]
+  const at::Tensor& w_hh;                        // [4H, H]
+  const std::optional<at::Tensor>& b_ih;         // [4H] or none
+  const std::optional<at::Tensor>& b_hh;         // [4H] or none
+  const std::optional<at::Tensor>& batch_sizes;  // of a packed sequence: int64 [L], on the CPU
+  const std::optional<at::Tensor>& reset;        // bool [L, N]: states are zero before these steps
+  bool reverse;                                  // from the last step to the first
+};
+
+using LayerOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // output, h_n, c_n
+// And what backward needs: gates [S, 4H], and the c that each step started from, [S, H].
+using LayerTrainingOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+struct LayerOutputGradients {
+  const std::optional<at::Tensor>& output;
+  const std::optional<at::Tensor>& hy;
+  const std::optional<at::Tensor>& cy;
+};
+// What the forward kept.
+struct LayerResults {
+  const at::Tensor& output;
+  const at::Tensor& gates;
+  const at::Tensor& c_before;
+};
+
+// Whether the fused kernels take these tensors.
+bool layer_fusable(const LayerInputs& in);
+// Raises an error that says what is wrong with batch_sizes or reset.
+void check_sequence(const LayerInputs& in);
+
+// The layer in plain tensor operations, step by step, differentiable any number of times.
+namespace composite {
+
+LayerTrainingOutputs layer_forward(const LayerInputs& in);
+// Gradients of the first seven. The forward is run anew, so that they are differentiable too.
+CellGradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                             CellGradientMask mask);
+
+}  // namespace composite
+
+LayerOutputs call_lstm_layer(const LayerInputs& in);
+LayerTrainingOutputs call_lstm_layer_forward(const LayerInputs& in);
+CellGradients call_lstm_layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                                       const LayerResults& results, CellGradientMask mask);
+
+}  // namespace lstm_ext

@@ -1,0 +1,154 @@
+"""The drop-in for :class:`torch.nn.LSTM`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lstm_ext.functional import LayerWeights, lstm
+
+States = tuple[Tensor, Tensor]
+
+
+class LSTM(nn.RNNBase):
+    r"""A multi-layer LSTM whose time loop runs inside one fused operation a layer and direction.
+
+    :class:`torch.nn.LSTM` in every respect but speed: the options, the parameters, their names,
+    shapes, order and initialisation, the state dict, ``repr`` and errors are the same; checkpoints
+    load both ways, and the same seed gives the same weights. The weights are read anew at every
+    call: what is written through ``.data``, by a parametrization or by ``functional_call`` counts.
+
+    It derives from :class:`torch.nn.RNNBase` but not from :class:`torch.nn.LSTM`, at which
+    ``torch.compile`` breaks the graph: ``isinstance(module, torch.nn.LSTM)`` is False.
+
+    Args:
+        input_size: number of features I of the input.
+        hidden_size: number of features H of the states.
+        num_layers: layers one above the other.
+        bias: whether to add ``bias_ih`` and ``bias_hh``.
+        batch_first: whether input and output are (N, L, ..) instead of (L, N, ..).
+        dropout: probability of dropout after each layer but the last, in training.
+        bidirectional: whether a second LSTM reads the sequence from its end (D = 2, else D = 1).
+        proj_size: if positive, h is projected to that many features P (else P = H).
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Inputs: ``input``, ``(h_0, c_0)``, ``reset``
+        - input: (L, N, I), (N, L, I) if ``batch_first``, (L, I) for a single sequence, or a
+          :class:`~torch.nn.utils.rnn.PackedSequence`, sorted or not.
+        - h_0, c_0: (D num_layers, N, P) and (D num_layers, N, H), no N for a single sequence;
+          zeros when left out.
+        - reset: bool, (L, N), or (N, L) if ``batch_first``, or (L): where it is true, h and c are
+          zero before that step (before it in the order of computation, in the reverse direction).
+          For a packed input: (L, N) in the order of the batch. torch.nn.LSTM has no such option.
+
+    Outputs: ``output, (h_n, c_n)``
+        - output: (L, N, D P), (N, L, D P), (L, D P), or a PackedSequence, as the input.
+        - h_n, c_n: shaped like h_0 and c_0.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: whatever ``torch.nn.LSTM`` raises for the same wrong
+            input, in its words.
+
+    Example::
+
+        lstm = lstm_ext.LSTM(10, 20, num_layers=2)
+        output, (h, c) = lstm(torch.randn(5, 3, 10))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    # torch.nn.LSTM's own checks, and with them its words.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: States | None = None,
+        *,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, States]:
+        """Run the sequence; see the class."""
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, reset)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        is_batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if not is_batched:
+            input = input.unsqueeze(batch_dim)
+            reset = None if reset is None else reset.unsqueeze(batch_dim)
+        if hx is None:
+            hx = self._zero_states(input, input.size(batch_dim))
+        else:
+            _check_rank(hx, is_batched)
+            if not is_batched:
+                hx = hx[0].unsqueeze(1), hx[1].unsqueeze(1)
+        self.check_forward_args(input, hx, None)
+        if self.batch_first:
+            input = input.transpose(0, 1)
+            reset = None if reset is None else reset.transpose(0, 1)
+        output, h, c = self._run(input, hx, None, reset)
+        if self.batch_first:
+            output = output.transpose(0, 1)
+        if not is_batched:
+            return output.squeeze(batch_dim), (h.squeeze(1), c.squeeze(1))
+        return output, (h, c)
+
+    def _forward_packed(
+        self, packed: PackedSequence, hx: States | None, reset: Tensor | None
+    ) -> tuple[PackedSequence, States]:
+        input, batch_sizes, sorted_indices, unsorted_indices = packed
+        if hx is None:
+            hx = self._zero_states(input, int(batch_sizes[0]))
+        else:
+            hx = self.permute_hidden(hx, sorted_indices)
+        self.check_forward_args(input, hx, batch_sizes)
+        if reset is not None and sorted_indices is not None:
+            reset = reset.index_select(1, sorted_indices)
+        output, h, c = self._run(input, hx, batch_sizes, reset)
+        return (
+            PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
+            self.permute_hidden((h, c), unsorted_indices),
+        )
+
+    def _zero_states(self, input: Tensor, N: int) -> States:
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        h = input.new_zeros(layers, N, self.proj_size or self.hidden_size)
+        return h, input.new_zeros(layers, N, self.hidden_size)
+
+    def _run(
+        self, input: Tensor, hx: States, batch_sizes: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = [self._layer_weights(names) for names in self._all_weights]
+        return lstm(
+            input,
+            hx,
+            weights,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout if self.training else 0.0,
+            batch_sizes=batch_sizes,
+            reset=reset,
+        )
+
+    def _layer_weights(self, names: list[str]) -> LayerWeights:
+        # In the order of _all_weights: w_ih, w_hh, then b_ih and b_hh, then w_hr, where they exist.
+        p = self._parameters
+        found = [p[name] if name in p else getattr(self, name) for name in names]
+        b_ih, b_hh = (found[2], found[3]) if self.bias else (None, None)
+        return LayerWeights(found[0], found[1], b_ih, b_hh, found[-1] if self.proj_size else None)
+
+
+def _check_rank(hx: States, is_batched: bool) -> None:
+    rank, kind = (3, "batched 3-D") if is_batched else (2, "unbatched 2-D")
+    if hx[0].dim() != rank or hx[1].dim() != rank:
+        raise RuntimeError(
+            f"For {kind} input, hx and cx should "
+            f"also be {rank}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+        )
