@@ -79,19 +79,24 @@ bool product_packs(int64_t rows, int64_t depth) {
 // added up in the end.
 struct PanelPlan {
   RowBlocks rows;
-  int64_t column_blocks, parts, part_depth;
+  int64_t group, column_groups;  // panels of a group, and groups
+  int64_t parts, part_depth;
 };
 constexpr int64_t kTasksWanted = 16;
+constexpr int64_t kPanelGroup = 4;  // panels that share the reading of A, if there are tasks enough
 constexpr int64_t kPartPanels = 4;  // of depth, at least, in each part
 
 template <class S>
 PanelPlan panel_plan(int64_t rows, int64_t depth, int64_t columns) {
   PanelPlan plan;
   plan.rows = row_blocks(rows);
-  plan.column_blocks = blocks(columns, Panel<FactorType<S>>::kColumns);
+  const int64_t panels_across = blocks(columns, Panel<FactorType<S>>::kColumns);
+  const int64_t group = at_most(plan.rows.count * panels_across / kTasksWanted, kPanelGroup);
+  plan.group = group > 1 ? group : 1;
+  plan.column_groups = blocks(panels_across, plan.group);
   const int64_t panels = depth > 0 ? blocks(depth, kPanelStep<S>) : 1;
   const int64_t most =
-      at_most(panels / kPartPanels, kTasksWanted / (plan.rows.count * plan.column_blocks));
+      at_most(panels / kPartPanels, kTasksWanted / (plan.rows.count * plan.column_groups));
   const int64_t part_panels = most > 1 ? blocks(panels, most) : panels;
   plan.parts = blocks(panels, part_panels);
   plan.part_depth = part_panels * kPanelStep<S>;
@@ -112,54 +117,89 @@ int64_t product_tasks(int64_t rows, int64_t depth, int64_t columns) {
     return blocks(rows, block.rows) * blocks(columns, block.columns);
   }
   const PanelPlan plan = panel_plan<S>(rows, depth, columns);
-  return plan.rows.count * plan.column_blocks * plan.parts;
+  return plan.rows.count * plan.column_groups * plan.parts;
 }
 
-// A task: one panel of columns, one block of rows, one part of the depth.
+// What a task works with: a panel of B, a block of A if that is copied, and the sums of some
+// panels.
+template <class F>
+struct ProductScratch {
+  alignas(64) F b[kPanelDepth][kPanelVectors][Vector<F>::kWidth];
+  alignas(64) F a[kPanelDepth][kPanelRows];
+  alignas(64) SumTypeOf<F> sums[kPanelGroup][kPanelRows][Panel<F>::kColumns];
+};
+
+// A block of A for one panel: as it lies, or, if its rows are neighbours and every k is a page of
+// its own, from a copy: the tiles would go through those pages once for every few rows.
+template <class F>
+LSTM_EXT_INLINE Broadcast<F> gather(const Broadcast<F>& a, int64_t rows, int64_t depth,
+                                    F (*copy)[kPanelRows]) {
+  constexpr int64_t kFar = 4096;
+  if (a.row_stride != 1 || a.k_stride * static_cast<int64_t>(sizeof(F)) < kFar) return a;
+  for (int64_t k = 0; k < depth; ++k)
+    std::memcpy(copy[k], a.data + k * a.k_stride, rows * sizeof(F));
+  return {copy[0], 1, kPanelRows};
+}
+
+// A task: one block of rows, a group of panels of columns, one part of the depth. All panels of the
+// group take their turn before the next block of A is read.
 template <class S>
 void panel_task(const ProductArgs& args, const PanelPlan& plan, int64_t task,
-                Panel<FactorType<S>>& panel) {
+                ProductScratch<FactorType<S>>& scratch) {
   using F = FactorType<S>;
   using T = ComputeType<S>;
+  constexpr int64_t width = Panel<F>::kColumns;
   const int64_t part = task % plan.parts, block = task / plan.parts;
   const int64_t row = block % plan.rows.count * plan.rows.rows;
-  const int64_t column = block / plan.rows.count * Panel<F>::kColumns;
+  const int64_t first_column = block / plan.rows.count * plan.group * width;
+  const int64_t group_columns = at_most(plan.group * width, args.columns - first_column);
   const int64_t first_k = part * plan.part_depth;
   const int64_t end = at_most(first_k + plan.part_depth, args.depth);
   const int64_t rows = at_most(plan.rows.rows, args.rows - row);
-  const int64_t columns = at_most(Panel<F>::kColumns, args.columns - column);
-  const int vectors = static_cast<int>(blocks(columns, kWidthOf<S>));
   const F* a = static_cast<const F*>(args.a) + row * args.a_row_stride +
                first_k / kDepthOfFactor<S> * args.a_k_stride;
-  const S* b = static_cast<const S*>(args.b) + column;
-  const int64_t at = row * args.columns + column;
-  const Result<S> result = {static_cast<S*>(args.c) + at, args.columns, columns, args.accumulate};
-  const Result<T> partial = {static_cast<T*>(args.c) + part * args.rows * args.columns + at,
-                             args.columns, columns, false};
+  const S* b = static_cast<const S*>(args.b) + first_column;
+  const int64_t at = row * args.columns + first_column;
+  S* c = static_cast<S*>(args.c) + at;
   const bool one_panel = plan.parts == 1 && args.depth <= kPanelStep<S>;
   int64_t k = first_k;
   do {  // once even without any depth: the result is zero then
-    const int64_t depth = pack_columns<S>(b + k * args.columns, args.columns, columns,
-                                          at_most(kPanelStep<S>, end - k), panel.b);
-    const Broadcast<F> left = {a, args.a_row_stride, args.a_k_stride};
-    if (one_panel)
-      panel_product(rows, left, panel.b[0][0], depth, vectors, result);
-    else
-      panel_product(rows, left, panel.b[0][0], depth, vectors, panel_sums(panel, k == first_k));
+    const int64_t depth_k = at_most(kPanelStep<S>, end - k);
+    const int64_t depth = blocks(depth_k, kDepthOfFactor<S>);
+    const Broadcast<F> left =
+        gather<F>({a, args.a_row_stride, args.a_k_stride}, rows, depth, scratch.a);
+    for (int64_t column = 0; column < group_columns; column += width) {
+      const int64_t columns = at_most(width, group_columns - column);
+      const int vectors = static_cast<int>(blocks(columns, kWidthOf<S>));
+      pack_columns<S>(b + k * args.columns + column, args.columns, columns, depth_k, scratch.b);
+      if (one_panel)
+        panel_product(rows, left, scratch.b[0][0], depth, vectors,
+                      Result<S>{c + column, args.columns, columns, args.accumulate});
+      else
+        panel_product(rows, left, scratch.b[0][0], depth, vectors,
+                      Result<T>{scratch.sums[column / width][0], width, width, k > first_k});
+    }
     a += depth * args.a_k_stride;
     k += kPanelStep<S>;
   } while (k < end);
-  if (plan.parts > 1)
-    copy_sums(panel, rows, vectors, partial);
-  else if (!one_panel)
-    copy_sums(panel, rows, vectors, result);
+  if (one_panel) return;
+  T* terms = static_cast<T*>(args.c) + part * args.rows * args.columns + at;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < group_columns; j += kWidthOf<S>) {
+      const auto sum = load(&scratch.sums[j / width][r][j % width]);
+      if (plan.parts > 1)
+        store(terms + r * args.columns + j, sum, group_columns - j);
+      else
+        store_result(c + r * args.columns + j, sum, group_columns - j, args.accumulate);
+    }
 }
 
 template <class S>
 void product_panels(const ProductArgs& args, int64_t first_task, int64_t last_task) {
   const PanelPlan plan = panel_plan<S>(args.rows, args.depth, args.columns);
-  Panel<FactorType<S>> panel;
-  for (int64_t task = first_task; task < last_task; ++task) panel_task<S>(args, plan, task, panel);
+  ProductScratch<FactorType<S>> scratch;
+  for (int64_t task = first_task; task < last_task; ++task)
+    panel_task<S>(args, plan, task, scratch);
 }
 
 template <class S>

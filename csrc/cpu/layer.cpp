@@ -21,9 +21,9 @@ namespace {
 
 // Rows whose pre-activations are made at once: enough to make use of a panel, few enough to stay
 // in a near cache.
-constexpr int64_t kChunkRows = 192;
-// Rows that a thread needs to go on its own: two register tiles.
-constexpr int64_t kRowsOfAThread = 12;
+constexpr int64_t kChunkRows = 48;
+// Rows that a thread needs to go on its own; with fewer the halves of the weights pay more.
+constexpr int64_t kRowsOfAThread = 24;
 // Multiplications and additions of a step below which threads are not worth their meeting.
 constexpr int64_t kSharedStepWork = 64 * 1024;
 
@@ -138,8 +138,18 @@ void forward_loop(const LayerInputs& in, const Sequence& sequence, const Kernels
   const Elements factor = {static_cast<int64_t>(elementSize(factors))};
 
   const Dense w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih), b_hh(in.b_hh);
-  const Tensor packed_ih = empty({layer.packed_gates(I, H)}, compute);
-  const Tensor packed_hh = empty({layer.packed_gates(H, H)}, compute);
+  const Cut cut(sequence, H, blocks);
+  const int64_t chunk_rows = kChunkRows * (cut.by_rows ? cut.shares : 1);
+  const int64_t chunk_steps = std::clamp<int64_t>(chunk_rows / N, 1, L);
+  // One piece of memory for all: the allocator returns several large ones to the system each time,
+  // and to get their pages anew takes as long as to fill them.
+  const std::vector<Tensor> scratch =
+      empty({layer.packed_gates(I, H) + layer.packed_gates(H, H) +
+             chunk_steps * N * layer.sums_per_row(H)},
+            compute)
+          .split_with_sizes({layer.packed_gates(I, H), layer.packed_gates(H, H),
+                             chunk_steps * N * layer.sums_per_row(H)});
+  const Tensor &packed_ih = scratch[0], &packed_hh = scratch[1], &sums = scratch[2];
   cpu::run(blocks, 4 * H * (I + H), [&](int64_t first, int64_t last) {
     layer.pack_gates(w_ih.data(), I, H, packed_ih.mutable_data_ptr(), first, last);
     layer.pack_gates(w_hh.data(), H, H, packed_hh.mutable_data_ptr(), first, last);
@@ -157,11 +167,6 @@ void forward_loop(const LayerInputs& in, const Sequence& sequence, const Kernels
     for (const Tensor& state : {h[0], h[1], out.cy}) state[row].zero_();
   }
 
-  const Cut cut(sequence, H, blocks);
-  const int64_t chunk_rows = kChunkRows * (cut.by_rows ? cut.shares : 1);
-  const int64_t chunk_steps = std::clamp<int64_t>(chunk_rows / N, 1, L);
-  const int64_t sums_per_row = layer.sums_per_row(H);
-  const Tensor sums = empty({chunk_steps * N * sums_per_row}, compute);
   Barrier barrier(cut.shares);
 
   run_team(cut.shares, [&](int64_t first, int64_t last) {

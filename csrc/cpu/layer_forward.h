@@ -48,6 +48,34 @@ void pack_gates(const void* w, int64_t K, int64_t H, void* packed, int64_t first
   }
 }
 
+// One row times several panels side by side: more streams of weights to fetch ahead, and more sums
+// to cover the latency of FMA. Added up as if one came after the other.
+constexpr int kSidePanels = LSTM_EXT_VECTOR_BYTES == 64 ? 4 : 2;
+
+template <class F, class R>
+void side_panels(const F* a, const F* b, const Result<R>& result) {
+  constexpr int width = Vector<F>::kWidth;
+  constexpr int64_t apart = kPanelDepth * Panel<F>::kColumns;
+  using V = typename Vector<SumTypeOf<F>>::type;
+  V sum[kSidePanels][kPanelVectors] = {};
+  for (int k = 0; k < kPanelDepth; ++k, ++a, b += Panel<F>::kColumns)
+#pragma GCC unroll 4
+    for (int p = 0; p < kSidePanels; ++p) {
+      const auto a_k = broadcast(a[p * kPanelDepth]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVectors; ++v)
+        sum[p][v] = multiply_add<F>(sum[p][v], a_k, load(b + p * apart + v * width));
+    }
+#pragma GCC unroll 4
+  for (int v = 0; v < kPanelVectors; ++v) {
+    const int64_t n = result.columns - v * width;
+    if (n <= 0) continue;
+    V total = result.accumulate ? load(result.data + v * width, n) + sum[0][v] : sum[0][v];
+    for (int p = 1; p < kSidePanels; ++p) total += sum[p][v];
+    store(result.data + v * width, total, n);
+  }
+}
+
 // result = or += a times a packed block, depth of K.
 template <class S, class R>
 LSTM_EXT_INLINE void packed_product(int64_t rows, const FactorType<S>* a, const FactorType<S>* b,
@@ -57,14 +85,19 @@ LSTM_EXT_INLINE void packed_product(int64_t rows, const FactorType<S>* a, const 
     Result<R> part = result;
     part.data += row * result.row_stride;
     int64_t k = 0;
-    do {
+    if (rows == 1)
+      for (; k + kSidePanels * kPanelDepth <= factors; k += kSidePanels * kPanelDepth) {
+        side_panels(a + k, b + k * Panel<FactorType<S>>::kColumns, part);
+        part.accumulate = true;
+      }
+    while (k < factors) {
       panel_product(at_most(kPanelRows, rows - row),
                     Broadcast<FactorType<S>>{a + row * factors + k, factors, 1},
                     b + k * Panel<FactorType<S>>::kColumns, at_most(kPanelDepth, factors - k),
                     vectors, part);
       part.accumulate = true;
       k += kPanelDepth;
-    } while (k < factors);
+    }
   }
 }
 

@@ -72,8 +72,8 @@ inline constexpr int64_t kUnitBlocks = 4;
 
 struct LayerKernels {
   int64_t (*unit_blocks)(int64_t H);
-  int64_t (*column_blocks)(int64_t H);  // those of grad_h, kUnitBlocks unit blocks each
-  int64_t (*sums_per_row)(int64_t H);   // elements
+  int64_t (*column_blocks)(int64_t H);            // those of grad_h, kUnitBlocks unit blocks each
+  int64_t (*sums_per_row)(int64_t H);             // elements
   int64_t (*packed_gates)(int64_t K, int64_t H);  // elements of the compute type
   int64_t (*packed_columns)(int64_t H);
   void (*pack_gates)(const void* w, int64_t K, int64_t H, void* packed, int64_t first,

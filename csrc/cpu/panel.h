@@ -122,16 +122,6 @@ void panel_product(int64_t rows, const Broadcast<F>& a, const F* b, int64_t dept
     tiles<kTileRows, kPanelVectors>(rows, a, b, depth, result);
 }
 
-template <class F, class S>
-LSTM_EXT_INLINE void copy_sums(const Panel<F>& panel, int64_t rows, int vectors,
-                               const Result<S>& result) {
-  constexpr int width = Vector<F>::kWidth;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int v = 0; v < vectors; ++v)
-      store_result(result.data + r * result.row_stride + v * width, load(panel.sums[r][v]),
-                   result.columns - v * width, result.accumulate);
-}
-
 // rows[i][j] <-> rows[j][i], by log2(width) rounds of perfect shuffles.
 template <class V, int Width>
 LSTM_EXT_INLINE void transpose(V (&rows)[Width]) {
