@@ -20,10 +20,15 @@ import lstm_ext
 ROUND_SECONDS = 0.02  # least time of one timing, so that the clock's grain does not matter
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Time the calls in turn, A B C A B C ..., and return each one's median in microseconds."""
+def interleaved(calls: dict[str, Any], rounds: int) -> dict[str, float]:
+    """Time the calls in turn, A B C A B C ..., and return each one's median in microseconds.
+
+    A call is a function, or something that times itself: timeit(repeats) with the mean seconds.
+    """
     timers = {
-        name: Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        name: call
+        if hasattr(call, "timeit")
+        else Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
         for name, call in calls.items()
     }
     repeats = {}

@@ -16,6 +16,7 @@ from typing import Any
 from protocol import geometric_mean
 
 Rows = list[dict[str, Any]]
+RIVALS = "nn.LSTMCell and torch.compile"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def summary(rows: Rows) -> str:
 
 def table(rows: Rows, markdown: bool) -> list[str]:
     """One line a shape: microseconds of each, the ratio to the best rival, GFLOP/s."""
-    peers = list(rows[0]["microseconds"])
+    peers = list(dict.fromkeys(peer for row in rows for peer in row["microseconds"]))
     head = ["shape", *(f"{peer} µs" for peer in peers), "ratio", "GFLOP/s", "of limit"]
     cells = [
         [
@@ -132,7 +133,7 @@ def draw(path: Path) -> Path:
         axis.legend(loc="upper center", ncols=len(counts))
     where = content["environment"]
     figure.suptitle(
-        f"{content['title']}: speed against the faster of nn.LSTMCell and torch.compile\n"
+        f"{content['title']}: speed against the faster of {content.get('rivals', RIVALS)}\n"
         f"{where['cpu']}, {where['lstm_ext']['cpu_instruction_set']}, torch {where['torch']}"
     )
     target = path.with_suffix(".png")

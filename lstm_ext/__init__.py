@@ -1,7 +1,8 @@
 """lstm_ext: the LSTM as fused operations, drop-ins for ``torch.nn.LSTMCell`` and ``torch.nn.LSTM``.
 
-``LSTMCell`` and ``LSTM`` are the modules, ``lstm_cell`` and ``lstm`` their functional forms, ``LSTMCellFunction`` the autograd
-Function, ``reference`` the same in plain torch operations, ``build_info`` what was compiled.
+``LSTMCell`` and ``LSTM`` are the modules, ``lstm_cell`` and ``lstm`` their functional forms,
+``LSTMCellFunction`` the autograd Function, ``reference`` the same in plain torch operations,
+``build_info`` what was compiled.
 """
 
 from __future__ import annotations

@@ -69,8 +69,10 @@ def lstm_cell(
 
 
 class LayerWeights(NamedTuple):
-    """The weights of one layer in one direction: w_ih (4H, I), w_hh (4H, P), and what it has of
-    b_ih and b_hh (4H) and of the projection w_hr (P, H); without the latter, P = H.
+    """The weights of one layer in one direction.
+
+    w_ih (4H, I) and w_hh (4H, P); b_ih and b_hh (4H) or None; the projection w_hr (P, H) or None,
+    in which case P = H.
     """
 
     w_ih: Tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -63,9 +62,9 @@ class LSTM(nn.RNNBase):
         super().__init__("LSTM", *args, **kwargs)
 
     # torch.nn.LSTM's own checks, and with them its words.
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
 
     def forward(
         self,
@@ -140,7 +139,7 @@ class LSTM(nn.RNNBase):
     def _layer_weights(self, names: list[str]) -> LayerWeights:
         # In the order of _all_weights: w_ih, w_hh, then b_ih and b_hh, then w_hr, where they exist.
         p = self._parameters
-        found = [p[name] if name in p else getattr(self, name) for name in names]
+        found: list[Any] = [p[name] if name in p else getattr(self, name) for name in names]
         b_ih, b_hh = (found[2], found[3]) if self.bias else (None, None)
         return LayerWeights(found[0], found[1], b_ih, b_hh, found[-1] if self.proj_size else None)
 

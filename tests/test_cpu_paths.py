@@ -13,8 +13,10 @@ SUBSET = [
     "tests/test_activations.py",
     "tests/test_cell.py::test_one_set_of_bits",
     "tests/test_cell.py::test_error_is_no_worse_than_torchs",
+    "tests/test_layer.py::test_any_size",
+    "tests/test_layer.py::test_error_is_no_worse_than_torchs",
 ]
-SHAPES = "1x3x2-bias or 3x50x200-bias or 17x257x129-bias or 400x7x3-bias or not test_error"
+SHAPES = "1x3x2-bias or 3x50x200-bias or 17x257x129-bias or 400x7x3-bias or plain or not test_error"
 
 
 @pytest.mark.parametrize("name", SETS)
