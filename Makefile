@@ -24,6 +24,9 @@ test-packaging: $(MARK)
 bench: $(MARK)
 	$(BIN)/python benchmarks/bench_cell.py
 	$(BIN)/python benchmarks/report.py benchmarks/results/cell.json --png
+	$(BIN)/python -m pip install -e ".[bench]"
+	$(BIN)/python benchmarks/bench_sequence.py
+	$(BIN)/python benchmarks/report.py benchmarks/results/sequence.json --png
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check

@@ -105,15 +105,21 @@ def draw(path: Path) -> Path:
     content = load(path)
     split = groups(content["rows"])
     modes = list(dict.fromkeys(mode for mode, _ in split))
+    # One axis of shapes below all panels, or where they differ, one below each.
+    shared = len({tuple(name(row) for row in rows) for rows in split.values()}) == 1
+    across = 1 if shared else 2
+    down = -(-len(modes) // across)
     figure, axes = plt.subplots(
-        len(modes),
-        1,
-        figsize=(11, 2.9 * len(modes)),
-        sharex=True,
+        down,
+        across,
+        figsize=(11, (2.9 if shared else 3.6) * down),
+        sharex=shared,
         squeeze=False,
         layout="constrained",
     )
-    for axis, mode in zip(axes[:, 0], modes, strict=True):
+    for axis in axes.flat[len(modes) :]:
+        axis.set_axis_off()
+    for axis, mode in zip(axes.flat, modes, strict=False):
         counts = [threads for m, threads in split if m == mode]
         width = 0.8 / len(counts)
         for k, threads in enumerate(counts):
@@ -125,12 +131,12 @@ def draw(path: Path) -> Path:
             axis.bar(positions, [row["ratio"] for row in rows], width, label=label)
             axis.set_xticks(range(len(rows)), [name(row) for row in rows], rotation=60, ha="right")
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.margins(y=0.25)  # room for the legend
+        axis.margins(y=0.25 if shared else 0.5)  # room for the legend
         axis.set(title=mode.replace("_", ", "), ylabel="times as fast", yscale="log")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if x in (2, 3, 5) else "")
         axis.tick_params(axis="y", which="minor", labelsize=7)
-        axis.legend(loc="upper center", ncols=len(counts))
+        axis.legend(loc="upper center", ncols=len(counts), fontsize="small")
     where = content["environment"]
     figure.suptitle(
         f"{content['title']}: speed against the faster of {content.get('rivals', RIVALS)}\n"

@@ -38,6 +38,15 @@ class Sequence {
       offset_[t + 1] =
           offset_[t] +
           (packed ? in.batch_sizes->const_data_ptr<int64_t>()[t * in.batch_sizes->stride(0)] : N_);
+    // Rows come in order of falling length.
+    length_.assign(N_, L);
+    if (packed) {
+      int64_t t = L;
+      for (int64_t row = 0; row < N_; ++row) {
+        while (t > 0 && rows(t - 1) <= row) --t;
+        length_[row] = t;
+      }
+    }
     reverse_ = in.reverse;
     if (defined(in.reset)) set_reset(*in.reset);
   }
@@ -56,11 +65,7 @@ class Sequence {
   // The step with which a row begins, and the time at which it ends.
   int64_t first_step(int64_t row) const { return reverse_ ? L() - length(row) : 0; }
   int64_t last_time(int64_t row) const { return reverse_ ? 0 : length(row) - 1; }
-  int64_t length(int64_t row) const {
-    int64_t t = 0;
-    while (t < L() && rows(t) > row) ++t;
-    return t;
-  }
+  int64_t length(int64_t row) const { return length_[row]; }
 
   // A place to cut the rows so that a part of all steps lies above it.
   int64_t row_at(int64_t part, int64_t parts) const {
@@ -82,7 +87,7 @@ class Sequence {
 
   int64_t N_;
   bool reverse_;
-  std::vector<int64_t> offset_;
+  std::vector<int64_t> offset_, length_;
   std::unique_ptr<bool[]> reset_;
 };
 
