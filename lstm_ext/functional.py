@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lstm_ext import _ops
+from lstm_ext.reference import gates
 
 
 def lstm_cell(
@@ -153,11 +154,45 @@ def _layer(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if w.w_hr is not None:
-        raise NotImplementedError("reset with projections (proj_size > 0)")
+        return _projected_layer(input, h, c, w, batch_sizes, reset, reverse)
     output, h_n, c_n = _ops.lstm_layer(
         input, h, c, w.w_ih, w.w_hh, w.b_ih, w.b_hh, batch_sizes, reset, reverse
     )
     return output, h_n, c_n
+
+
+def _projected_layer(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w: LayerWeights,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer whose h is projected (Sak, Senior & Beaufays 2014), step by step: h' = W_hr m."""
+    assert w.w_hr is not None
+    L = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+    sizes = [h.shape[0]] * L if batch_sizes is None else batch_sizes.tolist()
+    if reset is not None and reset.shape != (L, h.shape[0]):
+        raise RuntimeError(
+            f"reset must be a bool tensor of shape (L, N) = ({L}, {h.shape[0]}), "
+            f"got shape {list(reset.shape)}"
+        )
+    steps = list(torch.split(input.reshape(-1, input.shape[-1]), sizes))
+    for t in reversed(range(L)) if reverse else range(L):
+        n = sizes[t]
+        h_t, c_t = h[:n], c[:n]
+        if reset is not None:
+            zero = reset[t, :n].unsqueeze(1)
+            h_t, c_t = h_t.masked_fill(zero, 0), c_t.masked_fill(zero, 0)
+        i, f, g, o = gates(steps[t], h_t, w.w_ih, w.w_hh, w.b_ih, w.b_hh)
+        c_t = f * c_t + i * g
+        h_t = torch.nn.functional.linear(o * torch.tanh(c_t), w.w_hr)
+        steps[t] = h_t
+        # Sequences that have ended, or in reverse not begun, keep their states.
+        h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])
+    return torch.cat(steps).reshape(*input.shape[:-1], h.shape[1]), h, c
 
 
 def _torch_lstm(

@@ -275,6 +275,40 @@ def test_reset_starts_again(batch_first, bidirectional):
     assert not torch.equal(output[5:, 1], whole[5:, 1])
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_projections_with_reset(packed):
+    """No reset: torch's numbers and gradients. A reset: a new sequence from there."""
+    options = {"proj_size": 3, "num_layers": 2, "bidirectional": True}
+    theirs, mine = pair(4, 6, torch.float64, **options)
+    x, states, lengths = sequence(mine, 7, 5)
+    lengths = lengths if packed else None
+
+    class Never(nn.Module):
+        """Takes the way of a reset that never comes."""
+
+        batch_first = False
+
+        def parameters(self, recurse=True):
+            return mine.parameters(recurse)
+
+        def forward(self, value, hx):
+            return mine(value, hx, reset=torch.zeros(7, 5, dtype=torch.bool)[: max_length(value)])
+
+    def max_length(value):
+        return len(value.batch_sizes) if isinstance(value, PackedSequence) else len(value)
+
+    torch.testing.assert_close(
+        run(Never(), x, states, lengths), run(theirs, x, states, lengths), rtol=1e-9, atol=1e-11
+    )
+    one = lstm_ext.LSTM(4, 6, proj_size=3, dtype=torch.float64)
+    reset = torch.zeros(7, 5, dtype=torch.bool)
+    reset[4, 2] = True
+    output, _ = one(x, reset=reset)
+    torch.testing.assert_close(output[4:, 2], one(x[4:, 2].contiguous())[0])
+    with pytest.raises(RuntimeError, match="reset must be"):
+        one(x, reset=reset[1:])
+
+
 def test_reset_of_a_packed_sequence_is_in_the_order_of_the_batch():
     module = lstm_ext.LSTM(4, 6, dtype=torch.float64)
     sequences = [torch.randn(n, 4, dtype=torch.float64) for n in (3, 6)]
