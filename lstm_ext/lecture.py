@@ -55,10 +55,35 @@ class CellModel(nn.Module):
         return logits
 
 
+class LayerModel(nn.Module):
+    """The same with a layer, which takes the whole text at once.
+
+    Args:
+        layer_type: ``lstm_ext.LSTM`` or ``torch.nn.LSTM``.
+    """
+
+    def __init__(self, layer_type: Callable[[int, int], nn.Module]) -> None:
+        super().__init__()
+        self.lstm = layer_type(len(VOCABULARY), HIDDEN_SIZE)
+        self.linear = nn.Linear(HIDDEN_SIZE, len(VOCABULARY))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (L, 3) to logits (L, 3)."""
+        output, _ = self.lstm(x)
+        logits: Tensor = self.linear(output)
+        return logits
+
+
 def seeded_model(cell_type: Callable[[int, int], nn.Module]) -> CellModel:
     """Build the model from the lecture's seed: the cell's weights are drawn first."""
     torch.manual_seed(SEED)
     return CellModel(cell_type)
+
+
+def seeded_layer_model(layer_type: Callable[[int, int], nn.Module]) -> LayerModel:
+    """Build the layer's model from the lecture's seed, which gives it the cell's weights."""
+    torch.manual_seed(SEED)
+    return LayerModel(layer_type)
 
 
 def train(model: nn.Module, epochs: Iterable[int]) -> list[float]:
