@@ -20,7 +20,7 @@ def run(epochs: int, picture: Path) -> bool:
     """Run the demo and print what it finds.
 
     Args:
-        epochs: passes over the text, for each of the two cells.
+        epochs: passes over the text, for each of the two cells and two layers.
         picture: where to save the chart.
 
     Returns:
@@ -32,23 +32,29 @@ def run(epochs: int, picture: Path) -> bool:
     from tqdm import tqdm
 
     print(f"The text is {lecture.TEXT[:12]}..., {len(lecture.TEXT)} characters; the model predicts")
-    print(f"the next one with LSTMCell(3, {lecture.HIDDEN_SIZE}) and a linear layer.\n")
+    print(f"the next one with LSTMCell(3, {lecture.HIDDEN_SIZE}), then LSTM, and a linear layer.\n")
     agreed = check_numbers()
 
-    cells = {"lstm_ext.LSTMCell": lstm_ext.LSTMCell, "torch.nn.LSTMCell": nn.LSTMCell}
-    losses, seconds = {}, {}
+    losses: dict[str, list[float]] = {}
     lecture.train(lecture.seeded_model(nn.LSTMCell), range(1))  # the first step imports, untimed
-    for name, cell in cells.items():
-        model = lecture.seeded_model(cell)
-        start = time.perf_counter()
-        losses[name] = lecture.train(model, tqdm(range(epochs), desc=f"training {name}"))
-        seconds[name] = time.perf_counter() - start
-        guess = lecture.next_characters(model, "abaBabaB")
-        print(f"  loss {losses[name][0]:.4f} -> {losses[name][-1]:.6f}; after abaBabaB: {guess}")
-    ours, torchs = seconds.values()
-    print(f"  {ours:.1f} s and {torchs:.1f} s: {torchs / ours:.1f} times as fast\n")
-    final = [curve[-1] for curve in losses.values()]
-    agreed &= report("loss after training", abs(final[0] - final[1]) < 0.01 * final[1])
+    for build, kinds in (
+        (lecture.seeded_model, (lstm_ext.LSTMCell, nn.LSTMCell)),
+        (lecture.seeded_layer_model, (lstm_ext.LSTM, nn.LSTM)),
+    ):
+        seconds, final = [], []
+        for kind, package in zip(kinds, ("lstm_ext", "torch.nn"), strict=True):
+            name = f"{package}.{kind.__name__}"
+            model = build(kind)
+            start = time.perf_counter()
+            losses[name] = lecture.train(model, tqdm(range(epochs), desc=f"training {name}"))
+            seconds.append(time.perf_counter() - start)
+            final.append(losses[name][-1])
+            guess = lecture.next_characters(model, "abaBabaB")
+            print(f"  loss {losses[name][0]:.4f} -> {final[-1]:.6f}; after abaBabaB: {guess}")
+        ours, torchs = seconds
+        print(f"  {ours:.2f} s and {torchs:.2f} s: {torchs / ours:.1f} times as fast")
+        agreed &= report("loss after training", abs(final[0] - final[1]) < 0.01 * final[1])
+    print()
 
     speed = compare_speed()
     draw(losses, speed, picture)
@@ -131,8 +137,8 @@ def draw(
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for (name, curve), style in zip(losses.items(), ("-", "--"), strict=True):
-        left.semilogy(curve, style, label=name)
+    for k, (name, curve) in enumerate(losses.items()):
+        left.semilogy(curve, ("-", "--", "-.", ":")[k], label=name)
     left.set(title="Loss on the lecture's text", xlabel="epoch", ylabel="cross-entropy")
     left.legend()
     width = 0.4
