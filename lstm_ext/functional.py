@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lstm_ext import _ops
 from lstm_ext.reference import gates
@@ -92,6 +93,7 @@ def lstm(
     dropout: float = 0.0,
     batch_sizes: Tensor | None = None,
     reset: Tensor | None = None,
+    checkpoint_every: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one or more layers of an LSTM over a whole sequence.
 
@@ -107,6 +109,8 @@ def lstm(
         dropout: probability of dropout after each layer but the last; 0 for none, as in evaluation.
         batch_sizes: those of a packed sequence, int64 (L), on the CPU.
         reset: bool (L, N): where it is true, h and c are zero before that step.
+        checkpoint_every: keep the states of every so many steps alone, and compute the gates anew
+            in backward: less memory for about a third more time.
 
     Returns:
         output (L, N, D P) or (S, D P), h_n and c_n, shaped like hx.
@@ -118,15 +122,21 @@ def lstm(
 
     Raises:
         RuntimeError: sizes, dtypes or devices do not fit.
+        ValueError: checkpoint_every is not positive.
     """
     h, c = hx
-    if reset is None and (
-        not input.is_cpu or weights[0].w_hr is not None or 0 in input.shape or input.dim() < 2
-    ):
+    if checkpoint_every is not None and checkpoint_every <= 0:
+        raise ValueError(f"checkpoint_every should be positive, got {checkpoint_every}")
+    if not torch.is_grad_enabled():
+        checkpoint_every = None
+    torchs = not input.is_cpu or weights[0].w_hr is not None
+    if reset is None and (0 in input.shape or (torchs and checkpoint_every is None)):
         return _torch_lstm(input, hx, weights, bidirectional, dropout, batch_sizes)
     directions = 2 if bidirectional else 1
     if len(weights) == 1:
-        output, h_n, c_n = _layer(input, h[0], c[0], weights[0], batch_sizes, reset, False)
+        output, h_n, c_n = _layer(
+            input, h[0], c[0], weights[0], batch_sizes, reset, False, checkpoint_every
+        )
         return output, h_n.unsqueeze(0), c_n.unsqueeze(0)
     states_h, states_c = [], []
     for k in range(0, len(weights), directions):
@@ -135,8 +145,9 @@ def lstm(
         outputs = []
         for d in range(directions):
             output, h_n, c_n = _layer(
-                input, h[k + d], c[k + d], weights[k + d], batch_sizes, reset, d == 1
-            )
+                input, h[k + d], c[k + d], weights[k + d], batch_sizes, reset, d == 1,
+                checkpoint_every,
+            )  # fmt: skip
             outputs.append(output)
             states_h.append(h_n)
             states_c.append(c_n)
@@ -152,13 +163,49 @@ def _layer(
     batch_sizes: Tensor | None,
     reset: Tensor | None,
     reverse: bool,
+    checkpoint_every: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if checkpoint_every is not None:
+        return _checkpointed_layer(input, h, c, w, batch_sizes, reset, reverse, checkpoint_every)
     if w.w_hr is not None:
         return _projected_layer(input, h, c, w, batch_sizes, reset, reverse)
     output, h_n, c_n = _ops.lstm_layer(
         input, h, c, w.w_ih, w.w_hh, w.b_ih, w.b_hh, batch_sizes, reset, reverse
     )
     return output, h_n, c_n
+
+
+def _checkpointed_layer(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w: LayerWeights,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    every: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer in pieces of some steps each, whose insides are made anew in backward."""
+    L = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+    pieces: list[tuple[int, int, int, Tensor, Tensor | None]] = []
+    for first in range(0, L, every):
+        last = min(first + every, L)
+        if batch_sizes is None:
+            pieces.append((first, last, h.shape[0], input[first:last], None))
+        else:
+            row, end = int(batch_sizes[:first].sum()), int(batch_sizes[:last].sum())
+            n = int(batch_sizes[first])
+            pieces.append((first, last, n, input[row:end], batch_sizes[first:last]))
+    outputs: list[Tensor] = []
+    for first, last, n, part, sizes in reversed(pieces) if reverse else pieces:
+        part_reset = None if reset is None else reset[first:last, :n]
+        output, h_n, c_n = checkpoint(
+            _layer, part, h[:n], c[:n], w, sizes, part_reset, reverse,
+            use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
+        outputs.append(output)
+        h, c = torch.cat([h_n, h[n:]]), torch.cat([c_n, c[n:]])
+    return torch.cat(outputs[::-1] if reverse else outputs), h, c
 
 
 def _projected_layer(

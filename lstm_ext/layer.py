@@ -34,6 +34,7 @@ class LSTM(nn.RNNBase):
         proj_size: if positive, h is projected to that many features P (else P = H).
         device: device of the parameters.
         dtype: dtype of the parameters.
+        checkpoint_every: by keyword: see :func:`lstm_ext.lstm`. torch.nn.LSTM has no such option.
 
     Inputs: ``input``, ``(h_0, c_0)``, ``reset``
         - input: (L, N, I), (N, L, I) if ``batch_first``, (L, I) for a single sequence, or a
@@ -58,8 +59,9 @@ class LSTM(nn.RNNBase):
         output, (h, c) = lstm(torch.randn(5, 3, 10))
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, checkpoint_every: int | None = None, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
+        self.checkpoint_every = checkpoint_every
 
     # torch.nn.LSTM's own checks, and with them its words.
     get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
@@ -134,6 +136,7 @@ class LSTM(nn.RNNBase):
             dropout=self.dropout if self.training else 0.0,
             batch_sizes=batch_sizes,
             reset=reset,
+            checkpoint_every=self.checkpoint_every,
         )
 
     def _layer_weights(self, names: list[str]) -> LayerWeights:

@@ -514,6 +514,42 @@ def test_kept_for_backward():
     assert sum(kept.values()) <= 5 * L * N * H + 2 * N * H
 
 
+@pytest.mark.parametrize("every", [1, 3, 100])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_checkpointing_gives_the_same_gradients(packed, every):
+    options = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
+    plain = lstm_ext.LSTM(4, 6, **options)
+    sparing = lstm_ext.LSTM(4, 6, checkpoint_every=every, **options)
+    sparing.load_state_dict(plain.state_dict())
+    assert repr(sparing) == repr(plain)
+    x, states, lengths = sequence(plain, 8, 5)
+    lengths = lengths if packed else None
+    torch.testing.assert_close(
+        run(sparing, x, states, lengths), run(plain, x, states, lengths), rtol=1e-10, atol=1e-12
+    )
+    reset = torch.rand(8, 5) < 0.3
+    torch.testing.assert_close(sparing(x, reset=reset), plain(x, reset=reset))
+
+
+def test_checkpointing_keeps_less():
+    def kept(module, x):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            module(x)
+        return sum(storages.values())
+
+    x = torch.randn(64, 4, 8)
+    plain, sparing = lstm_ext.LSTM(8, 32), lstm_ext.LSTM(8, 32, checkpoint_every=16)
+    assert kept(sparing, x) < 0.3 * kept(plain, x)
+    with pytest.raises(ValueError, match="checkpoint_every should be positive"):
+        lstm_ext.LSTM(8, 32, checkpoint_every=0)(x)
+
+
 def test_saved_tensors_are_guarded():
     """A change in place between forward and backward is an error, not a wrong gradient."""
     module = lstm_ext.LSTM(4, 6)

@@ -18,8 +18,13 @@ SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recove
 BUILDS = {
     "sanitizers": ("g++", SANITIZERS, []),
     "clang": ("clang++", ["-O2"], []),
-    # With NEON, in an emulator.
-    "aarch64": ("aarch64-linux-gnu-g++", ["-O2", "-static"], ["qemu-aarch64"]),
+    # With NEON, in an emulator. GCC 12 warns there of a bound that its own
+    # rewriting of a loop loses (the sanitizers above see the same loop and nothing wrong).
+    "aarch64": (
+        "aarch64-linux-gnu-g++",
+        ["-O2", "-static", "-Wno-array-bounds", "-Wno-stringop-overread"],
+        ["qemu-aarch64"],
+    ),
 }
 
 
