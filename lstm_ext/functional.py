@@ -110,7 +110,8 @@ def lstm(
         batch_sizes: those of a packed sequence, int64 (L), on the CPU.
         reset: bool (L, N): where it is true, h and c are zero before that step.
         checkpoint_every: keep the states of every so many steps alone, and compute the gates anew
-            in backward: less memory for about a third more time.
+            in backward: less memory for more time (for every 16th step, 1.5 times a training step
+            of 200 x 16 x 128 -> 128, 2.7 times one of 100 x 1 x 256 -> 256).
 
     Returns:
         output (L, N, D P) or (S, D P), h_n and c_n, shaped like hx.
