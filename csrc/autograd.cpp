@@ -12,6 +12,7 @@
 #include <mutex>
 #include <typeinfo>
 
+#include "autograd_inputs.h"
 #include "node_compat.h"
 #include "ops.h"
 
@@ -23,22 +24,6 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 Tensor or_undefined(const std::optional<Tensor>& tensor) { return tensor.value_or(Tensor()); }
-
-std::optional<Tensor> or_none(Tensor tensor) {
-  return tensor.defined() ? std::optional<Tensor>(std::move(tensor)) : std::nullopt;
-}
-
-bool has_forward_grad(const CellInputs& in) {
-  using torch::autograd::isFwGradDefined;
-  return isFwGradDefined(in.input) || isFwGradDefined(in.hx) || isFwGradDefined(in.cx) ||
-         isFwGradDefined(in.w_ih) || isFwGradDefined(in.w_hh) || isFwGradDefined(in.b_ih) ||
-         isFwGradDefined(in.b_hh);
-}
-
-bool requires_grad(const CellInputs& in) {
-  return torch::autograd::compute_requires_grad(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih,
-                                                in.b_hh);
-}
 
 // The mutex of another node, by which AccumulateGrad too guards the .grad that it writes.
 struct NodeMutex : public torch::autograd::Node {

@@ -6,6 +6,7 @@
 
 #include <mutex>
 
+#include "autograd_inputs.h"
 #include "layer_ops.h"
 #include "node_compat.h"
 
@@ -16,22 +17,6 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using Optional = const std::optional<Tensor>&;
-
-std::optional<Tensor> or_none(Tensor tensor) {
-  return tensor.defined() ? std::optional<Tensor>(std::move(tensor)) : std::nullopt;
-}
-
-bool has_forward_grad(const LayerInputs& in) {
-  using torch::autograd::isFwGradDefined;
-  return isFwGradDefined(in.input) || isFwGradDefined(in.hx) || isFwGradDefined(in.cx) ||
-         isFwGradDefined(in.w_ih) || isFwGradDefined(in.w_hh) || isFwGradDefined(in.b_ih) ||
-         isFwGradDefined(in.b_hh);
-}
-
-bool requires_grad(const LayerInputs& in) {
-  return torch::autograd::compute_requires_grad(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih,
-                                                in.b_hh);
-}
 
 // Keeps the inputs, the output, the gates and the c before each step: 5 S H numbers beyond inputs
 // and outputs.

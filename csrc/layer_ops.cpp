@@ -17,11 +17,10 @@ bool layer_fusable(const LayerInputs& in) {
   const int64_t dim = packed ? 2 : 3;
   if (in.input.dim() != dim || in.hx.dim() != 2 || in.w_hh.dim() != 2) return false;
   // The cell's conditions for one step, with the sequence as a batch.
-  const at::Tensor rows = in.input.flatten(0, -2);
   const c10::SymInt H = in.w_hh.sym_size(1);
   const CellInputs weights = {in.hx, in.hx, in.cx, in.w_hh, in.w_hh, in.b_ih, in.b_hh};
   return fusable(weights) && in.w_ih.dim() == 2 && in.w_ih.sym_size(0) == 4 * H &&
-         in.w_ih.sym_size(1) == rows.sym_size(1) && in.w_ih.layout() == at::kStrided &&
+         in.w_ih.sym_size(1) == in.input.sym_size(-1) && in.w_ih.layout() == at::kStrided &&
          in.input.layout() == at::kStrided && in.w_ih.scalar_type() == in.hx.scalar_type() &&
          in.input.scalar_type() == in.hx.scalar_type() && in.w_ih.device() == in.hx.device() &&
          in.input.device() == in.hx.device() &&

@@ -135,50 +135,22 @@ def _(
     )
 
 
-def _layer_shapes(input: Tensor, w_hh: Tensor) -> tuple[torch.SymInt | int, ...]:
-    return (*input.shape[:-1], w_hh.shape[1])
+def _layer_results(
+    input: Tensor, hx: Tensor, cx: Tensor, w_ih: Tensor, w_hh: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    H = w_hh.shape[1]
+    output = input.new_empty(*input.shape[:-1], H)
+    rows = output.flatten(0, -2).shape[0]
+    states = hx.new_empty(hx.shape), cx.new_empty(cx.shape)
+    return output, *states, input.new_empty(rows, 4 * H), input.new_empty(rows, H)
+
+
+torch.library.register_fake("lstm_ext::lstm_layer_forward", _layer_results)
 
 
 @torch.library.register_fake("lstm_ext::lstm_layer")
-def _(
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, ...]:
-    output = input.new_empty(_layer_shapes(input, w_hh))
-    return output, hx.new_empty(hx.shape), cx.new_empty(cx.shape)
-
-
-@torch.library.register_fake("lstm_ext::lstm_layer_forward")
-def _(
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, ...]:
-    output = input.new_empty(_layer_shapes(input, w_hh))
-    rows = output.flatten(0, -2).shape[0]
-    H = w_hh.shape[1]
-    return (
-        output,
-        hx.new_empty(hx.shape),
-        cx.new_empty(cx.shape),
-        input.new_empty(rows, 4 * H),
-        input.new_empty(rows, H),
-    )
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return _layer_results(*arguments)[:3]
 
 
 @torch.library.register_fake("lstm_ext::lstm_layer_backward")

@@ -28,15 +28,15 @@ LSTM_EXT_INLINE GateLayout gate_layout(int64_t H) {
   return {true, static_cast<int>(blocks(kGates * H, width)), H};
 }
 
-// Where the states of some rows lie; each pointer is to the first of them. Null where not wanted.
+// Where the states of some rows lie; each pointer is to the first of them. The biases and the
+// last four may be null.
 template <class S>
 struct CellRows {
   int64_t H;
-  const S *b_ih, *b_hh;  // [4H]
-  const S* cx;           // [rows, H]; may be cy
-  S* cy;                 // [rows, H]
-  S* hy;                 // row by row hy_stride apart
-  int64_t hy_stride;
+  const S *b_ih, *b_hh;         // [4H]
+  const S* cx;                  // [rows, H]; may be cy
+  S* cy;                        // [rows, H]
+  S* hy;                        // [rows, H]
   FactorElement<S>* h_factors;  // [rows, factor_row(H)]
   S* gates;                     // [rows, 4H], activated
   S* c_before;                  // a copy of cx
@@ -65,7 +65,7 @@ void finish_cells(const CellRows<S>& cells, int64_t rows, int64_t unit, int unit
     const V c = load(cells.cx + state, units);
     const Gates<V> gate = cell_forward<Activations<T>>(pre, c, c_next, h_next);
     if (cells.c_before) store(cells.c_before + state, c, units);
-    if (cells.hy) store(cells.hy + r * cells.hy_stride + unit, h_next, units);
+    store(cells.hy + state, h_next, units);
     if (cells.gates) store_gates(cells.gates + r * kGates * H + unit, H, gate, units);
     if (cells.reset_next && cells.reset_next[r]) c_next = h_next = zeros<V>();
     store(cells.cy + state, c_next, units);

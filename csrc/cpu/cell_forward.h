@@ -126,7 +126,6 @@ LSTM_EXT_INLINE CellRows<S> cell_rows(const CellForwardArgs& args, int64_t row) 
   cells.cx = static_cast<const S*>(args.cx) + row * H;
   cells.cy = static_cast<S*>(args.cy) + row * H;
   cells.hy = static_cast<S*>(args.hy) + row * H;
-  cells.hy_stride = H;
   cells.gates = args.gates ? static_cast<S*>(args.gates) + row * kGates * H : nullptr;
   return cells;
 }

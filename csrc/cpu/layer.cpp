@@ -7,11 +7,11 @@
 #include <torch/library.h>
 
 #include <cstring>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "cpu/products.h"
+#include "cpu/sequence.h"
 #include "cpu/team.h"
 #include "cpu/tensors.h"
 #include "layer_ops.h"
@@ -22,93 +22,9 @@ namespace {
 // Rows whose pre-activations are made at once: enough to make use of a panel, few enough to stay
 // in a near cache.
 constexpr int64_t kChunkRows = 48;
-// Rows that a thread needs to go on its own; with fewer the halves of the weights pay more.
-constexpr int64_t kRowsOfAThread = 24;
-// Multiplications and additions of a step below which threads are not worth their meeting.
-constexpr int64_t kSharedStepWork = 64 * 1024;
-
-// Where the steps of a padded or packed sequence lie.
-class Sequence {
- public:
-  Sequence(const LayerInputs& in) : N_(in.hx.size(0)) {
-    const bool packed = defined(in.batch_sizes);
-    const int64_t L = packed ? in.batch_sizes->size(0) : in.input.size(0);
-    offset_.resize(L + 1, 0);
-    for (int64_t t = 0; t < L; ++t)
-      offset_[t + 1] =
-          offset_[t] +
-          (packed ? in.batch_sizes->const_data_ptr<int64_t>()[t * in.batch_sizes->stride(0)] : N_);
-    // Rows come in order of falling length.
-    length_.assign(N_, L);
-    if (packed) {
-      int64_t t = L;
-      for (int64_t row = 0; row < N_; ++row) {
-        while (t > 0 && rows(t - 1) <= row) --t;
-        length_[row] = t;
-      }
-    }
-    reverse_ = in.reverse;
-    if (defined(in.reset)) set_reset(*in.reset);
-  }
-
-  int64_t N() const { return N_; }
-  int64_t L() const { return static_cast<int64_t>(offset_.size()) - 1; }
-  int64_t rows() const { return offset_.back(); }
-  int64_t rows(int64_t t) const { return offset_[t + 1] - offset_[t]; }
-  int64_t offset(int64_t t) const { return offset_[t]; }
-  // The time of the s'th step to be computed.
-  int64_t time(int64_t s) const { return reverse_ ? L() - 1 - s : s; }
-  // Rows [N] of the s'th step that start from zero, or null.
-  const bool* reset(int64_t s) const {
-    return reset_ && s < L() ? reset_.get() + time(s) * N_ : nullptr;
-  }
-  // The step with which a row begins, and the time at which it ends.
-  int64_t first_step(int64_t row) const { return reverse_ ? L() - length(row) : 0; }
-  int64_t last_time(int64_t row) const { return reverse_ ? 0 : length(row) - 1; }
-  int64_t length(int64_t row) const { return length_[row]; }
-
-  // A place to cut the rows so that a part of all steps lies above it.
-  int64_t row_at(int64_t part, int64_t parts) const {
-    if (part == parts) return N_;
-    int64_t steps = 0, row = 0;
-    for (; row < N_ && steps * parts < part * rows(); ++row) steps += length(row);
-    return row;
-  }
-
- private:
-  // A copy that says nothing of rows which have no such step.
-  void set_reset(const Tensor& reset) {
-    const Tensor dense = reset.contiguous();
-    reset_ = std::make_unique<bool[]>(L() * N_);
-    for (int64_t t = 0; t < L(); ++t)
-      for (int64_t row = 0; row < rows(t); ++row)
-        reset_[t * N_ + row] = dense.const_data_ptr<bool>()[t * N_ + row];
-  }
-
-  int64_t N_;
-  bool reverse_;
-  std::vector<int64_t> offset_, length_;
-  std::unique_ptr<bool[]> reset_;
-};
-
-// How the time loop is cut into shares.
-struct Cut {
-  bool by_rows;
-  int64_t shares;
-
-  Cut(const Sequence& sequence, int64_t H, int64_t blocks) {
-    const int64_t N = sequence.N(), threads = team_size();
-    const bool worth_it = N * 4 * H * (H + 16) >= kSharedStepWork;
-    by_rows = N >= 2 * kRowsOfAThread || blocks < 2 || threads == 1;
-    shares = !worth_it ? 1
-             : by_rows ? std::clamp<int64_t>(N / kRowsOfAThread, 1, threads)
-                       : std::min(threads, blocks);
-  }
-};
-
 // Byte offsets into raw memory.
 template <class T>
-T* at(T* base, int64_t bytes) {
+T* advance(T* base, int64_t bytes) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
   return base ? reinterpret_cast<Byte*>(base) + bytes : nullptr;
 }
@@ -117,7 +33,7 @@ struct Elements {
   int64_t size;
   template <class T>
   T* at(T* base, int64_t count) const {
-    return cpu::at(base, count * size);
+    return advance(base, count * size);
   }
 };
 
@@ -205,7 +121,7 @@ void forward_loop(const LayerInputs& in, const Sequence& sequence, const Kernels
             project(sequence.offset(sequence.time(s)) + row, active(sequence.time(s)), place(s));
 
       for (int64_t s = begin; s < end; ++s) {
-        const int64_t t = sequence.time(s), rows = active(t), at = sequence.offset(t) + row;
+        const int64_t t = sequence.time(s), rows = active(t), first_row = sequence.offset(t) + row;
         const bool* reset_next = sequence.reset(s + 1);
         if (rows > 0) {
           const GateProductArgs product = {rows,
@@ -225,10 +141,11 @@ void forward_loop(const LayerInputs& in, const Sequence& sequence, const Kernels
               b_hh.data(),
               stored.at(out.cy.mutable_data_ptr(), row * H),
               factor.at(h[(s + 1) % 2].mutable_data_ptr(), row * h_columns),
-              stored.at(out.output.mutable_data_ptr(), at * H),
-              H,
-              out.gates.defined() ? stored.at(out.gates.mutable_data_ptr(), at * 4 * H) : nullptr,
-              out.gates.defined() ? stored.at(out.c_before.mutable_data_ptr(), at * H) : nullptr,
+              stored.at(out.output.mutable_data_ptr(), first_row * H),
+              out.gates.defined() ? stored.at(out.gates.mutable_data_ptr(), first_row * 4 * H)
+                                  : nullptr,
+              out.gates.defined() ? stored.at(out.c_before.mutable_data_ptr(), first_row * H)
+                                  : nullptr,
               reset_next ? reset_next + row : nullptr};
           for (int64_t b = block; b < block_end; ++b) {
             layer.gate_product(product, b, b + 1);
@@ -306,8 +223,8 @@ Outputs forward(const LayerInputs& in, bool training) {
   out.hy = empty({N, H}, dtype);
   const int64_t bytes = H * elementSize(dtype);
   for (int64_t row = 0; row < N; ++row)
-    std::memcpy(cpu::at(out.hy.mutable_data_ptr(), row * bytes),
-                cpu::at(out.output.const_data_ptr(),
+    std::memcpy(advance(out.hy.mutable_data_ptr(), row * bytes),
+                advance(out.output.const_data_ptr(),
                         (sequence.offset(sequence.last_time(row)) + row) * bytes),
                 bytes);
   return out;
@@ -375,22 +292,22 @@ Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
     const int64_t block_end = cut.by_rows ? column_blocks : column_blocks * last / cut.shares;
     for (int64_t s = L - 1; s >= 0; --s) {
       const int64_t t = sequence.time(s), rows = std::min(sequence.rows(t), row_end) - row;
-      const int64_t at = sequence.offset(t) + row;
+      const int64_t first_row = sequence.offset(t) + row;
       const bool* reset = sequence.reset(s) ? sequence.reset(s) + row : nullptr;
       if (rows > 0)
         layer.step_gradient(
-            {rows, H, stored.at(grad_output.data(), at * H), H,
+            {rows, H, stored.at(grad_output.data(), first_row * H),
              computed.at(grad_h.const_data_ptr(), row * H),
-             computed.at(grad_c.mutable_data_ptr(), row * H), stored.at(gates.data(), at * 4 * H),
-             stored.at(c_before.data(), at * H),
-             computed.at(grad_gates.mutable_data_ptr(), at * 4 * H),
-             pairs ? stored.at(halves.mutable_data_ptr(), at * 4 * H) : nullptr, reset},
+             computed.at(grad_c.mutable_data_ptr(), row * H),
+             stored.at(gates.data(), first_row * 4 * H), stored.at(c_before.data(), first_row * H),
+             computed.at(grad_gates.mutable_data_ptr(), first_row * 4 * H),
+             pairs ? stored.at(halves.mutable_data_ptr(), first_row * 4 * H) : nullptr, reset},
             block * kUnitBlocks, std::min(unit_blocks, block_end * kUnitBlocks));
       if (!cut.by_rows) barrier.wait(last - first, L - s);
       if (rows > 0 && (s > 0 || want_hx))
         layer.state_gradient(
-            {rows, H, factor.at(halves.const_data_ptr(), at * 4 * H), packed.const_data_ptr(),
-             computed.at(grad_h.mutable_data_ptr(), row * H), reset},
+            {rows, H, factor.at(halves.const_data_ptr(), first_row * 4 * H),
+             packed.const_data_ptr(), computed.at(grad_h.mutable_data_ptr(), row * H), reset},
             block, block_end);
     }
   });
@@ -407,15 +324,15 @@ Tensor h_before(const LayerInputs& in, const Sequence& sequence, const Tensor& o
       const int64_t t = sequence.time(s), rows = sequence.rows(t);
       // Rows that the step before had too; in reverse some begin here, from hx.
       const int64_t went_on = s > 0 ? std::min(rows, sequence.rows(sequence.time(s - 1))) : 0;
-      void* to = cpu::at(before.mutable_data_ptr(), sequence.offset(t) * bytes);
+      void* to = advance(before.mutable_data_ptr(), sequence.offset(t) * bytes);
       if (went_on > 0)
-        std::memcpy(to, cpu::at(h.data(), sequence.offset(sequence.time(s - 1)) * bytes),
+        std::memcpy(to, advance(h.data(), sequence.offset(sequence.time(s - 1)) * bytes),
                     went_on * bytes);
-      std::memcpy(cpu::at(to, went_on * bytes), cpu::at(hx.data(), went_on * bytes),
+      std::memcpy(advance(to, went_on * bytes), advance(hx.data(), went_on * bytes),
                   (rows - went_on) * bytes);
       const bool* reset = sequence.reset(s);
       for (int64_t row = 0; reset && row < rows; ++row)
-        if (reset[row]) std::memset(cpu::at(to, row * bytes), 0, bytes);
+        if (reset[row]) std::memset(advance(to, row * bytes), 0, bytes);
     }
   });
   return before;

@@ -44,7 +44,7 @@ void step_gradient(const StepGradientArgs& args, int64_t first_block, int64_t la
       const int64_t state = r * H + unit, gates = r * 4 * H + unit;
       T* grad_c = static_cast<T*>(args.grad_c) + state;
       const V grad_h = load(static_cast<const T*>(args.grad_h) + state, units) +
-                       load_or_zero<S>(args.grad_output, r * args.grad_output_stride + unit, units);
+                       load_or_zero<S>(args.grad_output, state, units);
       V grad_c_before;
       const Gates<V> grad = cell_backward<Activations<T>>(
           load_gates(static_cast<const S*>(args.gates) + gates, H, units),

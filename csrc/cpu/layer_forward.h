@@ -128,7 +128,6 @@ void step(const StepArgs& args, int64_t first_block, int64_t last_block) {
                              static_cast<const S*>(args.c),
                              static_cast<S*>(args.c),
                              static_cast<S*>(args.output),
-                             args.output_stride,
                              static_cast<FactorElement<S>*>(args.h_factors),
                              static_cast<S*>(args.gates),
                              static_cast<S*>(args.c_before),

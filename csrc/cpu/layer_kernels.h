@@ -34,12 +34,11 @@ struct StepArgs {
   int64_t rows, H;
   GateSums sums;
   int64_t first_row;
-  const void* b_ih;  // [4H] or null
-  const void* b_hh;  // [4H] or null
-  void* c;           // [rows, H], replaced
-  void* h_factors;   // [rows, H] as factors, for the next step's product
-  void* output;      // h, row by row output_stride apart; null where not wanted
-  int64_t output_stride;
+  const void* b_ih;        // [4H] or null
+  const void* b_hh;        // [4H] or null
+  void* c;                 // [rows, H], replaced
+  void* h_factors;         // [rows, H] as factors, for the next step's product
+  void* output;            // [rows, H], h
   void* gates;             // [rows, 4H], activated; null in inference
   void* c_before;          // [rows, H], the c that the step read; null in inference
   const bool* reset_next;  // rows whose states the next step shall find zero; or null
@@ -48,8 +47,7 @@ struct StepArgs {
 // One time step backward: the gradients of the pre-activations.
 struct StepGradientArgs {
   int64_t rows, H;
-  const void* grad_output;  // row by row grad_output_stride apart; null for zero
-  int64_t grad_output_stride;
+  const void* grad_output;   // [rows, H] or null for zero
   const void* grad_h;        // [rows, H] in the compute type: from the step after
   void* grad_c;              // [rows, H] in the compute type, replaced
   const void* gates;         // [rows, 4H]

@@ -180,10 +180,10 @@ LSTM_EXT_INLINE FactorVectorOf<S> column_factors(const S* row, int64_t ldm, int6
 }
 
 // Panel of neighbouring columns: b[k][v][lane] = m[k * ldm + v * width + lane], zero beyond
-// `columns`. Returns its depth in factors.
+// `columns`.
 template <class S>
-int64_t pack_columns(const S* m, int64_t ldm, int64_t columns, int64_t depth,
-                     FactorType<S> (*b)[kPanelVectors][kWidthOf<S>]) {
+void pack_columns(const S* m, int64_t ldm, int64_t columns, int64_t depth,
+                  FactorType<S> (*b)[kPanelVectors][kWidthOf<S>]) {
   constexpr int width = kWidthOf<S>, per_factor = kDepthOfFactor<S>;
   int64_t factors = 0;
   for (int64_t k = 0; k < depth; k += per_factor, m += per_factor * ldm, ++factors)
@@ -192,7 +192,6 @@ int64_t pack_columns(const S* m, int64_t ldm, int64_t columns, int64_t depth,
       store(b[factors][v], left > 0 ? column_factors(m + v * width, ldm, depth - k, left)
                                     : zeros<FactorVectorOf<S>>());
     }
-  return factors;
 }
 
 }  // namespace

@@ -1,0 +1,98 @@
+// The steps of a sequence, and how threads share them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cpu/team.h"
+#include "layer_ops.h"
+
+namespace lstm_ext::cpu {
+
+// Rows that a thread needs to go on its own; with fewer the halves of the weights pay more.
+inline constexpr int64_t kRowsOfAThread = 24;
+// Multiplications and additions of a step below which threads are not worth their meeting.
+inline constexpr int64_t kSharedStepWork = 64 * 1024;
+
+// Where the steps of a padded or packed sequence lie.
+class Sequence {
+ public:
+  explicit Sequence(const LayerInputs& in) : N_(in.hx.size(0)) {
+    const bool packed = defined(in.batch_sizes);
+    const int64_t L = packed ? in.batch_sizes->size(0) : in.input.size(0);
+    offset_.resize(L + 1, 0);
+    for (int64_t t = 0; t < L; ++t)
+      offset_[t + 1] =
+          offset_[t] +
+          (packed ? in.batch_sizes->const_data_ptr<int64_t>()[t * in.batch_sizes->stride(0)] : N_);
+    // Rows come in order of falling length.
+    length_.assign(N_, L);
+    if (packed) {
+      int64_t t = L;
+      for (int64_t row = 0; row < N_; ++row) {
+        while (t > 0 && rows(t - 1) <= row) --t;
+        length_[row] = t;
+      }
+    }
+    reverse_ = in.reverse;
+    if (defined(in.reset)) set_reset(*in.reset);
+  }
+
+  int64_t N() const { return N_; }
+  int64_t L() const { return static_cast<int64_t>(offset_.size()) - 1; }
+  int64_t rows() const { return offset_.back(); }
+  int64_t rows(int64_t t) const { return offset_[t + 1] - offset_[t]; }
+  int64_t offset(int64_t t) const { return offset_[t]; }
+  // The time of the s'th step to be computed.
+  int64_t time(int64_t s) const { return reverse_ ? L() - 1 - s : s; }
+  // Rows [N] of the s'th step that start from zero, or null.
+  const bool* reset(int64_t s) const {
+    return reset_ && s < L() ? reset_.get() + time(s) * N_ : nullptr;
+  }
+  // The step with which a row begins, and the time at which it ends.
+  int64_t first_step(int64_t row) const { return reverse_ ? L() - length(row) : 0; }
+  int64_t last_time(int64_t row) const { return reverse_ ? 0 : length(row) - 1; }
+  int64_t length(int64_t row) const { return length_[row]; }
+
+  // A place to cut the rows so that a part of all steps lies above it.
+  int64_t row_at(int64_t part, int64_t parts) const {
+    if (part == parts) return N_;
+    int64_t steps = 0, row = 0;
+    for (; row < N_ && steps * parts < part * rows(); ++row) steps += length(row);
+    return row;
+  }
+
+ private:
+  // A copy that says nothing of rows which have no such step.
+  void set_reset(const at::Tensor& reset) {
+    const at::Tensor dense = reset.contiguous();
+    reset_ = std::make_unique<bool[]>(L() * N_);
+    for (int64_t t = 0; t < L(); ++t)
+      for (int64_t row = 0; row < rows(t); ++row)
+        reset_[t * N_ + row] = dense.const_data_ptr<bool>()[t * N_ + row];
+  }
+
+  int64_t N_;
+  bool reverse_;
+  std::vector<int64_t> offset_, length_;
+  std::unique_ptr<bool[]> reset_;
+};
+
+// How the time loop is cut into shares.
+struct Cut {
+  bool by_rows;
+  int64_t shares;
+
+  Cut(const Sequence& sequence, int64_t H, int64_t blocks) {
+    const int64_t N = sequence.N(), threads = team_size();
+    const bool worth_it = N * 4 * H * (H + 16) >= kSharedStepWork;
+    by_rows = N >= 2 * kRowsOfAThread || blocks < 2 || threads == 1;
+    shares = !worth_it ? 1
+             : by_rows ? std::clamp<int64_t>(N / kRowsOfAThread, 1, threads)
+                       : std::min(threads, blocks);
+  }
+};
+
+}  // namespace lstm_ext::cpu
