@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -20,7 +21,7 @@ using Bytes = std::vector<unsigned char>;
 
 struct Table {
   const char* name;
-  const CellKernels* kernels;
+  const lstm_ext::cpu::Kernels* kernels;
   Dtype dtype;
 };
 
@@ -149,7 +150,7 @@ Bytes padded_rows(Dtype dtype, const Values& m, int64_t rows, int64_t columns) {
 
 void check_product(const Table& table, const Values& grad_gates, bool transposed, int64_t N,
                    int64_t H, const Values& b, int64_t columns) {
-  const CellKernels& kernels = *table.kernels;
+  const CellKernels& kernels = table.kernels->cell;
   const Dtype dtype = table.dtype, compute = compute_type(dtype);
   const int64_t rows = transposed ? 4 * H : N, depth = transposed ? N : 4 * H;
   const bool pairs = kernels.pair_rows && kernels.product_packs(rows, depth);
@@ -182,8 +183,68 @@ void check_product(const Table& table, const Values& grad_gates, bool transposed
           expected, std::sqrt(static_cast<double>(depth)) + 4);
 }
 
+// The layer's kernels for one step: the same numbers as the cell's, from packed weights.
+struct Step {
+  int64_t N, I, H;
+  const Bytes &x_factors, &h_factors, &c, &w_ih, &w_hh, &b_ih, &b_hh;
+  const Values &hy, &cy, &gates;  // expected
+};
+void check_step(const Table& table, const Step& step, double terms) {
+  const auto& layer = table.kernels->layer;
+  const Dtype dtype = table.dtype, compute = compute_type(dtype);
+  const auto& [N, I, H, x_factors, h_factors, c, w_ih, w_hh, b_ih, b_hh, hy, cy, gates] = step;
+  const int64_t blocks = layer.unit_blocks(H);
+  const bool pairs = table.kernels->cell.pair_rows != nullptr;
+  Bytes packed_ih(layer.packed_gates(I, H) * size_of(compute)),
+      packed_hh(layer.packed_gates(H, H) * size_of(compute));
+  layer.pack_gates(w_ih.data(), I, H, packed_ih.data(), 0, blocks);
+  layer.pack_gates(w_hh.data(), H, H, packed_hh.data(), 0, blocks);
+  Bytes sums(N * layer.sums_per_row(H) * size_of(compute));
+  const lstm_ext::cpu::GateSums chunk = {sums.data(), N};
+  layer.gate_product({N, H, H, h_factors.data(), packed_hh.data(), chunk, 0, false}, 0, blocks);
+  layer.gate_product({N, I, H, x_factors.data(), packed_ih.data(), chunk, 0, true}, 0, blocks);
+  Bytes c_state = c, c_before(c.size()), output(c.size()), gates_bytes(4 * c.size());
+  Bytes h_state(h_factors.size());
+  // The last row starts again at the next step.
+  const auto reset = std::make_unique<bool[]>(N);
+  reset[N - 1] = true;
+  layer.step({N, H, chunk, 0, b_ih.data(), b_hh.data(), c_state.data(), h_state.data(),
+              output.data(), gates_bytes.data(), c_before.data(), reset.get()},
+             0, blocks);
+  Values c_next = cy, h_next = hy;
+  std::fill_n(c_next.end() - H, H, 0.0);
+  std::fill_n(h_next.end() - H, H, 0.0);
+  compare(table, "step: h", N, I, H, dtype, output, hy, terms);
+  compare(table, "step: c", N, I, H, dtype, c_state, c_next, terms);
+  compare(table, "step: gates", N, I, H, dtype, gates_bytes, gates, terms);
+  compare(table, "step: c before", N, I, H, dtype, c_before, unpack(dtype, c), 0);
+  const Dtype state = pairs ? dtype : compute;
+  compare(table, "step: h for the next", N, I, H, state, h_state,
+          pairs && H % 2 ? unpack(dtype, padded_rows(dtype, h_next, N, H)) : h_next, terms);
+}
+
+// grad_h of the step before: grad_gates W_hh, zero for the last row, which was reset.
+void check_state_gradient(const Table& table, int64_t N, int64_t H, const Values& grad_gates,
+                          const Values& w_hh) {
+  const auto& layer = table.kernels->layer;
+  const Dtype dtype = table.dtype, compute = compute_type(dtype);
+  const bool pairs = table.kernels->cell.pair_rows != nullptr;
+  const int64_t blocks = layer.column_blocks(H);
+  const Bytes weights = pack(dtype, w_hh), factors = pack(pairs ? dtype : compute, grad_gates);
+  Bytes packed(layer.packed_columns(H) * size_of(compute)), grad_h(N * H * size_of(compute));
+  layer.pack_columns(weights.data(), H, packed.data(), 0, blocks);
+  const auto reset = std::make_unique<bool[]>(N);
+  reset[N - 1] = true;
+  layer.state_gradient({N, H, factors.data(), packed.data(), grad_h.data(), reset.get()}, 0,
+                       blocks);
+  Values expected = multiply(grad_gates, false, w_hh, N, 4 * H, H);
+  std::fill_n(expected.end() - H, H, 0.0);
+  compare(table, "step: h gradient", N, 0, H, compute, grad_h, expected,
+          std::sqrt(static_cast<double>(4 * H)) + 4);
+}
+
 void check(const Table& table, int64_t N, int64_t I, int64_t H) {
-  const CellKernels& kernels = *table.kernels;
+  const CellKernels& kernels = table.kernels->cell;
   const Dtype dtype = table.dtype, compute = compute_type(dtype);
   const Values x = random(dtype, N * I), h = random(dtype, N * H), c = random(dtype, N * H);
   const Values w_ih = random(dtype, 4 * H * I), w_hh = random(dtype, 4 * H * H);
@@ -235,6 +296,11 @@ void check(const Table& table, int64_t N, int64_t I, int64_t H) {
   compare(table, "c", N, I, H, dtype, cy_bytes, cy, terms);
   compare(table, "gates", N, I, H, dtype, gates_bytes, gates, terms);
 
+  check_step(table,
+             {N, I, H, x_factors, h_factors, c_bytes, w_ih_bytes, w_hh_bytes, b_ih_bytes,
+              b_hh_bytes, hy, cy, gates},
+             terms);
+
   const Values grad_hy = random(dtype, N * H), grad_cy = random(dtype, N * H);
   const Values kept = unpack(dtype, pack(dtype, gates));  // as the kernel will see them
   Values grad_gates(N * 4 * H), grad_cx(N * H), grad_bias(4 * H);
@@ -275,6 +341,22 @@ void check(const Table& table, int64_t N, int64_t I, int64_t H) {
   compare(table, "bias gradient", N, I, H, dtype, grad_bias_bytes, grad_bias,
           std::sqrt(static_cast<double>(N)) + 1);
 
+  // The same by the layer's kernel, whose gradients of the states are in the compute type.
+  const auto reset = std::make_unique<bool[]>(N);
+  reset[N - 1] = true;
+  const Bytes from_after = pack(compute, Values(N * H));
+  Bytes step_grad_c = pack(compute, grad_cy), step_gates(N * 4 * H * size_of(compute));
+  Bytes step_factors(pairs ? N * 4 * H * size_of(dtype) : 0);
+  table.kernels->layer.step_gradient(
+      {N, H, grad_hy_bytes.data(), from_after.data(), step_grad_c.data(), kept_bytes.data(),
+       c_bytes.data(), step_gates.data(), pairs ? step_factors.data() : nullptr, reset.get()},
+      0, table.kernels->layer.unit_blocks(H));
+  compare(table, "step: gate gradients", N, I, H, compute, step_gates, grad_gates, 1);
+  if (pairs) compare(table, "step: their factors", N, I, H, dtype, step_factors, grad_gates, 1);
+  Values grad_c = grad_cx;
+  std::fill_n(grad_c.end() - H, H, 0.0);
+  compare(table, "step: c gradient", N, I, H, compute, step_grad_c, grad_c, 1);
+
   // Gate gradients that every dtype holds exactly, so that only the products are measured.
   const Values factors = random(Dtype::kBFloat16, N * 4 * H);
   if (kernels.pair_rows) {
@@ -288,6 +370,7 @@ void check(const Table& table, int64_t N, int64_t I, int64_t H) {
                   static_cast<long>(H));
     }
   }
+  check_state_gradient(table, N, H, factors, w_hh);
   check_product(table, factors, false, N, H, w_ih, I);
   check_product(table, factors, false, N, H, w_hh, H);
   check_product(table, factors, true, N, H, x, I);
@@ -301,7 +384,7 @@ int main() {
   std::vector<Table> tables;
   const auto add = [&](const char* name, const lstm_ext::cpu::Kernels* kernels) {
     for (int dtype = 0; dtype < kDtypes; ++dtype)
-      tables.push_back({name, &kernels[dtype].cell, static_cast<Dtype>(dtype)});
+      tables.push_back({name, &kernels[dtype], static_cast<Dtype>(dtype)});
   };
   add("DEFAULT", kKernelsDefault);
 #if defined(__x86_64__)
@@ -310,13 +393,13 @@ int main() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     add("AVX512", kKernelsAVX512);
     if (__builtin_cpu_supports("avx512bf16"))
-      tables.push_back({"AVX512_BF16", &kKernelsAVX512BF16.cell, Dtype::kBFloat16});
+      tables.push_back({"AVX512_BF16", &kKernelsAVX512BF16, Dtype::kBFloat16});
   }
 #endif
   const int64_t shapes[][3] = {{1, 3, 2},     {1, 1, 1},     {2, 5, 7},    {3, 17, 16},
                                {5, 33, 9},    {8, 16, 32},   {9, 20, 5},   {13, 66, 31},
                                {25, 7, 3},    {40, 129, 17}, {193, 10, 8}, {600, 6, 20},
-                               {1100, 18, 5}, {2, 0, 4}};
+                               {1100, 18, 5}, {2, 0, 4},     {1, 300, 270}};
   for (const Table& table : tables)
     for (const auto& shape : shapes) check(table, shape[0], shape[1], shape[2]);
   std::printf("%zu tables, %d comparisons, %d failures\n", tables.size(), comparisons, failures);
