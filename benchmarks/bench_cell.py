@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import limits
@@ -139,19 +138,9 @@ def bench_row(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = protocol.options(
+        __doc__, parse_shape, MODES, PEERS, [*PEERS, peers.FUNCTION], "cell.json"
     )
-    parser.add_argument("--shapes", nargs="+", type=parse_shape, default=None)
-    parser.add_argument("--quick", action="store_true", help="three small shapes, few rounds")
-    parser.add_argument("--threads", nargs="+", type=int, default=None, help="default: 1 and all")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"]
-    )
-    parser.add_argument("--peers", nargs="*", default=PEERS, choices=[*PEERS, peers.FUNCTION])
-    parser.add_argument("--rounds", type=int, default=None, help="timings of each peer per row")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cell.json")
     options = parser.parse_args()
     shapes = options.shapes or [parse_shape(s) for s in (QUICK if options.quick else GRID)]
     threads = options.threads or sorted({1, torch.get_num_threads()})

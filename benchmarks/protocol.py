@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import math
@@ -18,6 +19,31 @@ from torch.utils.benchmark import Timer
 import lstm_ext
 
 ROUND_SECONDS = 0.02  # least time of one timing, so that the clock's grain does not matter
+
+
+def options(
+    description: str | None,
+    parse_shape: Callable[[str], Any],
+    modes: list[str],
+    peers: list[str],
+    all_peers: list[str],
+    out: str,
+) -> argparse.ArgumentParser:
+    """Build the command line that the benchmarks have in common."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, default=None)
+    parser.add_argument("--quick", action="store_true", help="a few small shapes, few rounds")
+    parser.add_argument("--threads", nargs="+", type=int, default=None, help="default: 1 and all")
+    parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"]
+    )
+    parser.add_argument("--peers", nargs="*", default=peers, choices=all_peers)
+    parser.add_argument("--rounds", type=int, default=None, help="timings of each peer per row")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / out)
+    return parser
 
 
 def interleaved(calls: dict[str, Any], rounds: int) -> dict[str, float]:
