@@ -128,9 +128,28 @@ CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Option
   return call_lstm_layer_backward(grads, in, {output, gates, c_before}, mask);
 }
 
+Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_lstm_layer_pack(w_ih, w_hh);
+}
+
+LayerOutputs lstm_layer_packed(const Tensor& input, const Tensor& hx, const Tensor& cx,
+                               const Tensor& packed, Optional b_ih, Optional b_hh,
+                               Optional batch_sizes, Optional reset, bool reverse) {
+  using torch::autograd::isFwGradDefined;
+  TORCH_CHECK(!torch::autograd::compute_requires_grad(input, hx, cx, b_ih, b_hh) &&
+                  !isFwGradDefined(input) && !isFwGradDefined(hx) && !isFwGradDefined(cx),
+              "packed (frozen) weights are for inference: nothing can be differentiated through "
+              "them. Use torch.no_grad(), or the module that was frozen (lstm_ext.unfreeze)");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_lstm_layer_packed(input, hx, cx, packed, {b_ih, b_hh, batch_sizes, reset, reverse});
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lstm_ext, Autograd, m) {
+  m.impl("lstm_layer_pack", lstm_layer_pack);
+  m.impl("lstm_layer_packed", lstm_layer_packed);
   m.impl("lstm_layer", lstm_layer);
   m.impl("lstm_layer_forward", lstm_layer_forward);
   m.impl("lstm_layer_backward", lstm_layer_backward);

@@ -55,6 +55,20 @@ void check_sequence(const LayerInputs& in) {
   }
 }
 
+void check_packed_inputs(const LayerInputs& in) {
+  const at::Tensor &input = in.input, &hx = in.hx, &cx = in.cx;
+  bool fits = fused_dtype(input.scalar_type()) &&
+              input.dim() == (defined(in.batch_sizes) ? 2 : 3) && hx.dim() == 2 && cx.dim() == 2 &&
+              hx.sizes() == cx.sizes() && (defined(in.batch_sizes) || input.size(1) == hx.size(0));
+  for (const at::Tensor* t : {&input, &hx, &cx})
+    fits = fits && t->layout() == at::kStrided && t->scalar_type() == input.scalar_type() &&
+           t->device() == input.device();
+  TORCH_CHECK(fits && bias_matches(in.b_ih, input, 4 * hx.size(1)) &&
+                  bias_matches(in.b_hh, input, 4 * hx.size(1)),
+              "lstm_layer_packed: input, states and biases do not fit each other: got an input of ",
+              "shape ", input.sizes(), ", states of ", hx.sizes(), " and ", cx.sizes());
+}
+
 namespace composite {
 namespace {
 
@@ -210,6 +224,24 @@ LayerOutputs call_lstm_layer(const LayerInputs& in) {
                  in.reset, in.reverse);
 }
 
+at::Tensor call_lstm_layer_pack(const at::Tensor& w_ih, const at::Tensor& w_hh) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lstm_ext::lstm_layer_pack", "")
+                             .typed<at::Tensor(T, T)>();
+  return op.call(w_ih, w_hh);
+}
+
+LayerOutputs call_lstm_layer_packed(const at::Tensor& input, const at::Tensor& hx,
+                                    const at::Tensor& cx, const at::Tensor& packed,
+                                    const PackedLayerOptions& options) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("lstm_ext::lstm_layer_packed", "")
+          .typed<LayerOutputs(T, T, T, T, Optional, Optional, Optional, Optional, bool)>();
+  return op.call(input, hx, cx, packed, options.b_ih, options.b_hh, options.batch_sizes,
+                 options.reset, options.reverse);
+}
+
 LayerTrainingOutputs call_lstm_layer_forward(const LayerInputs& in) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("lstm_ext::lstm_layer_forward", "")
@@ -242,6 +274,12 @@ TORCH_LIBRARY_FRAGMENT(lstm_ext, m) {
       "lstm_layer_forward(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, "
       "Tensor? b_ih, Tensor? b_hh, Tensor? batch_sizes, Tensor? reset, bool reverse) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Inference over weights packed before: w_ih and w_hh in the layout of this processor's kernels.
+  m.def("lstm_layer_pack(Tensor w_ih, Tensor w_hh) -> Tensor");
+  m.def(
+      "lstm_layer_packed(Tensor input, Tensor hx, Tensor cx, Tensor packed, Tensor? b_ih, "
+      "Tensor? b_hh, Tensor? batch_sizes, Tensor? reset, bool reverse) "
+      "-> (Tensor, Tensor, Tensor)");
   // Gradients of the first seven; those that output_mask leaves out are not computed (None).
   m.def(
       "lstm_layer_backward(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor input, "

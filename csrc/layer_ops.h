@@ -46,6 +46,8 @@ struct LayerResults {
 bool layer_fusable(const LayerInputs& in);
 // Raises an error that says what is wrong with batch_sizes or reset.
 void check_sequence(const LayerInputs& in);
+// Raises an error unless everything but the weights fits the kernels of packed weights.
+void check_packed_inputs(const LayerInputs& in);
 
 // The layer in plain tensor operations, step by step, differentiable any number of times.
 namespace composite {
@@ -58,6 +60,19 @@ CellGradients layer_backward(const LayerOutputGradients& grads, const LayerInput
 }  // namespace composite
 
 LayerOutputs call_lstm_layer(const LayerInputs& in);
+// Of LayerInputs, what follows the weights.
+struct PackedLayerOptions {
+  const std::optional<at::Tensor>& b_ih;
+  const std::optional<at::Tensor>& b_hh;
+  const std::optional<at::Tensor>& batch_sizes;
+  const std::optional<at::Tensor>& reset;
+  bool reverse;
+};
+inline constexpr at::ScalarType kPackedType = at::kByte;
+at::Tensor call_lstm_layer_pack(const at::Tensor& w_ih, const at::Tensor& w_hh);
+LayerOutputs call_lstm_layer_packed(const at::Tensor& input, const at::Tensor& hx,
+                                    const at::Tensor& cx, const at::Tensor& packed,
+                                    const PackedLayerOptions& options);
 LayerTrainingOutputs call_lstm_layer_forward(const LayerInputs& in);
 CellGradients call_lstm_layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
                                        const LayerResults& results, CellGradientMask mask);

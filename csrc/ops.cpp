@@ -7,8 +7,6 @@
 
 namespace lstm_ext {
 
-namespace {
-
 bool fused_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
          dtype == at::kHalf;
@@ -20,8 +18,6 @@ bool bias_matches(const std::optional<at::Tensor>& bias, const at::Tensor& like,
                             bias->scalar_type() == like.scalar_type() &&
                             bias->device() == like.device() && bias->layout() == at::kStrided);
 }
-
-}  // namespace
 
 bool fusable(const CellInputs& in) {
   if (!fused_dtype(in.input.scalar_type())) return false;

@@ -39,6 +39,10 @@ inline bool defined(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() && tensor->defined();
 }
 
+// A dtype that the fused kernels compute in, and a bias [size] like the other tensors, or none.
+bool fused_dtype(at::ScalarType dtype);
+bool bias_matches(const std::optional<at::Tensor>& bias, const at::Tensor& like,
+                  const c10::SymInt& size);
 // Whether the fused kernels take these tensors: one device, one dtype out of
 // float, double, bfloat16 and half, strided, and every size as it should be.
 bool fusable(const CellInputs& in);

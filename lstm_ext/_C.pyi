@@ -12,4 +12,39 @@ def lstm_cell(
     b_hh: Tensor | None,
     /,
 ) -> tuple[Tensor, Tensor] | None: ...
+def lstm(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: tuple[Tensor | None, ...],
+    input_size: int,
+    hidden_size: int,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    /,
+) -> tuple[Tensor, Tensor, Tensor] | None: ...
+def lstm_packed(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: tuple[Tensor | None, ...],
+    input_size: int,
+    hidden_size: int,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    /,
+) -> tuple[Tensor, Tensor, Tensor] | None: ...
+def lstm_cell_packed(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    packed: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    input_size: int,
+    hidden_size: int,
+    /,
+) -> tuple[Tensor, Tensor] | None: ...
 def build_info() -> dict[str, str | bool]: ...

@@ -53,11 +53,18 @@ def load() -> Any:
 _C = load()
 
 
-# The operator itself, and the short way to it, which returns None for what it leaves to the
-# operator: see csrc/bindings.cpp.
+# The operators themselves, and the short way to some, which returns None for what it leaves to
+# the operator: see csrc/direct_calls.h.
 lstm_cell = torch.ops.lstm_ext.lstm_cell
+lstm = torch.ops.lstm_ext.lstm
 lstm_layer = torch.ops.lstm_ext.lstm_layer
+lstm_packed = torch.ops.lstm_ext.lstm_packed
+lstm_layer_pack = torch.ops.lstm_ext.lstm_layer_pack
+lstm_layer_packed = torch.ops.lstm_ext.lstm_layer_packed
 fast_lstm_cell: Callable[..., tuple[Tensor, Tensor] | None] = _C.lstm_cell
+fast_lstm: Callable[..., tuple[Tensor, Tensor, Tensor] | None] = _C.lstm
+fast_lstm_cell_packed: Callable[..., tuple[Tensor, Tensor] | None] = _C.lstm_cell_packed
+fast_lstm_packed: Callable[..., tuple[Tensor, Tensor, Tensor] | None] = _C.lstm_packed
 
 
 @torch.library.register_fake("lstm_ext::lstm_cell")
@@ -179,3 +186,19 @@ def _(
         gates.new_empty(shape) if wanted else None
         for shape, wanted in zip(shapes, output_mask, strict=True)
     )
+
+
+@torch.library.register_fake("lstm_ext::lstm_layer_packed")
+def _(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    packed: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    output = input.new_empty(*input.shape[:-1], hx.shape[1])
+    return output, hx.new_empty(hx.shape), cx.new_empty(cx.shape)

@@ -133,12 +133,13 @@ def lstm(
     torchs = not input.is_cpu or weights[0].w_hr is not None
     if reset is None and (0 in input.shape or (torchs and checkpoint_every is None)):
         return _torch_lstm(input, hx, weights, bidirectional, dropout, batch_sizes)
-    directions = 2 if bidirectional else 1
-    if len(weights) == 1:
-        output, h_n, c_n = _layer(
-            input, h[0], c[0], weights[0], batch_sizes, reset, False, checkpoint_every
+    if checkpoint_every is None and weights[0].w_hr is None:
+        flat = [tensor for w in weights for tensor in w[:4]]
+        out: tuple[Tensor, Tensor, Tensor] = _ops.lstm(
+            input, h, c, flat, bidirectional, dropout, batch_sizes, reset
         )
-        return output, h_n.unsqueeze(0), c_n.unsqueeze(0)
+        return out
+    directions = 2 if bidirectional else 1
     states_h, states_c = [], []
     for k in range(0, len(weights), directions):
         if k > 0 and dropout > 0:

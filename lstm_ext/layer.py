@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lstm_ext import _ops
 from lstm_ext.functional import LayerWeights, lstm
 
 States = tuple[Tensor, Tensor]
@@ -76,6 +79,11 @@ class LSTM(nn.RNNBase):
         reset: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, States]:
         """Run the sequence; see the class."""
+        if reset is None and not torch.compiler.is_compiling():
+            out = self._run_directly(input, hx)
+            if out is not None:
+                output, h, c = out
+                return output, (h, c)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, reset)
         if input.dim() not in (2, 3):
@@ -123,6 +131,36 @@ class LSTM(nn.RNNBase):
         layers = self.num_layers * (2 if self.bidirectional else 1)
         h = input.new_zeros(layers, N, self.proj_size or self.hidden_size)
         return h, input.new_zeros(layers, N, self.hidden_size)
+
+    def _run_directly(self, input: Any, hx: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Run what needs no other check than the direct call's own; None for all else."""
+        if (self.training and self.dropout) or self.proj_size or self.checkpoint_every is not None:
+            return None
+        p = self._parameters
+        try:
+            weights: tuple[Tensor | None, ...]
+            weights = tuple([p[name] for names in self._all_weights for name in names])
+        except KeyError:
+            return None
+        if not self.bias:
+            pairs = zip(weights[::2], weights[1::2], strict=True)
+            weights = tuple([w for pair in pairs for w in (*pair, None, None)])
+        return self._call_directly(_ops.fast_lstm, input, hx, weights)
+
+    def _call_directly(
+        self, call: Callable[..., Any], input: Any, hx: Any, weights: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        if hx is None:
+            h = c = None
+        elif type(hx) is tuple and len(hx) == 2:
+            h, c = hx
+        else:
+            return None
+        out: tuple[Tensor, Tensor, Tensor] | None = call(
+            input, h, c, weights, self.input_size, self.hidden_size, self.bidirectional,
+            self.batch_first, None,
+        )  # fmt: skip
+        return out
 
     def _run(
         self, input: Tensor, hx: States, batch_sizes: Tensor | None, reset: Tensor | None

@@ -28,7 +28,7 @@ void pack_state_columns(const void* w_hh, int64_t H, void* packed, int64_t first
     const int64_t column = block * Panel<FactorType<S>>::kColumns;
     pack_columns<S>(static_cast<const S*>(w_hh) + column, H, H - column, 4 * H,
                     reinterpret_cast<PackedRows<S>>(static_cast<FactorType<S>*>(packed) +
-                                                    block * block_size<S>(4 * H)));
+                                                    (block - first) * block_size<S>(4 * H)));
   }
 }
 
@@ -62,18 +62,19 @@ void step_gradient(const StepGradientArgs& args, int64_t first_block, int64_t la
 template <class S>
 void state_gradient(const StateGradientArgs& args, int64_t first_block, int64_t last_block) {
   using T = ComputeType<S>;
-  const int64_t H = args.H;
-  for (int64_t block = first_block; block < last_block; ++block) {
-    const int64_t column = block * Panel<FactorType<S>>::kColumns;
-    const int64_t columns = at_most(Panel<FactorType<S>>::kColumns, H - column);
-    T* grad_h = static_cast<T*>(args.grad_h) + column;
-    packed_product<S>(args.rows, static_cast<const FactorType<S>*>(args.grad_gates),
-                      static_cast<const FactorType<S>*>(args.packed) + block * block_size<S>(4 * H),
-                      4 * H, static_cast<int>(blocks(columns, kWidthOf<S>)),
-                      Result<T>{grad_h, H, columns, false});
-    for (int64_t r = 0; args.reset && r < args.rows; ++r)
-      if (args.reset[r]) std::memset(grad_h + r * H, 0, columns * sizeof(T));
-  }
+  constexpr int64_t width = Panel<FactorType<S>>::kColumns;
+  const int64_t H = args.H, column = first_block * width;
+  const int64_t columns = at_most(last_block * width, H) - column;
+  T* grad_h = static_cast<T*>(args.grad_h) + column;
+  packed_product<S>(PackedProduct<S, T>{args.rows,
+                                        4 * H,
+                                        static_cast<const FactorType<S>*>(args.grad_gates),
+                                        static_cast<const FactorType<S>*>(args.packed),
+                                        {grad_h, H, columns, false},
+                                        width},
+                    last_block - first_block);
+  for (int64_t r = 0; args.reset && r < args.rows; ++r)
+    if (args.reset[r]) std::memset(grad_h + r * H, 0, columns * sizeof(T));
 }
 
 template <class S>

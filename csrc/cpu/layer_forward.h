@@ -44,60 +44,107 @@ void pack_gates(const void* w, int64_t K, int64_t H, void* packed, int64_t first
     pack_transposed<S>(static_cast<const S*>(w) + unit * K, K, (layout.dense ? kWidthOf<S> : H) * K,
                        lanes, K,
                        reinterpret_cast<PackedRows<S>>(static_cast<FactorType<S>*>(packed) +
-                                                       block * block_size<S>(K)));
+                                                       (block - first) * block_size<S>(K)));
   }
 }
 
 // One row times several panels side by side: more streams of weights to fetch ahead, and more sums
-// to cover the latency of FMA. Added up as if one came after the other.
+// to cover the latency of FMA. The panels are of neighbouring blocks (ByBlock), whose results lie
+// result_apart from each other, or follow each other in depth and are added up in that order:
+// either way each result is summed as if one panel came after the other.
 constexpr int kSidePanels = LSTM_EXT_VECTOR_BYTES == 64 ? 4 : 2;
+static_assert(kSideBlocks % kSidePanels == 0);
 
-template <class F, class R>
-void side_panels(const F* a, const F* b, const Result<R>& result) {
+template <bool ByBlock, class F, class R>
+void side_panels(const F* a, const F* b, int64_t apart, int64_t depth, const Result<R>& result,
+                 int64_t result_apart) {
   constexpr int width = Vector<F>::kWidth;
-  constexpr int64_t apart = kPanelDepth * Panel<F>::kColumns;
   using V = typename Vector<SumTypeOf<F>>::type;
   V sum[kSidePanels][kPanelVectors] = {};
-  for (int k = 0; k < kPanelDepth; ++k, ++a, b += Panel<F>::kColumns)
+  for (int64_t k = 0; k < depth; ++k, ++a, b += Panel<F>::kColumns)
 #pragma GCC unroll 4
     for (int p = 0; p < kSidePanels; ++p) {
-      const auto a_k = broadcast(a[p * kPanelDepth]);
+      const auto a_k = broadcast(a[ByBlock ? 0 : p * depth]);
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVectors; ++v)
         sum[p][v] = multiply_add<F>(sum[p][v], a_k, load(b + p * apart + v * width));
     }
 #pragma GCC unroll 4
-  for (int v = 0; v < kPanelVectors; ++v) {
-    const int64_t n = result.columns - v * width;
-    if (n <= 0) continue;
-    V total = result.accumulate ? load(result.data + v * width, n) + sum[0][v] : sum[0][v];
-    for (int p = 1; p < kSidePanels; ++p) total += sum[p][v];
-    store(result.data + v * width, total, n);
+  for (int p = 0; p < kSidePanels; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) {
+      const int column = (ByBlock ? p * kPanelVectors : 0) + v;
+      const int64_t n = result.columns - column * width;
+      if (n > 0)
+        store_result(result.data + (ByBlock ? p * result_apart : 0) + v * width, sum[p][v], n,
+                     result.accumulate || (!ByBlock && p > 0));
+    }
+}
+
+// Several packed blocks and what multiplies them.
+template <class S, class R>
+struct PackedProduct {
+  int64_t rows, K;
+  const FactorType<S>* a;  // [rows, K] as factors
+  const FactorType<S>* b;  // the first block
+  Result<R> result;        // of the first block; its columns are those of all blocks
+  int64_t result_apart;    // from one block's result to the next one's
+};
+
+// A single row, as many blocks as lie side by side.
+template <class S, class R>
+LSTM_EXT_INLINE void row_product(const PackedProduct<S, R>& product) {
+  const int64_t factors = blocks(product.K, kDepthOfFactor<S>);
+  Result<R> result = product.result;
+  for (int64_t k = 0; k < factors; k += kPanelDepth) {
+    side_panels<true>(product.a + k, product.b + k * Panel<FactorType<S>>::kColumns,
+                      block_size<S>(product.K), at_most(kPanelDepth, factors - k), result,
+                      product.result_apart);
+    result.accumulate = true;
   }
 }
 
-// result = or += a times a packed block, depth of K.
+// One block.
 template <class S, class R>
-LSTM_EXT_INLINE void packed_product(int64_t rows, const FactorType<S>* a, const FactorType<S>* b,
-                                    int64_t K, int vectors, Result<R> result) {
-  const int64_t factors = blocks(K, kDepthOfFactor<S>);
+LSTM_EXT_INLINE void block_product(const PackedProduct<S, R>& product) {
+  constexpr int64_t columns = Panel<FactorType<S>>::kColumns;
+  const int64_t rows = product.rows, factors = blocks(product.K, kDepthOfFactor<S>);
+  const int vectors =
+      static_cast<int>(at_most(kPanelVectors, blocks(product.result.columns, kWidthOf<S>)));
   for (int64_t row = 0; row < rows; row += kPanelRows) {
-    Result<R> part = result;
-    part.data += row * result.row_stride;
+    Result<R> part = product.result;
+    part.data += row * part.row_stride;
     int64_t k = 0;
     if (rows == 1)
       for (; k + kSidePanels * kPanelDepth <= factors; k += kSidePanels * kPanelDepth) {
-        side_panels(a + k, b + k * Panel<FactorType<S>>::kColumns, part);
+        side_panels<false>(product.a + k, product.b + k * columns, kPanelDepth * columns,
+                           kPanelDepth, part, 0);
         part.accumulate = true;
       }
     while (k < factors) {
       panel_product(at_most(kPanelRows, rows - row),
-                    Broadcast<FactorType<S>>{a + row * factors + k, factors, 1},
-                    b + k * Panel<FactorType<S>>::kColumns, at_most(kPanelDepth, factors - k),
-                    vectors, part);
+                    Broadcast<FactorType<S>>{product.a + row * factors + k, factors, 1},
+                    product.b + k * columns, at_most(kPanelDepth, factors - k), vectors, part);
       part.accumulate = true;
       k += kPanelDepth;
     }
+  }
+}
+
+// The results of `count` blocks = or += a times each.
+template <class S, class R>
+LSTM_EXT_INLINE void packed_product(PackedProduct<S, R> product, int64_t count) {
+  while (count > 0) {
+    const bool side_by_side = product.rows == 1 && count >= kSidePanels;
+    if (side_by_side)
+      row_product(product);
+    else
+      block_product(product);
+    const int64_t done = side_by_side ? kSidePanels : 1;
+    count -= done;
+    product.b += done * block_size<S>(product.K);
+    product.result.data += done * product.result_apart;
+    product.result.columns -= done * Panel<FactorType<S>>::kColumns;
   }
 }
 
@@ -109,14 +156,18 @@ LSTM_EXT_INLINE ComputeType<S>* block_sums_of(const GateSums& sums, int64_t bloc
 template <class S>
 void gate_product(const GateProductArgs& args, int64_t first_block, int64_t last_block) {
   constexpr int64_t stride = kGates * kWidthOf<S>;
-  const int vectors = gate_layout<S>(args.H).vectors;
-  for (int64_t block = first_block; block < last_block; ++block)
-    packed_product<S>(
-        args.rows, static_cast<const FactorType<S>*>(args.x),
-        static_cast<const FactorType<S>*>(args.packed) + block * block_size<S>(args.K), args.K,
-        vectors,
-        Result<ComputeType<S>>{block_sums_of<S>(args.sums, block, args.first_row), stride, stride,
-                               args.accumulate});
+  const int64_t count = last_block - first_block;
+  // Fewer than the four vectors only where one block is all.
+  const int64_t columns = (count - 1) * stride + gate_layout<S>(args.H).vectors * kWidthOf<S>;
+  packed_product<S>(
+      PackedProduct<S, ComputeType<S>>{args.rows,
+                                       args.K,
+                                       static_cast<const FactorType<S>*>(args.x),
+                                       static_cast<const FactorType<S>*>(args.packed),
+                                       {block_sums_of<S>(args.sums, first_block, args.first_row),
+                                        stride, columns, args.accumulate},
+                                       args.sums.rows * stride},
+      count);
 }
 
 template <class S>

@@ -2,7 +2,8 @@
 // once per call. Raw pointers and sizes, no tensors; terms as in cell_kernels.h.
 //
 // The hidden units are cut into blocks, one vector each: what a thread can own. "Factors" are what
-// the products multiply (cell_kernels.h); a row of K of them takes factors_of(K) elements.
+// the products multiply (cell_kernels.h); a row of K of them takes factors_of(K) elements. A
+// pointer to packed weights is to the first of the blocks that a call is about.
 #pragma once
 
 #include <cstdint>
@@ -67,6 +68,8 @@ struct StateGradientArgs {
 };
 
 inline constexpr int64_t kUnitBlocks = 4;
+// Blocks that the product of a single row takes side by side, or a divisor of it.
+inline constexpr int64_t kSideBlocks = 4;
 
 struct LayerKernels {
   int64_t (*unit_blocks)(int64_t H);

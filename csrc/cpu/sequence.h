@@ -13,8 +13,9 @@ namespace lstm_ext::cpu {
 
 // Rows that a thread needs to go on its own; with fewer the halves of the weights pay more.
 inline constexpr int64_t kRowsOfAThread = 24;
-// Multiplications and additions of a step below which threads are not worth their meeting.
-inline constexpr int64_t kSharedStepWork = 64 * 1024;
+// Multiplications and additions of a step below which threads are not worth their meeting: 64 hidden
+// units and one row still gain a quarter.
+inline constexpr int64_t kSharedStepWork = 16 * 1024;
 
 // Where the steps of a padded or packed sequence lie.
 class Sequence {
@@ -94,5 +95,16 @@ struct Cut {
                        : std::min(threads, blocks);
   }
 };
+
+// body(from, to) for pieces of [first, last), the other way round every second time: what a step
+// read last is still in the near cache when the next one begins.
+template <class Body>
+void zigzag(int64_t first, int64_t last, int64_t piece, bool backwards, const Body& body) {
+  const int64_t pieces = (last - first + piece - 1) / piece;
+  for (int64_t k = 0; k < pieces; ++k) {
+    const int64_t from = first + piece * (backwards ? pieces - 1 - k : k);
+    body(from, std::min(from + piece, last));
+  }
+}
 
 }  // namespace lstm_ext::cpu

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/denormals.h"
@@ -64,6 +65,22 @@ class Dense {
 inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::detail::empty_cpu(sizes, at::dtype(dtype));
 }
+
+// Byte offsets into raw memory.
+template <class T>
+T* advance(T* base, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return base ? reinterpret_cast<Byte*>(base) + bytes : nullptr;
+}
+// An element size with the pointers that go with it.
+struct Elements {
+  int64_t size;
+  explicit Elements(at::ScalarType dtype) : size(static_cast<int64_t>(elementSize(dtype))) {}
+  template <class T>
+  T* at(T* base, int64_t count) const {
+    return advance(base, count * size);
+  }
+};
 
 template <class Kernel>
 void run(int64_t tasks, int64_t work, const Kernel& kernel) {

@@ -1,0 +1,192 @@
+// Backward of the layer on the CPU: the gradients that travel from step to step in one parallel
+// region (threads as in the forward), then those of weights and inputs as large products.
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cstring>
+
+#include "cpu/products.h"
+#include "cpu/sequence.h"
+#include "cpu/team.h"
+#include "cpu/tensors.h"
+#include "layer_ops.h"
+
+namespace lstm_ext::cpu {
+namespace {
+
+using Optional = const std::optional<Tensor>&;
+
+// The gradients of the gates [S, 4H] of all steps, with those of the initial states on the way.
+Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
+                     const Sequence& sequence, const Kernels& kernels, const LayerResults& results,
+                     bool want_hx, Tensor& grad_h, Tensor& grad_c) {
+  const LayerKernels& layer = kernels.layer;
+  const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1);
+  const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
+  const Elements stored(dtype), computed(compute);
+  const int64_t column_blocks = layer.column_blocks(H), unit_blocks = layer.unit_blocks(H);
+
+  const auto initial = [&](const std::optional<Tensor>& grad) {
+    return defined(grad) ? grad->to(compute).clone(at::MemoryFormat::Contiguous)
+                         : at::zeros({N, H}, at::dtype(compute));
+  };
+  grad_h = initial(grads.hy);
+  grad_c = initial(grads.cy);
+  const Tensor grad_gates = empty({sequence.rows(), 4 * H}, compute);
+  const bool pairs = kernels.cell.pair_rows != nullptr;
+  const Tensor halves = pairs ? empty({sequence.rows(), 4 * H}, dtype) : grad_gates;
+  const Elements factor = pairs ? stored : computed;
+  const Dense w_hh(in.w_hh), gates(results.gates), c_before(results.c_before),
+      grad_output(grads.output);
+  const Tensor packed = empty({layer.packed_columns(H)}, compute);
+  const int64_t block_elements = layer.packed_columns(H) / column_blocks;
+  const auto pack = [&](int64_t first, int64_t last) {
+    layer.pack_columns(w_hh.data(), H,
+                       computed.at(packed.mutable_data_ptr(), first * block_elements), first, last);
+  };
+
+  const Cut cut(sequence, H, column_blocks);
+  const bool by_owner = !cut.by_rows || cut.shares == 1;  // of the blocks
+  if (!by_owner) cpu::run(column_blocks, 4 * H * H, pack);
+  Barrier barrier(cut.shares);
+  run_team(cut.shares, [&](int64_t first, int64_t last) {
+    const int64_t row = cut.by_rows ? sequence.row_at(first, cut.shares) : 0;
+    const int64_t row_end = cut.by_rows ? sequence.row_at(last, cut.shares) : N;
+    const int64_t block = cut.by_rows ? 0 : column_blocks * first / cut.shares;
+    const int64_t block_end = cut.by_rows ? column_blocks : column_blocks * last / cut.shares;
+    if (by_owner) pack(block, block_end);
+    for (int64_t s = L - 1; s >= 0; --s) {
+      const int64_t t = sequence.time(s), rows = std::min(sequence.rows(t), row_end) - row;
+      const int64_t first_row = sequence.offset(t) + row;
+      const bool* reset = sequence.reset(s) ? sequence.reset(s) + row : nullptr;
+      if (rows > 0)
+        layer.step_gradient(
+            {rows, H, stored.at(grad_output.data(), first_row * H),
+             computed.at(grad_h.const_data_ptr(), row * H),
+             computed.at(grad_c.mutable_data_ptr(), row * H),
+             stored.at(gates.data(), first_row * 4 * H), stored.at(c_before.data(), first_row * H),
+             computed.at(grad_gates.mutable_data_ptr(), first_row * 4 * H),
+             pairs ? stored.at(halves.mutable_data_ptr(), first_row * 4 * H) : nullptr, reset},
+            block * kUnitBlocks, std::min(unit_blocks, block_end * kUnitBlocks));
+      if (!cut.by_rows) barrier.wait(last - first, L - s);
+      if (rows > 0 && (s > 0 || want_hx))
+        zigzag(block, block_end, rows == 1 ? kSideBlocks : 1, s % 2, [&](int64_t from, int64_t to) {
+          layer.state_gradient({rows, H, factor.at(halves.const_data_ptr(), first_row * 4 * H),
+                                computed.at(packed.const_data_ptr(), from * block_elements),
+                                computed.at(grad_h.mutable_data_ptr(), row * H), reset},
+                               from, to);
+        });
+    }
+  });
+  return grad_gates;
+}
+
+// The h that each step started from [S, H].
+Tensor h_before(const LayerInputs& in, const Sequence& sequence, const Tensor& output) {
+  const int64_t H = in.hx.size(1), bytes = H * output.element_size();
+  const Tensor before = empty({sequence.rows(), H}, output.scalar_type());
+  const Dense hx(in.hx), h(output);
+  cpu::run(sequence.L(), sequence.rows() * H, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+      const int64_t t = sequence.time(s), rows = sequence.rows(t);
+      // Rows that the step before had too; in reverse some begin here, from hx.
+      const int64_t went_on = s > 0 ? std::min(rows, sequence.rows(sequence.time(s - 1))) : 0;
+      void* to = advance(before.mutable_data_ptr(), sequence.offset(t) * bytes);
+      if (went_on > 0)
+        std::memcpy(to, advance(h.data(), sequence.offset(sequence.time(s - 1)) * bytes),
+                    went_on * bytes);
+      std::memcpy(advance(to, went_on * bytes), advance(hx.data(), went_on * bytes),
+                  (rows - went_on) * bytes);
+      const bool* reset = sequence.reset(s);
+      for (int64_t row = 0; reset && row < rows; ++row)
+        if (reset[row]) std::memset(advance(to, row * bytes), 0, bytes);
+    }
+  });
+  return before;
+}
+
+CellGradients backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                       const LayerResults& results, CellGradientMask mask) {
+  const Sequence sequence(in);
+  const int64_t N = sequence.N(), H = in.hx.size(1), I = in.input.size(-1), S = sequence.rows();
+  const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
+  TORCH_CHECK(results.gates.dim() == 2 && results.gates.size(0) == S &&
+                  results.gates.size(1) == 4 * H && results.gates.scalar_type() == dtype &&
+                  results.c_before.dim() == 2 && results.c_before.size(0) == S &&
+                  results.c_before.size(1) == H && results.c_before.scalar_type() == dtype &&
+                  results.output.numel() == S * H && results.output.scalar_type() == dtype,
+              "lstm_layer_backward: output, gates and c_before must be those of "
+              "lstm_layer_forward");
+  const auto check = [&](Optional grad, at::IntArrayRef sizes) {
+    TORCH_CHECK(!defined(grad) || (grad->sizes() == sizes && grad->scalar_type() == dtype),
+                "lstm_layer_backward: a gradient must have its tensor's shape ", sizes,
+                " and dtype ", dtype);
+  };
+  check(grads.output, results.output.sizes());
+  check(grads.hy, in.hx.sizes());
+  check(grads.cy, in.cx.sizes());
+
+  const Kernels& kernels = cpu::kernels(kernel_dtype(dtype));
+  const auto bias = [&](bool wanted) -> Target {
+    return {wanted ? empty({4 * H}, dtype) : Tensor(), false};
+  };
+  Target input = Target::fresh(mask[0], in.input), w_ih = Target::fresh(mask[3], in.w_ih),
+         w_hh = Target::fresh(mask[4], in.w_hh), b_ih = bias(mask[5]), b_hh = bias(mask[6]);
+  Tensor grad_h, grad_c;
+  if (S == 0 || H == 0) {
+    for (const Target* target : {&input, &w_ih, &w_hh, &b_ih, &b_hh})
+      if (target->wanted()) target->tensor.zero_();
+    grad_h = defined(grads.hy) ? grads.hy->clone() : at::zeros({N, H}, at::dtype(dtype));
+    grad_c = defined(grads.cy) ? grads.cy->clone() : at::zeros({N, H}, at::dtype(dtype));
+  } else {
+    const Tensor grad_gates =
+        backward_loop(grads, in, sequence, kernels, results, mask[1], grad_h, grad_c);
+    if (b_ih.wanted() || b_hh.wanted()) {
+      const Tensor sums = empty({bias_blocks(S), 4 * H}, compute);
+      cpu::run(bias_blocks(S), S * 4 * H, [&](int64_t first, int64_t last) {
+        kernels.layer.block_sums(grad_gates.const_data_ptr(), S, 4 * H, sums.mutable_data_ptr(),
+                                 first, last);
+      });
+      for (const Target* target : {&b_ih, &b_hh})
+        if (target->wanted())
+          kernels.cell.add_up(sums.const_data_ptr(), bias_blocks(S), 4 * H,
+                              target->tensor.mutable_data_ptr(), false);
+    }
+    GateFactors factors(kernels.cell, grad_gates);
+    Products products(kernels.cell, factors);
+    if (input.wanted()) input.tensor = input.tensor.view({S, I});
+    products.add(input, false, in.w_ih);
+    const Tensor rows = in.input.reshape({S, I});
+    const Tensor h = w_hh.wanted() ? h_before(in, sequence, results.output) : Tensor();
+    products.add(w_ih, true, rows);
+    products.add(w_hh, true, h);
+    products.run();
+  }
+  if (input.wanted()) input.tensor = input.tensor.view(in.input.sizes());
+  return {std::move(input.tensor),
+          mask[1] ? grad_h.to(dtype) : Tensor(),
+          mask[2] ? grad_c.to(dtype) : Tensor(),
+          std::move(w_ih.tensor),
+          std::move(w_hh.tensor),
+          std::move(b_ih.tensor),
+          std::move(b_hh.tensor)};
+}
+
+CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Optional grad_cy,
+                                  const Tensor& input, const Tensor& hx, const Tensor& cx,
+                                  const Tensor& w_ih, const Tensor& w_hh, Optional b_ih,
+                                  Optional b_hh, Optional batch_sizes, Optional reset, bool reverse,
+                                  const Tensor& output, const Tensor& gates, const Tensor& c_before,
+                                  CellGradientMask mask) {
+  const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
+  const LayerOutputGradients grads = {grad_output, grad_hy, grad_cy};
+  if (!layer_fusable(in)) return composite::layer_backward(grads, in, mask);
+  check_sequence(in);
+  return backward(grads, in, {output, gates, c_before}, mask);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) { m.impl("lstm_layer_backward", lstm_layer_backward); }
+
+}  // namespace lstm_ext::cpu

@@ -1,0 +1,355 @@
+// Forward of the layer's operators on the CPU: weights packed once, then the time loop in one
+// parallel region.
+//
+// Threads share the work by rows of the batch, each going through the whole sequence on its own,
+// or, when rows are few, by hidden units, each keeping its part of the weights in its cache and
+// meeting the others once a step. Neither changes the order in which a number is summed.
+#include <torch/library.h>
+
+#include <cstring>
+
+#include "cpu/packed_weights.h"
+#include "cpu/sequence.h"
+#include "cpu/team.h"
+#include "cpu/tensors.h"
+#include "layer_ops.h"
+
+namespace lstm_ext::cpu {
+namespace {
+
+// Rows whose pre-activations are made at once: enough to make use of a panel, few enough to stay
+// in a near cache.
+constexpr int64_t kChunkRows = 48;
+// Sequences of no more rows are one chunk: W_ih is read once, each block where it has just been
+// packed.
+constexpr int64_t kOneChunkRows = 256;
+
+int64_t factor_columns(const CellKernels& kernels, int64_t K) {
+  return kernels.pair_rows ? (K + 1) / 2 * 2 : K;
+}
+at::ScalarType factor_type(const CellKernels& kernels, at::ScalarType dtype) {
+  return kernels.pair_rows ? dtype : compute_type(dtype);
+}
+
+struct Outputs {
+  Tensor output, hy, cy, gates, c_before;  // the last two undefined in inference
+};
+
+// hx in both places of h, and zero states for rows that are reset before they begin.
+void start_states(const Sequence& sequence, const Tensor& hx, void* const (&h)[2],
+                  const Tensor& c) {
+  const int64_t h_bytes = hx.size(1) * hx.element_size(), c_bytes = c.size(1) * c.element_size();
+  for (void* place : h) std::memcpy(place, hx.const_data_ptr(), hx.nbytes());
+  for (int64_t row = 0; row < sequence.N(); ++row) {
+    const bool* reset = sequence.reset(sequence.first_step(row));
+    if (!reset || !reset[row]) continue;
+    for (void* place : h) std::memset(advance(place, row * h_bytes), 0, h_bytes);
+    std::memset(advance(c.mutable_data_ptr(), row * c_bytes), 0, c_bytes);
+  }
+}
+
+void forward_loop(const LayerInputs& in, const void* packed_before, const Sequence& sequence,
+                  const Kernels& kernels, Outputs& out) {
+  const LayerKernels& layer = kernels.layer;
+  const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1), I = in.input.size(-1);
+  const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
+  const int64_t blocks = layer.unit_blocks(H);
+  const Elements stored(dtype), computed(compute), factor(factor_type(kernels.cell, dtype));
+  const Dense w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih), b_hh(in.b_hh);
+
+  const Cut cut(sequence, H, blocks);
+  // Threads by units see all rows of a chunk, and need the weights of their own units alone.
+  const bool all_rows = !cut.by_rows || cut.shares == 1;
+  const bool one_chunk = all_rows && sequence.rows() <= kOneChunkRows;
+  const int64_t chunk_rows = kChunkRows * (all_rows ? 1 : cut.shares);
+  const int64_t chunk_steps = one_chunk ? L : std::clamp<int64_t>(chunk_rows / N, 1, L);
+
+  // One piece of memory for all: the allocator returns several large ones to the system each time,
+  // and to get their pages anew takes as long as to fill them.
+  PackedGates ih(layer, dtype, I, H), hh(layer, dtype, H, H);
+  const bool pack = packed_before == nullptr, pack_by_block = pack && one_chunk;
+  const int64_t ih_bytes = pack_by_block ? cut.shares * ih.block_bytes() : pack ? ih.bytes() : 0;
+  const int64_t hh_bytes = pack ? hh.bytes() : 0;
+  const int64_t sums_bytes = chunk_steps * N * layer.sums_per_row(H) * computed.size;
+  const int64_t h_bytes = N * factor_columns(kernels.cell, H) * factor.size;
+  const Tensor scratch = empty({ih_bytes + hh_bytes + sums_bytes + 2 * h_bytes}, at::kByte);
+  void* memory = scratch.mutable_data_ptr();
+  void* packed = pack ? memory : const_cast<void*>(packed_before);  // then only read
+  ih.lie_at(packed);
+  hh.lie_at(advance(packed, pack ? ih_bytes : ih.bytes()));
+  void* sums = advance(memory, ih_bytes + hh_bytes);
+  // h in two places, so that a step can read one and write the other.
+  void* h[2] = {advance(sums, sums_bytes), advance(sums, sums_bytes + h_bytes)};
+  if (pack && !all_rows)
+    cpu::run(blocks, 4 * H * (I + H), [&](int64_t first, int64_t last) {
+      ih.pack(w_ih.data(), first, last);
+      hh.pack(w_hh.data(), first, last);
+    });
+
+  const Tensor rows_of_x =
+      kernels.cell.pair_rows ? in.input.reshape({sequence.rows(), I}) : in.input;
+  const Tensor x = to_factors(kernels.cell, rows_of_x);
+  const int64_t x_columns = factor_columns(kernels.cell, I);
+  const int64_t h_columns = factor_columns(kernels.cell, H);
+  // Where every step writes every row, the first can read what it was given.
+  const Tensor hx = to_factors(kernels.cell, in.hx);
+  const bool steady = !defined(in.batch_sizes) && !defined(in.reset) && !kernels.cell.pair_rows;
+  if (!steady) start_states(sequence, hx, h, out.cy);
+
+  Barrier barrier(cut.shares);
+
+  run_team(cut.shares, [&](int64_t first, int64_t last) {
+    const int64_t row = cut.by_rows ? sequence.row_at(first, cut.shares) : 0;
+    const int64_t row_end = cut.by_rows ? sequence.row_at(last, cut.shares) : N;
+    const int64_t block = cut.by_rows ? 0 : blocks * first / cut.shares;
+    const int64_t block_end = cut.by_rows ? blocks : blocks * last / cut.shares;
+    const auto active = [&](int64_t t) { return std::min(sequence.rows(t), row_end) - row; };
+    if (pack && all_rows) {
+      if (!pack_by_block) ih.pack(w_ih.data(), block, block_end);
+      hh.pack(w_hh.data(), block, block_end);
+    }
+    for (int64_t begin = 0; begin < L; begin += chunk_steps) {
+      const int64_t end = std::min(begin + chunk_steps, L);
+      const int64_t low = sequence.offset(std::min(sequence.time(begin), sequence.time(end - 1)));
+      const int64_t high =
+          sequence.offset(std::max(sequence.time(begin), sequence.time(end - 1)) + 1);
+      // Where the pre-activations of the s'th step's rows lie. Threads with rows of their own do
+      // not wait for each other between chunks, so that each needs a place of its own.
+      const bool alone = row == 0 && row_end == N;
+      const GateSums chunk = {sums, alone ? high - low : chunk_steps * N};
+      const auto place = [&](int64_t s) {
+        return alone ? sequence.offset(sequence.time(s)) - low : (s - begin) * N + row;
+      };
+      const auto project = [&](int64_t from, int64_t rows, int64_t to) {
+        GateProductArgs product = {
+            rows,         I,     H,  factor.at(x.const_data_ptr(), from * x_columns),
+            ih.at(block), chunk, to, false};
+        if (!pack_by_block) return layer.gate_product(product, block, block_end);
+        void* slot = ih.at(first);
+        product.packed = slot;
+        for (int64_t b = block; b < block_end; ++b) {
+          ih.pack(w_ih.data(), b, b + 1, slot);
+          layer.gate_product(product, b, b + 1);
+        }
+      };
+      if (alone)
+        project(low, high - low, 0);
+      else
+        for (int64_t s = begin; s < end; ++s)
+          if (active(sequence.time(s)) > 0)
+            project(sequence.offset(sequence.time(s)) + row, active(sequence.time(s)), place(s));
+
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t t = sequence.time(s), rows = active(t), first_row = sequence.offset(t) + row;
+        const bool* reset_next = sequence.reset(s + 1);
+        if (rows > 0) {
+          const void* h_before = steady && s == 0 ? hx.const_data_ptr() : h[s % 2];
+          GateProductArgs product = {rows,    H,     H,        factor.at(h_before, row * h_columns),
+                                     nullptr, chunk, place(s), true};
+          const StepArgs step = {
+              rows,
+              H,
+              chunk,
+              place(s),
+              b_ih.data(),
+              b_hh.data(),
+              stored.at(out.cy.mutable_data_ptr(), row * H),
+              factor.at(h[(s + 1) % 2], row * h_columns),
+              stored.at(out.output.mutable_data_ptr(), first_row * H),
+              out.gates.defined() ? stored.at(out.gates.mutable_data_ptr(), first_row * 4 * H)
+                                  : nullptr,
+              out.gates.defined() ? stored.at(out.c_before.mutable_data_ptr(), first_row * H)
+                                  : nullptr,
+              reset_next ? reset_next + row : nullptr};
+          zigzag(block, block_end, rows == 1 ? kSideBlocks : 1, s % 2, [&](int64_t b, int64_t e) {
+            product.packed = hh.at(b);
+            layer.gate_product(product, b, e);
+            layer.step(step, b, e);
+          });
+        }
+        if (!cut.by_rows) barrier.wait(last - first, s + 1);
+      }
+    }
+  });
+}
+
+// The cell's own kernels, on the weights as they lie: for sequences too short to pay for packing.
+void forward_by_cells(const LayerInputs& in, const Sequence& sequence, const Kernels& kernels,
+                      Outputs& out) {
+  const int64_t N = sequence.N(), H = in.hx.size(1), I = in.input.size(-1);
+  const Elements stored(in.hx.scalar_type());
+  const Dense input(in.input), hx(in.hx), w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih),
+      b_hh(in.b_hh);
+  const void* h = hx.data();
+  const Tensor c_next = empty({N, H}, in.hx.scalar_type());
+  for (int64_t s = 0; s < sequence.L(); ++s) {
+    const int64_t row = sequence.offset(sequence.time(s));
+    void* output = stored.at(out.output.mutable_data_ptr(), row * H);
+    if (out.c_before.defined())
+      std::memcpy(stored.at(out.c_before.mutable_data_ptr(), row * H), out.cy.const_data_ptr(),
+                  out.cy.nbytes());
+    const CellForwardArgs args = {
+        N,
+        I,
+        H,
+        stored.at(input.data(), row * I),
+        h,
+        nullptr,
+        nullptr,
+        out.cy.const_data_ptr(),
+        w_ih.data(),
+        w_hh.data(),
+        b_ih.data(),
+        b_hh.data(),
+        output,
+        c_next.mutable_data_ptr(),
+        out.gates.defined() ? stored.at(out.gates.mutable_data_ptr(), row * 4 * H) : nullptr};
+    cpu::run(kernels.cell.forward_tasks(N, H), N * 4 * H * (I + H + 16),
+             [&](int64_t first, int64_t last) { kernels.cell.forward(args, first, last); });
+    std::memcpy(out.cy.mutable_data_ptr(), c_next.const_data_ptr(), out.cy.nbytes());
+    h = output;
+  }
+}
+
+// packed: both matrices as PackedGates, which in then need not have; or null.
+Outputs forward(const LayerInputs& in, bool training, const void* packed = nullptr) {
+  check_sequence(in);
+  const Sequence sequence(in);
+  const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1);
+  const at::ScalarType dtype = in.hx.scalar_type();
+  Outputs out;
+  out.output =
+      defined(in.batch_sizes) ? empty({sequence.rows(), H}, dtype) : empty({L, N, H}, dtype);
+  out.cy = in.cx.clone(at::MemoryFormat::Contiguous);
+  if (training) {
+    out.gates = empty({sequence.rows(), 4 * H}, dtype);
+    out.c_before = empty({sequence.rows(), H}, dtype);
+  }
+  if (out.output.numel() == 0) {
+    out.hy = in.hx.clone(at::MemoryFormat::Contiguous);
+    return out;
+  }
+  const Kernels& kernels = cpu::kernels(kernel_dtype(dtype));
+  const bool plain = !defined(in.batch_sizes) && !defined(in.reset);
+  constexpr int64_t kShort = 4;  // steps
+  if (!packed && plain && L < kShort && !kernels.cell.forward_packs(N))
+    forward_by_cells(in, sequence, kernels, out);
+  else
+    forward_loop(in, packed, sequence, kernels, out);
+  out.hy = empty({N, H}, dtype);
+  const int64_t bytes = H * elementSize(dtype);
+  for (int64_t row = 0; row < N; ++row)
+    std::memcpy(advance(out.hy.mutable_data_ptr(), row * bytes),
+                advance(out.output.const_data_ptr(),
+                        (sequence.offset(sequence.last_time(row)) + row) * bytes),
+                bytes);
+  return out;
+}
+
+using Optional = const std::optional<Tensor>&;
+
+LayerOutputs lstm_layer(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
+                        const Tensor& w_hh, Optional b_ih, Optional b_hh, Optional batch_sizes,
+                        Optional reset, bool reverse) {
+  const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
+  if (!layer_fusable(in)) {
+    auto [output, hy, cy, gates, c_before] = composite::layer_forward(in);
+    return {std::move(output), std::move(hy), std::move(cy)};
+  }
+  Outputs out = forward(in, false);
+  return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
+}
+
+LayerTrainingOutputs lstm_layer_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
+                                        const Tensor& w_ih, const Tensor& w_hh, Optional b_ih,
+                                        Optional b_hh, Optional batch_sizes, Optional reset,
+                                        bool reverse) {
+  const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
+  if (!layer_fusable(in)) return composite::layer_forward(in);
+  Outputs out = forward(in, true);
+  return {std::move(out.output), std::move(out.hy), std::move(out.cy), std::move(out.gates),
+          std::move(out.c_before)};
+}
+
+// Both matrices as lstm_layer_pack returns them.
+struct PackedLayer {
+  PackedGates ih, hh;
+  PackedHeader header;
+
+  PackedLayer(at::ScalarType dtype, int64_t I, int64_t H)
+      : ih(cpu::kernels(kernel_dtype(dtype)).layer, dtype, I, H),
+        hh(cpu::kernels(kernel_dtype(dtype)).layer, dtype, H, H),
+        header(dtype, I, H, ih.bytes() + hh.bytes()) {}
+  int64_t bytes() const { return static_cast<int64_t>(sizeof(header)) + header.bytes; }
+};
+
+PackedLayer packed_layer(const Tensor& w_ih, const Tensor& w_hh) {
+  const auto gates_of = [](const Tensor& w, int64_t H) {
+    return w.dim() == 2 && w.size(0) == 4 * H;
+  };
+  TORCH_CHECK(w_hh.dim() == 2 && gates_of(w_hh, w_hh.size(1)) && gates_of(w_ih, w_hh.size(1)),
+              "lstm_layer_pack: w_ih and w_hh must be (4H, I) and (4H, H), got ", w_ih.sizes(),
+              " and ", w_hh.sizes());
+  const at::ScalarType dtype = w_ih.scalar_type();
+  TORCH_CHECK(
+      w_hh.scalar_type() == dtype && w_ih.layout() == at::kStrided &&
+          w_hh.layout() == at::kStrided && w_hh.device() == w_ih.device() && fused_dtype(dtype),
+      "lstm_layer_pack: w_ih and w_hh must be dense, on one device, and of one dtype out of "
+      "float32, float64, bfloat16 and float16");
+  return {dtype, w_ih.size(1), w_hh.size(1)};
+}
+
+Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh) {
+  PackedLayer layer = packed_layer(w_ih, w_hh);
+  const Tensor packed = empty({layer.bytes()}, kPackedType);
+  std::memcpy(packed.mutable_data_ptr(), &layer.header, sizeof(layer.header));
+  layer.ih.lie_at(advance(packed.mutable_data_ptr(), sizeof(layer.header)));
+  layer.hh.lie_at(advance(layer.ih.at(0), layer.ih.bytes()));
+  const Dense dense_ih(w_ih), dense_hh(w_hh);
+  const int64_t I = w_ih.size(1), H = w_hh.size(1);
+  const int64_t blocks = cpu::kernels(kernel_dtype(w_ih.scalar_type())).layer.unit_blocks(H);
+  cpu::run(blocks, 4 * H * (I + H), [&](int64_t first, int64_t last) {
+    layer.ih.pack(dense_ih.data(), first, last);
+    layer.hh.pack(dense_hh.data(), first, last);
+  });
+  return packed;
+}
+
+// The result's size alone.
+Tensor lstm_layer_pack_meta(const Tensor& w_ih, const Tensor& w_hh) {
+  return w_ih.new_empty({packed_layer(w_ih, w_hh).bytes()}, at::dtype(kPackedType));
+}
+
+LayerOutputs lstm_layer_packed(const Tensor& input, const Tensor& hx, const Tensor& cx,
+                               const Tensor& packed, Optional b_ih, Optional b_hh,
+                               Optional batch_sizes, Optional reset, bool reverse) {
+  const Tensor none;
+  const LayerInputs in = {input, hx, cx, none, none, b_ih, b_hh, batch_sizes, reset, reverse};
+  check_packed_inputs(in);
+  const at::ScalarType dtype = hx.scalar_type();
+  const int64_t I = input.size(-1), H = hx.size(1);
+  PackedHeader found(dtype, I, H, 0);
+  TORCH_CHECK(packed.scalar_type() == kPackedType && packed.dim() == 1 && packed.is_contiguous() &&
+                  packed.nbytes() >= sizeof(found),
+              "lstm_layer_packed: packed must be the result of lstm_layer_pack");
+  std::memcpy(static_cast<void*>(&found), packed.const_data_ptr(), sizeof(found));
+  const PackedLayer wanted(dtype, I, H);
+  TORCH_CHECK(found == wanted.header && packed.numel() == wanted.bytes(),
+              "lstm_layer_packed: the weights were packed for ", describe(found), ", not for ",
+              describe(wanted.header), "; pack (freeze) them again");
+  Outputs out = forward(in, false, advance(packed.const_data_ptr(), sizeof(found)));
+  return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) {
+  m.impl("lstm_layer", lstm_layer);
+  m.impl("lstm_layer_forward", lstm_layer_forward);
+  m.impl("lstm_layer_pack", lstm_layer_pack);
+  m.impl("lstm_layer_packed", lstm_layer_packed);
+}
+
+TORCH_LIBRARY_IMPL(lstm_ext, Meta, m) { m.impl("lstm_layer_pack", lstm_layer_pack_meta); }
+
+}  // namespace lstm_ext::cpu

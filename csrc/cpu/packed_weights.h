@@ -1,0 +1,65 @@
+// The weights of a layer as its forward takes them, packed block by block: for one call, or before
+// many (lstm_layer_pack).
+#pragma once
+
+#include <cstring>
+#include <string>
+
+#include "cpu/tensors.h"
+
+namespace lstm_ext::cpu {
+
+// One of the two matrices, [4H, K].
+class PackedGates {
+ public:
+  PackedGates(const LayerKernels& layer, at::ScalarType dtype, int64_t K, int64_t H)
+      : layer_(layer),
+        element_(compute_type(dtype)),
+        K_(K),
+        H_(H),
+        blocks_(layer.unit_blocks(H)),
+        block_elements_(layer.packed_gates(K, H) / std::max<int64_t>(1, blocks_)) {}
+
+  int64_t block_bytes() const { return block_elements_ * element_.size; }
+  int64_t bytes() const { return blocks_ * block_bytes(); }
+  void lie_at(void* data) { data_ = data; }
+  void* at(int64_t block) const { return advance(data_, block * block_bytes()); }
+  void pack(const void* w, int64_t first, int64_t last) const { pack(w, first, last, at(first)); }
+  void pack(const void* w, int64_t first, int64_t last, void* to) const {
+    layer_.pack_gates(w, K_, H_, to, first, last);
+  }
+
+ private:
+  const LayerKernels& layer_;
+  const Elements element_;
+  const int64_t K_, H_, blocks_, block_elements_;
+  void* data_ = nullptr;
+};
+
+// What lstm_layer_pack returns: a header, then both matrices. The header says for which kernels
+// they were packed; other kernels would read them wrongly.
+struct PackedHeader {
+  char instruction_set[32];
+  int64_t dtype, I, H, bytes;
+
+  PackedHeader(at::ScalarType scalar_type, int64_t input_size, int64_t hidden_size, int64_t total)
+      : instruction_set(),
+        dtype(static_cast<int64_t>(scalar_type)),
+        I(input_size),
+        H(hidden_size),
+        bytes(total) {
+    std::strncpy(instruction_set, active_instruction_set(), sizeof(instruction_set) - 1);
+  }
+  bool operator==(const PackedHeader& other) const {
+    return std::strncmp(instruction_set, other.instruction_set, sizeof(instruction_set)) == 0 &&
+           dtype == other.dtype && I == other.I && H == other.H && bytes == other.bytes;
+  }
+};
+inline std::string describe(const PackedHeader& header) {
+  const size_t length = strnlen(header.instruction_set, sizeof(header.instruction_set));
+  return c10::str(static_cast<at::ScalarType>(header.dtype), " ", header.I, " -> ", header.H,
+                  " and ", std::string(header.instruction_set, length));
+}
+static_assert(sizeof(PackedHeader) == 64 && std::is_trivially_copyable_v<PackedHeader>);
+
+}  // namespace lstm_ext::cpu

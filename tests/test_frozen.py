@@ -1,0 +1,300 @@
+"""lstm_ext.freeze and unfreeze: weights packed once, for inference."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from layers import identify
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.rnn import pack_sequence
+
+import lstm_ext
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+OPTIONS = [
+    {},
+    {"num_layers": 2, "dropout": 0.5},
+    {"bidirectional": True, "num_layers": 2},
+    {"batch_first": True},
+    {"bias": False},
+]
+
+
+def frozen_pair(*args, kind=lstm_ext.LSTM, **options):
+    module = kind(*args, **options).eval()
+    return module, lstm_ext.freeze(module)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=identify)
+def test_same_bits(options, dtype):
+    module, frozen = frozen_pair(5, 21, dtype=dtype, **options)
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    with torch.no_grad():
+        for N, L in ((1, 7), (3, 7), (40, 9)):
+            x = torch.randn(N, L, 5).to(dtype)
+            x = x if module.batch_first else x.transpose(0, 1)
+            states = tuple(torch.randn(2, layers, N, 21).to(dtype))
+            for hx in (None, states):
+                torch.testing.assert_close(frozen(x, hx), module(x, hx), rtol=0, atol=0)
+        sequences = [torch.randn(n, 5).to(dtype) for n in (2, 6, 1)]
+        packed = pack_sequence(sequences, enforce_sorted=False)
+        found, expected = frozen(packed), module(packed)
+        torch.testing.assert_close(found[0].data, expected[0].data, rtol=0, atol=0)
+        torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0)
+        # unbatched; below four steps the unpacked kernels add up in another order
+        torch.testing.assert_close(frozen(sequences[1]), module(sequences[1]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_steps_are_the_sequence(with_reset):
+    """Streaming: one step a call, the state carried over."""
+    module, frozen = frozen_pair(4, 33, num_layers=2)
+    x, reset = torch.randn(20, 3, 4), torch.rand(20, 3) < 0.3
+    reset = reset if with_reset else None
+    with torch.inference_mode():
+        expected, last = module(x, reset=reset)
+        state = None
+        for t in range(20):
+            part = None if reset is None else reset[t : t + 1]
+            output, state = frozen(x[t : t + 1], state, reset=part)
+            torch.testing.assert_close(output[0], expected[t])
+        torch.testing.assert_close(state, last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_cell(bias, dtype):
+    tolerance = {torch.bfloat16: 1e-2, torch.float16: 1e-3}.get(dtype, 1e-6)
+    module, frozen = frozen_pair(5, 21, bias, kind=lstm_ext.LSTMCell, dtype=dtype)
+    with torch.no_grad():
+        for N in (1, 4, 30):
+            x, h, c = (torch.randn(N, n).to(dtype) for n in (5, 21, 21))
+            for hx in ((h, c), [h, c], None):
+                torch.testing.assert_close(
+                    frozen(x, hx), module(x, hx), rtol=tolerance, atol=tolerance
+                )
+        torch.testing.assert_close(
+            frozen(x[0], (h[0], c[0])), module(x[0], (h[0], c[0])), rtol=tolerance, atol=tolerance
+        )
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = lstm_ext.LSTM(3, 4, batch_first=True)
+        self.decoder = nn.ModuleList([lstm_ext.LSTMCell(4, 4)])
+        self.other = nn.LSTM(4, 4)
+
+    def forward(self, x):
+        output, _ = self.encoder(x)
+        h, c = self.decoder[0](output[:, -1])
+        return self.other(h.unsqueeze(0))[0] + c
+
+
+def test_model_is_frozen_in_place_and_back():
+    model = Model().eval()
+    before = dict(model.named_modules())
+    keys, parameters = list(model.state_dict()), list(model.parameters())
+    x = torch.randn(2, 5, 3)
+    with torch.no_grad():
+        expected = model(x)
+    assert lstm_ext.freeze(model) is model
+    assert type(model.encoder) is not lstm_ext.LSTM
+    assert isinstance(model.encoder, lstm_ext.LSTM)
+    assert model.other is before["other"]
+    assert "frozen" in repr(model.encoder)
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    assert lstm_ext.unfreeze(model) is model
+    assert dict(model.named_modules()) == before
+    model.train()
+    model(x).sum().backward()
+    assert model.encoder.weight_hh_l0.grad is not None
+
+
+def test_weights_are_those_of_the_time():
+    module, frozen = frozen_pair(3, 4)
+    x = torch.randn(5, 2, 3)
+    with torch.no_grad():
+        before = frozen(x)[0]
+        module.weight_hh_l0.mul_(2)
+        module.bias_hh_l0.add_(1)
+        torch.testing.assert_close(frozen(x)[0], before, rtol=0, atol=0)
+        again = lstm_ext.freeze(lstm_ext.unfreeze(frozen))
+        torch.testing.assert_close(again(x)[0], module(x)[0], rtol=0, atol=0)
+
+
+def test_parametrized_weights():
+    module = weight_norm(lstm_ext.LSTM(3, 4), "weight_hh_l0").eval()
+    frozen = lstm_ext.freeze(module)
+    x = torch.randn(5, 2, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x)[0], module(x)[0], rtol=0, atol=0)
+    assert list(frozen.state_dict()) == list(module.state_dict())
+
+
+def test_hooks_stay():
+    module = lstm_ext.LSTMCell(3, 4).eval()
+    seen = []
+    handle = module.register_forward_hook(lambda *_: seen.append(1))
+    frozen = lstm_ext.freeze(module)
+    with torch.no_grad():
+        frozen(torch.randn(2, 3))
+        handle.remove()
+        frozen(torch.randn(2, 3))
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("kind", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+def test_copies_and_pickles(kind):
+    _, frozen = frozen_pair(3, 4, kind=kind)
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        for copied in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+            torch.testing.assert_close(copied(x), frozen(x), rtol=0, atol=0)
+            assert list(copied.state_dict()) == list(frozen.state_dict())
+            assert type(lstm_ext.unfreeze(copied)) is kind
+
+
+@pytest.mark.parametrize("kind", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+def test_training_is_refused(kind):
+    module = kind(3, 4)
+    with pytest.raises(RuntimeError, match=r"training mode.*eval"):
+        lstm_ext.freeze(module)
+    frozen = lstm_ext.freeze(module.eval())
+    assert frozen.eval() is frozen
+    for refused in (
+        frozen.train,
+        nn.Sequential(frozen).train,
+        frozen.double,
+        lambda: frozen.to("meta"),
+        lambda: frozen.load_state_dict(module.state_dict()),
+    ):
+        with pytest.raises(RuntimeError, match=r"frozen module cannot.*lstm_ext\.unfreeze"):
+            refused()
+    frozen.to("cpu")
+    frozen.float()
+    x = torch.randn(2, 3)
+    with pytest.raises(RuntimeError, match=r"for inference.*unfreeze"):
+        frozen(x.requires_grad_())
+    output = frozen(x.detach())[0]
+    assert not output.requires_grad
+
+
+def test_half_a_model_is_never_frozen():
+    model = nn.ModuleList([lstm_ext.LSTM(3, 4), lstm_ext.LSTM(3, 4, proj_size=2)]).eval()
+    with pytest.raises(ValueError, match="1 has projections"):
+        lstm_ext.freeze(model)
+    assert type(model[0]) is lstm_ext.LSTM
+    with pytest.raises(ValueError, match="Linear has no lstm_ext"):
+        lstm_ext.freeze(nn.Linear(2, 2).eval())
+    with pytest.raises(ValueError, match=r"float32 on meta.*CPU's kernels"):
+        lstm_ext.freeze(lstm_ext.LSTM(3, 4, device="meta").eval())
+
+
+def test_subclasses_are_left_alone():
+    class Own(lstm_ext.LSTM):
+        pass
+
+    model = nn.ModuleList([Own(3, 4), lstm_ext.LSTM(3, 4)]).eval()
+    lstm_ext.freeze(model)
+    assert type(model[0]) is Own
+
+
+WRONG = {
+    "features": lambda m: m(torch.randn(5, 2, 4)),
+    "rank": lambda m: m(torch.randn(5)),
+    "states": lambda m: m(torch.randn(5, 2, 3), (torch.zeros(1, 3, 4),) * 2),
+    "state dtype": lambda m: m(torch.randn(5, 2, 3), (torch.zeros(1, 2, 4).double(),) * 2),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_are_the_originals(name):
+    found = []
+    for module in frozen_pair(3, 4):
+        with torch.no_grad(), pytest.raises(Exception) as caught:  # noqa: PT011 - compared below
+            WRONG[name](module)
+        found.append((type(caught.value), str(caught.value)))
+    if name == "state dtype":  # the operators' own words
+        assert found[1][0] is RuntimeError
+    else:
+        assert found[1] == found[0]
+
+
+WRONG_CELL = {
+    "features": lambda m: m(torch.randn(2, 4)),
+    "rank": lambda m: m(torch.randn(2, 2, 3)),
+    "states": lambda m: m(torch.randn(2, 3), (torch.zeros(3, 4),) * 2),
+    "no pair": lambda m: m(torch.randn(2, 3), torch.zeros(2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CELL)
+def test_cell_errors_are_the_originals(name):
+    found = []
+    for module in frozen_pair(3, 4, kind=lstm_ext.LSTMCell):
+        with torch.no_grad(), pytest.raises(Exception) as caught:  # noqa: PT011 - compared below
+            WRONG_CELL[name](module)
+        found.append((type(caught.value), str(caught.value)))
+    assert found[1] == found[0]
+
+
+def test_packed_for_another():
+    """Packed weights say for what they were packed."""
+    op = torch.ops.lstm_ext
+    packed = op.lstm_layer_pack(torch.randn(16, 3), torch.randn(16, 4))
+    h = torch.zeros(2, 4)
+
+    def call(packed, x=None, h=h):
+        x = torch.randn(5, 2, 3) if x is None else x
+        return op.lstm_layer_packed(x, h, h, packed, None, None, None, None, False)
+
+    call(packed)
+    other = packed.clone()
+    other[0] = 88  # the first letter of the instruction set
+    with pytest.raises(RuntimeError, match=r"packed for.*not for.*again"):
+        call(other)
+    with pytest.raises(RuntimeError, match=r"3 -> 4.*not for Float 5 -> 4"):
+        call(packed, torch.randn(5, 2, 5))
+    with pytest.raises(RuntimeError, match=r"not for Double"):
+        call(packed, torch.randn(5, 2, 3).double(), h.double())
+    for wrong in (packed[:-1], packed[:10], packed.float(), packed.view(2, -1), packed[::2]):
+        with pytest.raises(RuntimeError, match="lstm_layer_packed"):
+            call(wrong)
+    with pytest.raises(RuntimeError, match="do not fit each other"):
+        call(packed, h=torch.zeros(3, 4))
+    with pytest.raises(RuntimeError, match=r"\(4H, I\) and \(4H, H\)"):
+        op.lstm_layer_pack(torch.randn(16, 3), torch.randn(12, 4))
+    with pytest.raises(RuntimeError, match="one dtype"):
+        op.lstm_layer_pack(torch.randn(16, 3), torch.randn(16, 4).double())
+
+
+def test_compiles_whole():
+    for kind, x in ((lstm_ext.LSTM, torch.randn(5, 2, 3)), (lstm_ext.LSTMCell, torch.randn(2, 3))):
+        _, frozen = frozen_pair(3, 4, kind=kind)
+        with torch.no_grad():
+            compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(x), frozen(x))
+
+
+def test_opcheck():
+    op = torch.ops.lstm_ext
+    packed = op.lstm_layer_pack(torch.randn(16, 3), torch.randn(16, 4))
+    states, bias = torch.zeros(1, 2, 4), torch.randn(16)
+    arguments = (torch.randn(5, 2, 3), states[0], states[0].clone(), packed, bias, None)
+    torch.library.opcheck(op.lstm_layer_packed, (*arguments, None, None, False))
+    torch.library.opcheck(
+        op.lstm_packed,
+        (arguments[0], states, states.clone(), [packed, bias, None], False, None, None),
+    )
+    torch.library.opcheck(op.lstm_layer_pack, (torch.randn(16, 3), torch.randn(16, 4)))
+    w = [torch.randn(16, 3), torch.randn(16, 4), bias, None]
+    torch.library.opcheck(
+        op.lstm, (arguments[0], states, states.clone(), w, False, 0.0, None, None)
+    )
