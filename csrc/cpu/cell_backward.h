@@ -74,29 +74,36 @@ bool product_packs(int64_t rows, int64_t depth) {
   return !streams(rows, depth);
 }
 
-// How a packed product is cut: into blocks of rows, as even as whole tiles allow, panels of
-// columns, and, where that makes few tasks of great depth, parts of the depth, whose results are
-// added up in the end.
+// How a packed product is cut: into blocks of rows, as even as whole tiles allow, groups of panels
+// of columns, and, where that makes few tasks of great depth, parts of the depth, whose results are
+// added up in the end. Threads decide about the groups alone, which no result depends on.
 struct PanelPlan {
   RowBlocks rows;
   int64_t group, column_groups;  // panels of a group, and groups
   int64_t parts, part_depth;
 };
-constexpr int64_t kTasksWanted = 16;
-constexpr int64_t kPanelGroup = 4;  // panels that share the reading of A, if there are tasks enough
-constexpr int64_t kPartPanels = 4;  // of depth, at least, in each part
+constexpr int64_t kTasksWanted = 16;    // before the depth is cut
+constexpr int64_t kTasksOfAThread = 4;  // before panels share the reading of A
+constexpr int64_t kPanelGroup = 4;      // panels that do, at most
+constexpr int64_t kPartPanels = 4;      // of depth, at least, in each part
+
+// Panels of a group, so that there are still `tasks` of them, the groups as even as can be.
+LSTM_EXT_INLINE int64_t panel_group(int64_t row_blocks, int64_t panels, int64_t tasks) {
+  const int64_t group = at_most(row_blocks * panels / tasks, kPanelGroup);
+  return group > 1 ? blocks(panels, blocks(panels, group)) : 1;
+}
 
 template <class S>
-PanelPlan panel_plan(int64_t rows, int64_t depth, int64_t columns) {
+PanelPlan panel_plan(int64_t rows, int64_t depth, int64_t columns, int64_t threads) {
   PanelPlan plan;
   plan.rows = row_blocks(rows);
-  const int64_t panels_across = blocks(columns, Panel<FactorType<S>>::kColumns);
-  const int64_t group = at_most(plan.rows.count * panels_across / kTasksWanted, kPanelGroup);
-  plan.group = group > 1 ? group : 1;
-  plan.column_groups = blocks(panels_across, plan.group);
+  const int64_t across = blocks(columns, Panel<FactorType<S>>::kColumns);
+  plan.group = panel_group(plan.rows.count, across, kTasksOfAThread * threads);
+  plan.column_groups = blocks(across, plan.group);
   const int64_t panels = depth > 0 ? blocks(depth, kPanelStep<S>) : 1;
-  const int64_t most =
-      at_most(panels / kPartPanels, kTasksWanted / (plan.rows.count * plan.column_groups));
+  const int64_t tasks =
+      plan.rows.count * blocks(across, panel_group(plan.rows.count, across, kTasksWanted));
+  const int64_t most = at_most(panels / kPartPanels, kTasksWanted / tasks);
   const int64_t part_panels = most > 1 ? blocks(panels, most) : panels;
   plan.parts = blocks(panels, part_panels);
   plan.part_depth = part_panels * kPanelStep<S>;
@@ -106,17 +113,17 @@ PanelPlan panel_plan(int64_t rows, int64_t depth, int64_t columns) {
 template <class S>
 int64_t product_parts(int64_t rows, int64_t depth, int64_t columns) {
   if (rows == 0 || columns == 0 || depth == 0 || streams(rows, depth)) return 1;
-  return panel_plan<S>(rows, depth, columns).parts;
+  return panel_plan<S>(rows, depth, columns, 1).parts;
 }
 
 template <class S>
-int64_t product_tasks(int64_t rows, int64_t depth, int64_t columns) {
-  if (rows == 0 || columns == 0) return 0;
-  if (streams(rows, depth)) {
-    const StreamBlock block = stream_block(rows, columns);
-    return blocks(rows, block.rows) * blocks(columns, block.columns);
+int64_t product_tasks(const ProductArgs& args) {
+  if (args.rows == 0 || args.columns == 0) return 0;
+  if (streams(args.rows, args.depth)) {
+    const StreamBlock block = stream_block(args.rows, args.columns);
+    return blocks(args.rows, block.rows) * blocks(args.columns, block.columns);
   }
-  const PanelPlan plan = panel_plan<S>(rows, depth, columns);
+  const PanelPlan plan = panel_plan<S>(args.rows, args.depth, args.columns, args.threads);
   return plan.rows.count * plan.column_groups * plan.parts;
 }
 
@@ -141,6 +148,22 @@ LSTM_EXT_INLINE Broadcast<F> gather(const Broadcast<F>& a, int64_t rows, int64_t
   return {copy[0], 1, kPanelRows};
 }
 
+// Panel of a product's b: rows from k on, which may go on in its tail.
+template <class S>
+LSTM_EXT_INLINE void pack_rows(const ProductArgs& args, int64_t k, int64_t depth, int64_t column,
+                               int64_t columns,
+                               FactorType<S> (*panel)[kPanelVectors][kWidthOf<S>]) {
+  const int64_t ld = args.columns;
+  const int64_t head = !args.b_tail        ? depth
+                       : k < args.tail_row ? at_most(depth, args.tail_row - k)
+                                           : 0;
+  if (head > 0)
+    pack_columns<S>(static_cast<const S*>(args.b) + k * ld + column, ld, columns, head, panel);
+  if (head < depth)
+    pack_columns<S>(static_cast<const S*>(args.b_tail) + (k + head - args.tail_row) * ld + column,
+                    ld, columns, depth - head, panel + head);
+}
+
 // A task: one block of rows, a group of panels of columns, one part of the depth. All panels of the
 // group take their turn before the next block of A is read.
 template <class S>
@@ -158,7 +181,6 @@ void panel_task(const ProductArgs& args, const PanelPlan& plan, int64_t task,
   const int64_t rows = at_most(plan.rows.rows, args.rows - row);
   const F* a = static_cast<const F*>(args.a) + row * args.a_row_stride +
                first_k / kDepthOfFactor<S> * args.a_k_stride;
-  const S* b = static_cast<const S*>(args.b) + first_column;
   const int64_t at = row * args.columns + first_column;
   S* c = static_cast<S*>(args.c) + at;
   const bool one_panel = plan.parts == 1 && args.depth <= kPanelStep<S>;
@@ -171,7 +193,7 @@ void panel_task(const ProductArgs& args, const PanelPlan& plan, int64_t task,
     for (int64_t column = 0; column < group_columns; column += width) {
       const int64_t columns = at_most(width, group_columns - column);
       const int vectors = static_cast<int>(blocks(columns, kWidthOf<S>));
-      pack_columns<S>(b + k * args.columns + column, args.columns, columns, depth_k, scratch.b);
+      pack_rows<S>(args, k, depth_k, first_column + column, columns, scratch.b);
       if (one_panel)
         panel_product(rows, left, scratch.b[0][0], depth, vectors,
                       Result<S>{c + column, args.columns, columns, args.accumulate});
@@ -196,7 +218,7 @@ void panel_task(const ProductArgs& args, const PanelPlan& plan, int64_t task,
 
 template <class S>
 void product_panels(const ProductArgs& args, int64_t first_task, int64_t last_task) {
-  const PanelPlan plan = panel_plan<S>(args.rows, args.depth, args.columns);
+  const PanelPlan plan = panel_plan<S>(args.rows, args.depth, args.columns, args.threads);
   ProductScratch<FactorType<S>> scratch;
   for (int64_t task = first_task; task < last_task; ++task)
     panel_task<S>(args, plan, task, scratch);

@@ -52,10 +52,14 @@ struct ProductArgs {
   const void* b;
   void* c;
   bool accumulate;
+  int64_t threads;  // that will share the tasks
+  // If product_packs and factors are no pairs: rows of b from tail_row on lie here.
+  const void* b_tail;
+  int64_t tail_row;
 };
 
-// Work is cut into tasks whose number and content do not depend on the number of threads; any
-// range of tasks may run on any thread.
+// Work is cut into tasks, any range of which may run on any thread. No result depends on the number
+// of threads.
 struct CellKernels {
   bool (*forward_packs)(int64_t N);
   int64_t (*forward_tasks)(int64_t N, int64_t H);
@@ -68,7 +72,7 @@ struct CellKernels {
   // If more than one, c is not the result: it takes as many terms of it [parts, rows, columns], in
   // the compute type, to be added up.
   int64_t (*product_parts)(int64_t rows, int64_t depth, int64_t columns);
-  int64_t (*product_tasks)(int64_t rows, int64_t depth, int64_t columns);
+  int64_t (*product_tasks)(const ProductArgs&);
   void (*product)(const ProductArgs&, int64_t first_task, int64_t last_task);
   // Null unless factors are pairs. m [rows, columns] in the compute type, its rows two by two:
   // pairs [ceil(rows / 2), columns], of which those from first to last are written.

@@ -157,9 +157,18 @@ CellGradients backward(const LayerOutputGradients& grads, const LayerInputs& in,
     if (input.wanted()) input.tensor = input.tensor.view({S, I});
     products.add(input, false, in.w_ih);
     const Tensor rows = in.input.reshape({S, I});
-    const Tensor h = w_hh.wanted() ? h_before(in, sequence, results.output) : Tensor();
     products.add(w_ih, true, rows);
-    products.add(w_hh, true, h);
+    Tensor h, tail;  // the h that each step started from
+    if (w_hh.wanted()) {
+      if (products.takes_pieces() && !defined(in.batch_sizes) && !defined(in.reset)) {
+        const Tensor output = results.output.contiguous().view({S, H}), hx = in.hx.contiguous();
+        h = in.reverse ? output.narrow(0, N, S - N) : hx;
+        tail = in.reverse ? hx : output.narrow(0, 0, S - N);
+      } else {
+        h = h_before(in, sequence, results.output);
+      }
+    }
+    products.add(w_hh, true, h, tail);
     products.run();
   }
   if (input.wanted()) input.tensor = input.tensor.view(in.input.sizes());

@@ -70,6 +70,10 @@ class Products {
 
   // target = or += the gates' gradients, or their transpose, times b, which outlives this.
   void add(const Target& target, bool transposed, const Tensor& b) {
+    add(target, transposed, b, Tensor());
+  }
+  // The same with b in two pieces, one below the other; only if takes_pieces(). Both are dense.
+  void add(const Target& target, bool transposed, const Tensor& b, const Tensor& tail) {
     if (!target.wanted()) return;
     const int64_t rows = transposed ? factors_.gates() : factors_.N();
     const int64_t depth = transposed ? factors_.N() : factors_.gates();
@@ -88,9 +92,17 @@ class Products {
     results_[count_] = target;
     args.c = (parts_[count_] > 1 ? terms_[count_] : target.tensor).mutable_data_ptr();
     args.accumulate = target.accumulate;
-    tasks_[count_] = kernels_.product_tasks(rows, depth, columns);
+    args.threads = at::get_num_threads();
+    args.b_tail = tail.defined() ? tail.const_data_ptr() : nullptr;
+    args.tail_row = b.size(0);
+    tasks_[count_] = kernels_.product_tasks(args);
     work_ += rows * columns * (depth + 4);
     ++count_;
+  }
+
+  // Whether a product with the transposed gradients takes b in two pieces.
+  bool takes_pieces() const {
+    return !kernels_.pair_rows && kernels_.product_packs(factors_.gates(), factors_.N());
   }
 
   // Every thread takes its share of each product: their tasks differ in size.

@@ -13,8 +13,8 @@ namespace lstm_ext::cpu {
 
 // Rows that a thread needs to go on its own; with fewer the halves of the weights pay more.
 inline constexpr int64_t kRowsOfAThread = 24;
-// Multiplications and additions of a step below which threads are not worth their meeting: 64 hidden
-// units and one row still gain a quarter.
+// Multiplications and additions of a step below which threads are not worth their meeting: 64
+// hidden units and one row still gain a quarter.
 inline constexpr int64_t kSharedStepWork = 16 * 1024;
 
 // Where the steps of a padded or packed sequence lie.

@@ -161,7 +161,11 @@ void check_product(const Table& table, const Values& grad_gates, bool transposed
   Values expected = multiply(grad_gates, transposed, b, rows, depth, columns);
   for (size_t i = 0; i < expected.size(); ++i) expected[i] += before[i];
   Bytes c = pack(dtype, before);
-  const Bytes b_bytes = pack(dtype, b);
+  // Where it may, b comes in two pieces, the cut anywhere.
+  const bool pieces = !kernels.pair_rows && kernels.product_packs(rows, depth) && columns % 2;
+  const int64_t head = pieces ? depth / 3 : depth;
+  const Bytes b_bytes = pack(dtype, Values(b.begin(), b.begin() + head * columns)),
+              tail = pack(dtype, Values(b.begin() + head * columns, b.end()));
   const int64_t parts = kernels.product_parts(rows, depth, columns);
   Bytes terms(parts > 1 ? parts * rows * columns * size_of(compute) : 0);
   const lstm_ext::cpu::ProductArgs args = {rows,
@@ -174,8 +178,11 @@ void check_product(const Table& table, const Values& grad_gates, bool transposed
                                            transposed ? 4 * H : 1,
                                            b_bytes.data(),
                                            parts > 1 ? terms.data() : c.data(),
-                                           true};
-  const int64_t tasks = kernels.product_tasks(rows, depth, columns);
+                                           true,
+                                           N % 3 + 1,
+                                           tail.empty() ? nullptr : tail.data(),
+                                           head};
+  const int64_t tasks = kernels.product_tasks(args);
   kernels.product(args, tasks / 2, tasks);
   kernels.product(args, 0, tasks / 2);
   if (parts > 1) kernels.add_up(terms.data(), parts, rows * columns, c.data(), true);
