@@ -7,7 +7,9 @@
 A shape is time x batch x input size x hidden size. Modes: ``inference`` under no_grad (a first step
 of length 1 is one call of streaming); ``training``, a forward and a backward that accumulates into
 the parameters' .grad; both also ``packed``, with lengths from L down to L / 4, ``bidirectional``,
-and with 2 ``layers``. onnxruntime runs in a process of its own, in inference.
+and with 2 ``layers``. ``input gradient training`` asks for the gradient of the input too, as
+a layer above others has to; nn.LSTM with oneDNN computes it in any case. Frozen (lstm_ext.freeze)
+and onnxruntime, which runs in a process of its own, are for inference.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bidirectional ": {"bidirectional": True},
     "layers ": {"num_layers": 2},
 }
-MODES = [kind + mode for kind in OPTIONS for mode in ("inference", "training")]
-PEERS = [peers.TORCH, peers.NO_ONEDNN, peers.CELLS, peers.ORT]
+INPUT_GRADIENT = "input gradient training"
+MODES = [kind + mode for kind in OPTIONS for mode in ("inference", "training")] + [INPUT_GRADIENT]
+PEERS = [peers.FROZEN, peers.TORCH, peers.NO_ONEDNN, peers.CELLS, peers.ORT]
 Shape = tuple[int, int, int, int]
 
 
@@ -74,7 +77,11 @@ def check_correct(
         output = flat(peer.call(x, states))
         result = [output]
         if grad is not None:
-            result += torch.autograd.grad(output, list(peer.module.parameters()), grad)
+            leaves = [
+                *peer.module.parameters(),
+                *([x] if getattr(x, "requires_grad", False) else []),
+            ]
+            result += torch.autograd.grad(output, leaves, grad)
         results.append([t.detach().double() for t in result])
     eps = torch.finfo(results[0][0].dtype if grad is None else grad.dtype).eps
     eps = max(eps, torch.finfo(states[0].dtype).eps)
@@ -94,12 +101,14 @@ def bench_row(
 ) -> dict[str, Any]:
     L, N, I, H = shape
     kind, training = mode.removesuffix("inference").removesuffix("training"), "training" in mode
-    options = OPTIONS[kind]
+    input_gradient = mode == INPUT_GRADIENT
+    options = OPTIONS.get(kind, {})
     directions, depth = 1 + options.get("bidirectional", False), options.get("num_layers", 1)
     names = [n for n in names if n != peers.CELLS or not kind]
+    names = [n for n in names if n != peers.FROZEN or not training]
     local = [peers.OURS, *(n for n in names if n != peers.ORT)]
     layers = peers.layers(I, H, dtype, local, **options)
-    padded = torch.randn(L, N, I).to(dtype)
+    padded = torch.randn(L, N, I).to(dtype).requires_grad_(input_gradient)
     states = tuple(torch.randn(directions * depth, N, H).to(dtype) for _ in range(2))
     x: Any = padded
     if kind == "packed ":
@@ -111,7 +120,8 @@ def bench_row(
         inputs = I if layer == 0 else directions * H
         flops += 2 * steps * directions * 4 * H * (inputs + H)
         if training:  # of weights and states, and of the inputs of all layers but the first
-            flops += 2 * steps * directions * 4 * H * (inputs + 2 * H + (inputs if layer else 0))
+            to_inputs = inputs if layer or input_gradient else 0
+            flops += 2 * steps * directions * 4 * H * (inputs + 2 * H + to_inputs)
 
     ours = layers[peers.OURS]
     with torch.set_grad_enabled(training):
@@ -121,7 +131,12 @@ def bench_row(
         def closure(peer: peers.Peer) -> Callable[[], Any]:
             if grad is None:
                 return lambda: peer.call(x, states)
-            return lambda: flat(peer.call(x, states)).backward(grad)
+
+            def train() -> None:
+                padded.grad = None
+                flat(peer.call(x, states)).backward(grad)
+
+            return train
 
         calls: dict[str, Any] = {name: closure(peer) for name, peer in layers.items()}
         worker = None

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 import lstm_ext
 
 OURS = "lstm_ext"
+FROZEN = "lstm_ext, frozen"
 TORCH = "nn.LSTM"
 NO_ONEDNN = "nn.LSTM without oneDNN"
 CELLS = "loop of nn.LSTMCell"
@@ -46,9 +47,11 @@ def layers(I: int, H: int, dtype: torch.dtype, names: list[str], **options: Any)
             module.load_state_dict({k.removesuffix("_l0"): v for k, v in weights.items()})
             peers[name] = Peer(_loop(module), module)
             continue
-        kind = lstm_ext.LSTM if name == OURS else nn.LSTM
+        kind = lstm_ext.LSTM if name in (OURS, FROZEN) else nn.LSTM
         module = kind(I, H, dtype=dtype, **options)
         module.load_state_dict(weights)
+        if name == FROZEN:
+            module = lstm_ext.freeze(module.eval())
         peers[name] = Peer(_without_onednn(module) if name == NO_ONEDNN else module, module)
     return peers
 

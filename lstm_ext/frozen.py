@@ -193,8 +193,10 @@ class FrozenLSTM(_Frozen, LSTM):
             packed += _pack(where, *self.original._layer_weights(names)[:4])
         return packed
 
-    def _run_directly(self, input: Any, hx: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-        return self._call_directly(_ops.fast_lstm_packed, input, hx, self._packed())
+    def _run_directly(
+        self, input: Any, hx: Any, batch_sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        return self._call_directly(_ops.fast_lstm_packed, input, hx, self._packed(), batch_sizes)
 
     def _run(
         self, input: Tensor, hx: States, batch_sizes: Tensor | None, reset: Tensor | None

@@ -114,14 +114,19 @@ class LSTM(nn.RNNBase):
         self, packed: PackedSequence, hx: States | None, reset: Tensor | None
     ) -> tuple[PackedSequence, States]:
         input, batch_sizes, sorted_indices, unsorted_indices = packed
-        if hx is None:
-            hx = self._zero_states(input, int(batch_sizes[0]))
-        else:
+        if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
-        self.check_forward_args(input, hx, batch_sizes)
-        if reset is not None and sorted_indices is not None:
-            reset = reset.index_select(1, sorted_indices)
-        output, h, c = self._run(input, hx, batch_sizes, reset)
+        out = None
+        if reset is None and not torch.compiler.is_compiling():
+            out = self._run_directly(input, hx, batch_sizes)
+        if out is None:
+            if hx is None:
+                hx = self._zero_states(input, int(batch_sizes[0]))
+            self.check_forward_args(input, hx, batch_sizes)
+            if reset is not None and sorted_indices is not None:
+                reset = reset.index_select(1, sorted_indices)
+            out = self._run(input, hx, batch_sizes, reset)
+        output, h, c = out
         return (
             PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
             self.permute_hidden((h, c), unsorted_indices),
@@ -132,7 +137,9 @@ class LSTM(nn.RNNBase):
         h = input.new_zeros(layers, N, self.proj_size or self.hidden_size)
         return h, input.new_zeros(layers, N, self.hidden_size)
 
-    def _run_directly(self, input: Any, hx: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _run_directly(
+        self, input: Any, hx: Any, batch_sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Run what needs no other check than the direct call's own; None for all else."""
         if (self.training and self.dropout) or self.proj_size or self.checkpoint_every is not None:
             return None
@@ -145,10 +152,15 @@ class LSTM(nn.RNNBase):
         if not self.bias:
             pairs = zip(weights[::2], weights[1::2], strict=True)
             weights = tuple([w for pair in pairs for w in (*pair, None, None)])
-        return self._call_directly(_ops.fast_lstm, input, hx, weights)
+        return self._call_directly(_ops.fast_lstm, input, hx, weights, batch_sizes)
 
     def _call_directly(
-        self, call: Callable[..., Any], input: Any, hx: Any, weights: tuple[Tensor | None, ...]
+        self,
+        call: Callable[..., Any],
+        input: Any,
+        hx: Any,
+        weights: tuple[Tensor | None, ...],
+        batch_sizes: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         if hx is None:
             h = c = None
@@ -158,7 +170,7 @@ class LSTM(nn.RNNBase):
             return None
         out: tuple[Tensor, Tensor, Tensor] | None = call(
             input, h, c, weights, self.input_size, self.hidden_size, self.bidirectional,
-            self.batch_first, None,
+            self.batch_first, batch_sizes,
         )  # fmt: skip
         return out
 

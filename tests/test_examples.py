@@ -1,0 +1,28 @@
+"""The examples run and do what they say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_character_model():
+    options = "--steps 40 --modules 2 --hidden 48 --layers 2 --batch 8 --length 32 --write 50"
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "char_model.py", *options.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "ok    both losses are the same" in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines() if "LSTM  " in line]
+    assert [line[0] for line in lines[:2]] == ["torch.nn.LSTM", "lstm_ext.LSTM"]
+    for line in lines[:2]:
+        first, last, rate = float(line[1]), float(line[3]), float(line[4].replace(",", ""))
+        assert 4 < first < 5  # log 96 = 4.56: nothing learnt yet
+        assert last < 0.85 * first
+        assert rate > 0
+    assert lines[0][1:4] == lines[1][1:4]
+    assert "\nclass " in result.stdout
