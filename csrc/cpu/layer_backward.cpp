@@ -32,13 +32,13 @@ Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
   };
   grad_h = initial(grads.hy);
   grad_c = initial(grads.cy);
-  const Tensor grad_gates = empty({sequence.rows(), 4 * H}, compute);
+  const Tensor grad_gates = empty_large({sequence.rows(), 4 * H}, compute);
   const bool pairs = kernels.cell.pair_rows != nullptr;
   const Tensor halves = pairs ? empty({sequence.rows(), 4 * H}, dtype) : grad_gates;
   const Elements factor = pairs ? stored : computed;
   const Dense w_hh(in.w_hh), gates(results.gates), c_before(results.c_before),
       grad_output(grads.output);
-  const Tensor packed = empty({layer.packed_columns(H)}, compute);
+  const Tensor packed = empty_large({layer.packed_columns(H)}, compute);
   const int64_t block_elements = layer.packed_columns(H) / column_blocks;
   const auto pack = [&](int64_t first, int64_t last) {
     layer.pack_columns(w_hh.data(), H,

@@ -72,7 +72,7 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Sequen
   const int64_t hh_bytes = pack ? hh.bytes() : 0;
   const int64_t sums_bytes = chunk_steps * N * layer.sums_per_row(H) * computed.size;
   const int64_t h_bytes = N * factor_columns(kernels.cell, H) * factor.size;
-  const Tensor scratch = empty({ih_bytes + hh_bytes + sums_bytes + 2 * h_bytes}, at::kByte);
+  const Tensor scratch = empty_large({ih_bytes + hh_bytes + sums_bytes + 2 * h_bytes}, at::kByte);
   void* memory = scratch.mutable_data_ptr();
   void* packed = pack ? memory : const_cast<void*>(packed_before);  // then only read
   ih.lie_at(packed);
@@ -222,8 +222,8 @@ Outputs forward(const LayerInputs& in, bool training, const void* packed = nullp
       defined(in.batch_sizes) ? empty({sequence.rows(), H}, dtype) : empty({L, N, H}, dtype);
   out.cy = in.cx.clone(at::MemoryFormat::Contiguous);
   if (training) {
-    out.gates = empty({sequence.rows(), 4 * H}, dtype);
-    out.c_before = empty({sequence.rows(), H}, dtype);
+    out.gates = empty_large({sequence.rows(), 4 * H}, dtype);
+    out.c_before = empty_large({sequence.rows(), H}, dtype);
   }
   if (out.output.numel() == 0) {
     out.hy = in.hx.clone(at::MemoryFormat::Contiguous);

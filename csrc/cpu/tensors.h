@@ -6,7 +6,12 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <type_traits>
 #include <utility>
@@ -81,6 +86,21 @@ struct Elements {
     return advance(base, count * size);
   }
 };
+
+// The same for much memory that is written once and read soon: in huge pages where the system has
+// them on request. To fault in 4 KiB at a time takes longer than to pack the weights of a layer.
+inline Tensor empty_large(at::IntArrayRef sizes, at::ScalarType dtype) {
+  Tensor tensor = empty(sizes, dtype);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kHugePage = size_t{2} << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (begin + tensor.nbytes()) / kHugePage * kHugePage;
+  // Advice: that it may be refused is no error.
+  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
 
 template <class Kernel>
 void run(int64_t tasks, int64_t work, const Kernel& kernel) {
