@@ -215,13 +215,26 @@ using Optional = const std::optional<at::Tensor>&;
 using T = const at::Tensor&;
 }  // namespace
 
-LayerOutputs call_lstm_layer(const LayerInputs& in) {
+namespace {
+
+const auto& lstm_layer_handle() {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("lstm_ext::lstm_layer", "")
           .typed<LayerOutputs(T, T, T, T, T, Optional, Optional, Optional, Optional, bool)>();
-  return op.call(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.batch_sizes,
-                 in.reset, in.reverse);
+  return op;
+}
+
+}  // namespace
+
+LayerOutputs call_lstm_layer(const LayerInputs& in) {
+  return lstm_layer_handle().call(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh,
+                                  in.batch_sizes, in.reset, in.reverse);
+}
+
+LayerOutputs redispatch_lstm_layer(c10::DispatchKeySet keys, const LayerInputs& in) {
+  return lstm_layer_handle().redispatch(keys, in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih,
+                                        in.b_hh, in.batch_sizes, in.reset, in.reverse);
 }
 
 at::Tensor call_lstm_layer_pack(const at::Tensor& w_ih, const at::Tensor& w_hh) {

@@ -60,6 +60,7 @@ CellGradients layer_backward(const LayerOutputGradients& grads, const LayerInput
 }  // namespace composite
 
 LayerOutputs call_lstm_layer(const LayerInputs& in);
+LayerOutputs redispatch_lstm_layer(c10::DispatchKeySet keys, const LayerInputs& in);
 // Of LayerInputs, what follows the weights.
 struct PackedLayerOptions {
   const std::optional<at::Tensor>& b_ih;

@@ -100,4 +100,10 @@ TORCH_LIBRARY_IMPL(lstm_ext, CompositeImplicitAutograd, m) {
   m.impl("lstm_packed", lstm_packed_op);
 }
 
+// The same under torch.vmap, which asks for it by this name.
+TORCH_LIBRARY_IMPL(lstm_ext, FuncTorchBatchedDecomposition, m) {
+  m.impl("lstm", lstm_op);
+  m.impl("lstm_packed", lstm_packed_op);
+}
+
 }  // namespace lstm_ext

@@ -1,16 +1,19 @@
 """lstm_ext: the LSTM as fused operations, drop-ins for ``torch.nn.LSTMCell`` and ``torch.nn.LSTM``.
 
-``LSTMCell`` and ``LSTM`` are the modules, ``lstm_cell`` and ``lstm`` their functional forms,
-``freeze`` packs their weights for inference, ``LSTMCellFunction`` is the autograd Function,
-``reference`` the same in plain torch operations, ``build_info`` what was compiled.
+``LSTMCell`` and ``LSTM`` are the modules, ``lstm_cell`` and ``lstm`` their functional forms;
+``convert`` puts them in the place of torch's modules, ``freeze`` packs their weights for inference;
+``LSTMCellFunction`` is the autograd Function, ``reference`` the same in plain torch operations,
+``build_info`` what was compiled.
 """
 
 from __future__ import annotations
 
+from lstm_ext import _vmap as _vmap
 from lstm_ext import reference
 from lstm_ext._info import __version__, build_info
 from lstm_ext.autograd import LSTMCellFunction
 from lstm_ext.cell import LSTMCell
+from lstm_ext.convert import convert, revert
 from lstm_ext.frozen import freeze, unfreeze
 from lstm_ext.functional import LayerWeights, lstm, lstm_cell
 from lstm_ext.layer import LSTM
@@ -22,9 +25,11 @@ __all__ = [
     "LayerWeights",
     "__version__",
     "build_info",
+    "convert",
     "freeze",
     "lstm",
     "lstm_cell",
     "reference",
+    "revert",
     "unfreeze",
 ]

@@ -25,13 +25,44 @@ def gates(
     input: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the activated gates i, f, g, o, each (N, H), as in the module's docstring."""
-    ifgo = input @ w_ih.T + h @ w_hh.T
+    ifgo = input @ w_ih.mT + h @ w_hh.mT
     if b_ih is not None:
         ifgo = ifgo + b_ih
     if b_hh is not None:
         ifgo = ifgo + b_hh
-    i, f, g, o = ifgo.chunk(4, dim=1)
+    i, f, g, o = ifgo.chunk(4, dim=-1)
     return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+
+
+def states(gates: tuple[Tensor, ...], c: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute h' and c', each (N, H), from the activated gates and c."""
+    i, f, g, o = gates
+    c_next = f * c + i * g
+    return o * torch.tanh(c_next), c_next
+
+
+def gate_gradients(
+    gates: tuple[Tensor, ...], c: Tensor, grad_h_next: Tensor, grad_c_next: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of the pre-activations (N, 4H) and of c (N, H), from the gates."""
+    i, f, g, o = gates
+    tanh_c = torch.tanh(f * c + i * g)
+
+    # h' = o * tanh(c'): one part of its gradient goes to o, the other joins that of c'.
+    grad_o = grad_h_next * tanh_c
+    grad_c_next = grad_c_next + grad_h_next * o * (1 - tanh_c**2)
+
+    # c' = f * c + i * g
+    grad_f = grad_c_next * c
+    grad_i = grad_c_next * g
+    grad_g = grad_c_next * i
+
+    # Through the activations: sigmoid' = s (1 - s), tanh' = 1 - t^2.
+    grad_ifgo = torch.cat(
+        [grad_i * i * (1 - i), grad_f * f * (1 - f), grad_g * (1 - g**2), grad_o * o * (1 - o)],
+        dim=-1,
+    )
+    return grad_ifgo, grad_c_next * f
 
 
 def lstm_cell(
@@ -47,10 +78,7 @@ def lstm_cell(
     Arguments as for :func:`lstm_ext.lstm_cell`. Differentiable by autograd.
     """
     h, c = hx
-    i, f, g, o = gates(input, h, w_ih, w_hh, b_ih, b_hh)
-    c_next = f * c + i * g
-    h_next = o * torch.tanh(c_next)
-    return h_next, c_next
+    return states(gates(input, h, w_ih, w_hh, b_ih, b_hh), c)
 
 
 def lstm_cell_backward(
@@ -79,24 +107,8 @@ def lstm_cell_backward(
         The gradients of input, h, c, w_ih, w_hh, b_ih and b_hh, shaped like them.
     """
     h, c = hx
-    i, f, g, o = gates(input, h, w_ih, w_hh, b_ih, b_hh)
-    tanh_c = torch.tanh(f * c + i * g)
-
-    # h' = o * tanh(c'): one part of its gradient goes to o, the other joins that of c'.
-    grad_o = grad_h_next * tanh_c
-    grad_c_next = grad_c_next + grad_h_next * o * (1 - tanh_c**2)
-
-    # c' = f * c + i * g
-    grad_f = grad_c_next * c
-    grad_c = grad_c_next * f
-    grad_i = grad_c_next * g
-    grad_g = grad_c_next * i
-
-    # Through the activations: sigmoid' = s (1 - s), tanh' = 1 - t^2.
-    grad_ifgo = torch.cat(
-        [grad_i * i * (1 - i), grad_f * f * (1 - f), grad_g * (1 - g**2), grad_o * o * (1 - o)],
-        dim=1,
-    )
+    activated = gates(input, h, w_ih, w_hh, b_ih, b_hh)
+    grad_ifgo, grad_c = gate_gradients(activated, c, grad_h_next, grad_c_next)
 
     # ifgo = x W_ih^T + b_ih + h W_hh^T + b_hh: the two biases share one gradient.
     grad_b = grad_ifgo.sum(0)

@@ -1,8 +1,11 @@
 """The examples run and do what they say."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -26,3 +29,19 @@ def test_character_model():
         assert rate > 0
     assert lines[0][1:4] == lines[1][1:4]
     assert "\nclass " in result.stdout
+
+
+@pytest.mark.parametrize("options", ["", "--fsdp"])
+def test_two_processes(options):
+    """DistributedDataParallel and FSDP2 give what one process gives on the joined batch."""
+    small = "--steps 12 --hidden 32 --batch 4 --length 16 --modules 1"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*command, EXAMPLES / "train_ddp.py", *small.split(), *options.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "ok    2 processes and one" in result.stdout

@@ -1,0 +1,173 @@
+"""lstm_ext.convert and revert: torch's modules inside a model made ours, and back."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.parametrizations import weight_norm
+
+import lstm_ext
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.LSTM(3, 4, num_layers=2, batch_first=True, bidirectional=True)
+        self.cells = nn.ModuleList([nn.LSTMCell(8, 8), nn.LSTMCell(8, 8, bias=False)])
+        self.gru = nn.GRU(8, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        output, _ = self.encoder(x)
+        h = output[:, -1]
+        for cell in self.cells:
+            h, _ = cell(h)
+        return self.head(self.gru(h.unsqueeze(0))[0][0])
+
+
+def kinds(model):
+    return [type(m) for m in model.modules()]
+
+
+def train(model, optimizer, steps, x, y):
+    losses = []
+    for _ in range(steps):
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_there_and_back():
+    model = Model()
+    before = kinds(model)
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    x = torch.randn(2, 5, 3)
+    expected = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lstm_ext.convert(model) is model
+    assert type(model.encoder) is lstm_ext.LSTM
+    assert [type(cell) for cell in model.cells] == [lstm_ext.LSTMCell] * 2
+    assert type(model.gru) is nn.GRU
+    assert dict(model.named_modules()) == modules
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    torch.testing.assert_close(model(x), expected)
+    assert lstm_ext.revert(model) is model
+    assert kinds(model) == before
+    assert "checkpoint_every" not in vars(model.encoder)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_running_optimizer_goes_on():
+    torch.manual_seed(0)
+    ours = Model()
+    torchs = copy.deepcopy(ours)
+    x, y = torch.randn(4, 5, 3), torch.randn(4, 2)
+    curves = []
+    for model, change in ((torchs, lambda m: m), (ours, lstm_ext.convert)):
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        curve = train(model, optimizer, 5, x, y)
+        change(model)
+        curve += train(model, optimizer, 15, x, y)
+        if change is lstm_ext.convert:
+            lstm_ext.revert(model)
+        curves.append(curve + train(model, optimizer, 5, x, y))
+    torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=1e-4, atol=1e-5)
+    assert curves[0][-1] < 0.7 * curves[0][0]
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_the_module_itself(kind):
+    module = getattr(nn, kind)(3, 4, dtype=torch.float64).eval()
+    handles = []
+    handle = module.register_forward_hook(lambda *_: handles.append(1))
+    assert lstm_ext.convert(module) is module
+    assert type(module) is getattr(lstm_ext, kind)
+    assert not module.training
+    assert module.weight_hh_l0.dtype == torch.float64 if kind == "LSTM" else True
+    module(torch.randn(2, 3, dtype=torch.float64))
+    handle.remove()
+    lstm_ext.revert(module)
+    module(torch.randn(2, 3, dtype=torch.float64))
+    assert handles == [1]
+    assert type(module) is getattr(nn, kind)
+
+
+def test_twice_is_once():
+    model = lstm_ext.convert(lstm_ext.convert(Model()))
+    assert type(model.encoder) is lstm_ext.LSTM
+    assert kinds(lstm_ext.revert(lstm_ext.revert(model))) == kinds(Model())
+
+
+def test_parametrized_and_pruned():
+    model = nn.ModuleList([weight_norm(nn.LSTM(3, 4), "weight_hh_l0"), nn.LSTMCell(3, 4)])
+    prune.l1_unstructured(model[1], "weight_ih", amount=0.5)
+    x = torch.randn(2, 3)
+    expected = [m(x) for m in model]
+    keys = list(model.state_dict())
+    lstm_ext.convert(model)
+    assert isinstance(model[0], lstm_ext.LSTM)
+    assert parametrize.is_parametrized(model[0], "weight_hh_l0")
+    torch.testing.assert_close([m(x) for m in model], expected)
+    assert list(model.state_dict()) == keys
+    lstm_ext.revert(model)
+    assert isinstance(model[0], nn.LSTM)
+    torch.testing.assert_close([m(x) for m in model], expected)
+    parametrize.remove_parametrizations(lstm_ext.convert(model)[0], "weight_hh_l0")
+    assert type(model[0]) is lstm_ext.LSTM
+    torch.testing.assert_close(model[0](x), expected[0])
+
+
+class Peephole(nn.LSTMCell):
+    pass
+
+
+class Own(lstm_ext.LSTM):
+    pass
+
+
+def test_what_is_left_is_said():
+    model = nn.ModuleDict({"peephole": Peephole(3, 4), "lstm": nn.LSTM(3, 4)})
+    with pytest.warns(UserWarning, match=r"convert left peephole \(Peephole\).*nn\.LSTMCell") as seen:
+        lstm_ext.convert(model)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+    assert type(model["peephole"]) is Peephole
+    assert type(model["lstm"]) is lstm_ext.LSTM
+    model = nn.ModuleDict({"own": Own(3, 4), "frozen": lstm_ext.freeze(lstm_ext.LSTM(3, 4).eval())})
+    with pytest.warns(UserWarning) as seen:
+        lstm_ext.revert(model)
+    assert [str(w.message).split(" as it is: ")[0] for w in seen] == [
+        "lstm_ext.revert left own (Own)",
+        "lstm_ext.revert left frozen (FrozenLSTM)",
+    ]
+    with pytest.warns(UserWarning, match="loses checkpoint_every=4"):
+        assert type(lstm_ext.revert(lstm_ext.LSTM(3, 4, checkpoint_every=4))) is nn.LSTM
+
+
+def test_copies_and_state_dicts():
+    model = lstm_ext.convert(Model())
+    twin = copy.deepcopy(model)
+    assert type(twin.encoder) is lstm_ext.LSTM
+    plain = Model()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(2, 5, 3)
+    torch.testing.assert_close(plain(x), twin(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_script_and_trace_by_way_of_revert():
+    model = lstm_ext.convert(Model()).eval()
+    x = torch.randn(2, 5, 3)
+    expected = model(x)
+    lstm_ext.revert(model)
+    for compiled in (torch.jit.script(model), torch.jit.trace(model, x)):
+        torch.testing.assert_close(compiled(x), expected)
+    with pytest.warns(UserWarning, match=r"encoder .*compiled by torch\.jit"):
+        lstm_ext.convert(torch.jit.script(model))

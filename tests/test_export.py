@@ -1,0 +1,114 @@
+"""torch.compile, torch.export and AOTInductor over cell, layer and models that use them."""
+
+import pytest
+import torch
+from torch import nn
+
+import lstm_ext
+
+
+class Stepper(nn.Module):
+    """A cell stepped by hand, from the same tensor as h and c, as decoders do."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = lstm_ext.LSTMCell(3, 4)
+        self.start = nn.Linear(3, 4)
+
+    def forward(self, x):
+        h = self.start(x[0])
+        state = (h, h)
+        outputs = []
+        for step in x:
+            state = self.cell(step, state)
+            outputs.append(state[0])
+        return torch.stack(outputs)
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = lstm_ext.LSTM(3, 4, num_layers=2, bidirectional=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0])
+
+
+MODELS = {"stepper": Stepper, "tagger": Tagger}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    torch.manual_seed(0)
+    return MODELS[request.param]()
+
+
+def gradients(call, model, x):
+    return torch.autograd.grad(call(x).square().sum(), [x, *model.parameters()])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_forward_and_backward(model, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    # The stepper's loop is unrolled: its length is a constant.
+    lengths = (5, 7) if isinstance(model, Tagger) else (5, 5)
+    for L, N in zip(lengths, (2, 3), strict=True):
+        x = torch.randn(L, N, 3, requires_grad=True)
+        torch.testing.assert_close(compiled(x), model(x))
+        torch.testing.assert_close(gradients(compiled, model, x), gradients(model, model, x))
+
+
+def test_compile_does_not_recompile_for_every_size():
+    model = Tagger()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for L, N in ((5, 2), (6, 3), (9, 4), (2, 8)):
+        compiled(torch.randn(L, N, 3))
+    assert counter.frame_count == 1
+
+
+def test_export(model):
+    x = torch.randn(5, 2, 3)
+    L, N = torch.export.Dim("L", min=2, max=64), torch.export.Dim("N", min=2, max=64)
+    dims = {0: L, 1: N} if isinstance(model, Tagger) else {1: N}
+    program = torch.export.export(model, (x,), dynamic_shapes=(dims,))
+    for size in ((5, 2), (9, 4) if isinstance(model, Tagger) else (5, 4)):
+        x = torch.randn(*size, 3)
+        torch.testing.assert_close(program.module()(x), model(x))
+    operators = {str(node.target) for node in program.graph.nodes}
+    assert any("lstm_ext" in name for name in operators)
+
+
+def test_export_round_trip(model, tmp_path):
+    x = torch.randn(5, 2, 3)
+    path = tmp_path / "model.pt2"
+    torch.export.save(torch.export.export(model, (x,)), path)
+    torch.testing.assert_close(torch.export.load(path).module()(x), model(x))
+
+
+def test_aot_inductor_package(model, tmp_path):
+    x = torch.randn(5, 2, 3)
+    with torch.no_grad():
+        program = torch.export.export(model.eval(), (x,))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        loaded = torch._inductor.aoti_load_package(path)
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_make_fx_and_fake_tensors():
+    """Shapes, strides and dtypes of fake results are those of real ones."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for dtype in (torch.float32, torch.bfloat16):
+        module = lstm_ext.LSTM(3, 4, num_layers=2, batch_first=True, dtype=dtype)
+        x = torch.randn(2, 5, 3).to(dtype)
+        real = module(x)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = module(torch.empty(2, 5, 3, dtype=dtype))
+        for a, b in ((real[0], fake[0]), (real[1][0], fake[1][0]), (real[1][1], fake[1][1])):
+            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
