@@ -88,7 +88,8 @@ def main() -> int:
     same = worst < 1e-2
     if rank == 0:
         what = "losses" if options.fsdp else "losses and gradients"
-        print(f"{'ok   ' if same else 'WRONG'} {world} processes and one: {what} differ by {worst:.1e}")
+        verdict = "ok   " if same else "WRONG"
+        print(f"{verdict} {world} processes and one: {what} differ by {worst:.1e}")
     dist.destroy_process_group()
     return 0 if same else 1
 

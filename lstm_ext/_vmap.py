@@ -38,12 +38,16 @@ def _dims(results: Results) -> Dims:
 def _each(op: Callable[..., Any], B: int, in_dims: Dims, args: tuple[Any, ...]) -> Results:
     """Call op B times."""
     calls = [
-        op(*(a.select(d, b) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
+        op(
+            *(
+                a.select(d, b) if isinstance(d, int) else a
+                for a, d in zip(args, in_dims, strict=True)
+            )
+        )
         for b in range(B)
     ]
     return tuple(
-        None if results[0] is None else torch.stack(results)
-        for results in zip(*calls, strict=True)
+        None if results[0] is None else torch.stack(results) for results in zip(*calls, strict=True)
     )
 
 
@@ -56,7 +60,12 @@ def _join(tensor: Tensor | None, dim: int | None, B: int, batch: int) -> Tensor 
 
 
 def _split(tensor: Tensor | None, B: int, batch: int) -> Tensor | None:
-    return None if tensor is None else tensor.unflatten(batch, (B, -1)).movedim(batch, 0)
+    if tensor is None:
+        return None
+    shape = tensor.shape
+    return tensor.reshape(*shape[:batch], B, shape[batch] // B, *shape[batch + 1 :]).movedim(
+        batch, 0
+    )
 
 
 def _seven(in_dims: Dims, args: tuple[Any, ...]) -> tuple[Dims, tuple[Any, ...]]:
@@ -125,9 +134,9 @@ def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
     )
     x, h, c = (_expand(a, d, B) for a, d in zip(args[2:5], in_dims[2:5], strict=True))
     w_ih, w_hh = (_front(a, d) for a, d in zip(args[5:7], in_dims[5:7], strict=True))
-    gates = tuple(_expand(args[9], in_dims[9], B).chunk(4, -1))
-    grad_ifgo, grad_c = reference.gate_gradients(gates, c, grad_h, grad_c)
-    wanted = (
+    activated = _expand(args[9], in_dims[9], B).chunk(4, -1)
+    grad_ifgo, grad_c = reference.gate_gradients(activated, c, grad_h, grad_c)
+    wanted: tuple[Callable[[], Tensor], ...] = (
         lambda: grad_ifgo @ w_ih,
         lambda: grad_ifgo @ w_hh,
         lambda: grad_c,
@@ -168,7 +177,7 @@ def _layer(op: Callable[..., Any], B: int, in_dims: Dims, args: tuple[Any, ...])
     )
     # Gates and c before each step: rows (L B N) of each.
     L = output.shape[0]
-    kept = [_split(k.unflatten(0, (L, -1)), B, 1) for k in kept]
+    kept = [_split(k.reshape(L, k.shape[0] // max(L, 1), k.shape[1]), B, 1) for k in kept]
     states = (_split(output, B, 1), _split(h, B, 0), _split(c, B, 0))
     return (*states, *(None if k is None else k.flatten(1, 2) for k in kept))
 

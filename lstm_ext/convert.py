@@ -45,7 +45,7 @@ def convert(model: Model) -> Model:
         kind = _plain_kind(module)
         if kind in _OURS:
             if kind is nn.LSTM:
-                module.checkpoint_every = None  # type: ignore[assignment]
+                module.checkpoint_every = None
             _become(module, _OURS[kind])
         elif isinstance(module, torch.jit.ScriptModule):
             if module.original_name in ("LSTM", "LSTMCell"):

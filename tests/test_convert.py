@@ -78,7 +78,9 @@ def test_a_running_optimizer_goes_on():
         if change is lstm_ext.convert:
             lstm_ext.revert(model)
         curves.append(curve + train(model, optimizer, 5, x, y))
-    torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=1e-4, atol=1e-5
+    )
     assert curves[0][-1] < 0.7 * curves[0][0]
 
 
@@ -134,14 +136,16 @@ class Own(lstm_ext.LSTM):
 
 def test_what_is_left_is_said():
     model = nn.ModuleDict({"peephole": Peephole(3, 4), "lstm": nn.LSTM(3, 4)})
-    with pytest.warns(UserWarning, match=r"convert left peephole \(Peephole\).*nn\.LSTMCell") as seen:
+    with pytest.warns(
+        UserWarning, match=r"convert left peephole \(Peephole\).*nn\.LSTMCell"
+    ) as seen:
         lstm_ext.convert(model)
     assert len(seen) == 1
     assert seen[0].filename == __file__
     assert type(model["peephole"]) is Peephole
     assert type(model["lstm"]) is lstm_ext.LSTM
     model = nn.ModuleDict({"own": Own(3, 4), "frozen": lstm_ext.freeze(lstm_ext.LSTM(3, 4).eval())})
-    with pytest.warns(UserWarning) as seen:
+    with pytest.warns(UserWarning, match="revert left") as seen:
         lstm_ext.revert(model)
     assert [str(w.message).split(" as it is: ")[0] for w in seen] == [
         "lstm_ext.revert left own (Own)",

@@ -10,7 +10,14 @@ from lstm_ext import reference
 
 pytestmark = pytest.mark.filterwarnings("error:There is a performance drop")
 B, N, L, I, H = 4, 3, 5, 2, 6
-CELL = {"x": (N, I), "h": (N, H), "c": (N, H), "w_ih": (4 * H, I), "w_hh": (4 * H, H), "b": (4 * H,)}
+CELL = {
+    "x": (N, I),
+    "h": (N, H),
+    "c": (N, H),
+    "w_ih": (4 * H, I),
+    "w_hh": (4 * H, H),
+    "b": (4 * H,),
+}
 LAYER = {**CELL, "x": (L, N, I)}
 
 
@@ -119,7 +126,9 @@ def test_nested(pair):
     args["x"] = torch.randn(2, *shapes["x"], dtype=torch.float64)
     inner, outer = (0, None, None, None, None, None), (None, None, None, 0, 0, 0)
     for wrap in (lambda f: f, lambda f: grad(loss(f), argnums=(0, 4))):
-        found, wanted = (vmap(vmap(wrap(f), inner), outer)(*args.values()) for f in (ours, expected))
+        found, wanted = (
+            vmap(vmap(wrap(f), inner), outer)(*args.values()) for f in (ours, expected)
+        )
         torch.testing.assert_close(found, wanted)
 
 
@@ -140,9 +149,7 @@ def test_forward_mode(pair):
     torch.testing.assert_close(found, wanted)
     # over a batch of tangents
     batches = tuple(torch.stack([t, 2 * t, -t]) for t in tangents)
-    found, wanted = (
-        vmap(lambda *ts, f=f: jvp(f, args, ts)[1])(*batches) for f in (ours, expected)
-    )
+    found, wanted = (vmap(lambda *ts, f=f: jvp(f, args, ts)[1])(*batches) for f in (ours, expected))
     torch.testing.assert_close(found, wanted)
 
 
@@ -201,5 +208,7 @@ def test_packed_and_reset(what):
     in_dims = (0, None, 0, None, None, None, 0)
     found = vmap(call, in_dims)(*args.values(), resets)
     for k in range(B):
-        one = [a[k] if d == 0 else a for a, d in zip((*args.values(), resets), in_dims, strict=True)]
+        one = [
+            a[k] if d == 0 else a for a, d in zip((*args.values(), resets), in_dims, strict=True)
+        ]
         torch.testing.assert_close(tuple(out[k] for out in found), call(*one))
