@@ -13,6 +13,7 @@ SUBSET = [
     "tests/test_activations.py",
     "tests/test_cell.py::test_one_set_of_bits",
     "tests/test_cell.py::test_error_is_no_worse_than_torchs",
+    "tests/test_frozen.py::test_same_bits",
     "tests/test_layer.py::test_any_size",
     "tests/test_layer.py::test_error_is_no_worse_than_torchs",
 ]
