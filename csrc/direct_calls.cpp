@@ -118,10 +118,10 @@ PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
   if (N < 0) Py_RETURN_NONE;
   if (!h) h = c = at::zeros(h_sizes, input.options());
   if (!usual(input, I, *h, *c, h_sizes)) Py_RETURN_NONE;
-  for (const std::optional<at::Tensor>& weight : weights)
-    if (weight && weight->scalar_type() != input.scalar_type() &&
-        weight->scalar_type() != kPackedType)
-      Py_RETURN_NONE;
+  for (Py_ssize_t k = 0; k < weight_count; ++k) {
+    const bool packed = WeightsPerLayer == kPackedLayerWeights && k % WeightsPerLayer == 0;
+    if (weights[k] && !packed && weights[k]->scalar_type() != input.scalar_type()) Py_RETURN_NONE;
+  }
   const bool transposed = batch_first && !batch_sizes;
   if (transposed) input = input.transpose(0, 1);
   const bool brief = input.numel() / I * 4 * H * (I + H) * h_sizes[0] < kBriefWork;

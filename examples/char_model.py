@@ -71,13 +71,18 @@ class CharModel(nn.Module):
         return self.linear(output), states
 
 
+def seeded_model(lstm_type: Callable[..., nn.Module], hidden: int, layers: int) -> CharModel:
+    """Build the model; every call gives the same weights."""
+    torch.manual_seed(0)
+    return CharModel(lstm_type, hidden, layers)
+
+
 class Trainer:
     """A model, its optimizer, the states of its text, and the time it has taken."""
 
-    def __init__(self, lstm_type: Callable[..., nn.Module], hidden: int, layers: int) -> None:
-        torch.manual_seed(0)
-        self.model = CharModel(lstm_type, hidden, layers)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=2e-3)
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
         self.states: States | None = None
         self.losses: list[float] = []
         self.seconds = 0.0
@@ -131,7 +136,8 @@ def main() -> int:
     print(f"{len(text):,} characters of Python's library, {len(CHARACTERS)} different ones")
     if len(text) <= options.batch * options.length:
         parser.error("the text is too short for this batch and length")
-    trainers = [Trainer(k, options.hidden, options.layers) for k in (nn.LSTM, lstm_ext.LSTM)]
+    models = [seeded_model(k, options.hidden, options.layers) for k in (nn.LSTM, lstm_ext.LSTM)]
+    trainers = [Trainer(model) for model in models]
     data = pieces(text, options.batch, options.length)
     bar = tqdm(range(options.steps), desc="training both")
     for _ in bar:
@@ -148,9 +154,9 @@ def main() -> int:
         print(f"  {name}  {first:.3f} -> {last:.3f}   {tokens / trainer.seconds:10,.0f}")
     print(f"  {torchs.seconds / ours.seconds:.2f} times as fast, the rest of the model included")
 
-    _, torchs_rate = write(torchs.model.eval(), options.prompt, options.write, seed=1)
-    lstm_ext.freeze(ours.model.eval())
-    written, rate = write(ours.model, options.prompt, options.write, seed=1)
+    _, torchs_rate = write(models[0].eval(), options.prompt, options.write, seed=1)
+    lstm_ext.freeze(models[1].eval())
+    written, rate = write(models[1], options.prompt, options.write, seed=1)
     print("\nwriting, one character a call:  characters per second")
     print(f"  torch.nn.LSTM          {torchs_rate:10,.0f}")
     print(f"  lstm_ext.LSTM, frozen  {rate:10,.0f}   {rate / torchs_rate:.2f} times as fast")

@@ -24,18 +24,9 @@ def lstm(
     batch_sizes: Tensor | None,
     /,
 ) -> tuple[Tensor, Tensor, Tensor] | None: ...
-def lstm_packed(
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weights: tuple[Tensor | None, ...],
-    input_size: int,
-    hidden_size: int,
-    bidirectional: bool,
-    batch_first: bool,
-    batch_sizes: Tensor | None,
-    /,
-) -> tuple[Tensor, Tensor, Tensor] | None: ...
+
+lstm_packed = lstm  # of the same arguments
+
 def lstm_cell_packed(
     input: Tensor,
     hx: Tensor,

@@ -37,15 +37,8 @@ def _dims(results: Results) -> Dims:
 
 def _each(op: Callable[..., Any], B: int, in_dims: Dims, args: tuple[Any, ...]) -> Results:
     """Call op B times."""
-    calls = [
-        op(
-            *(
-                a.select(d, b) if isinstance(d, int) else a
-                for a, d in zip(args, in_dims, strict=True)
-            )
-        )
-        for b in range(B)
-    ]
+    pairs = list(zip(args, in_dims, strict=True))
+    calls = [op(*(a.select(d, b) if isinstance(d, int) else a for a, d in pairs)) for b in range(B)]
     return tuple(
         None if results[0] is None else torch.stack(results) for results in zip(*calls, strict=True)
     )
@@ -55,67 +48,45 @@ def _join(tensor: Tensor | None, dim: int | None, B: int, batch: int) -> Tensor 
     """Let the new dimension become the slower part of dimension `batch`."""
     if tensor is None:
         return None
-    tensor = _expand(tensor, dim, B)
-    return tensor.movedim(0, batch).flatten(batch, batch + 1)
+    return _expand(tensor, dim, B).movedim(0, batch).flatten(batch, batch + 1)
 
 
-def _split(tensor: Tensor | None, B: int, batch: int) -> Tensor | None:
-    if tensor is None:
-        return None
-    shape = tensor.shape
-    return tensor.reshape(*shape[:batch], B, shape[batch] // B, *shape[batch + 1 :]).movedim(
-        batch, 0
-    )
-
-
-def _seven(in_dims: Dims, args: tuple[Any, ...]) -> tuple[Dims, tuple[Any, ...]]:
-    """Put back the biases that the dispatcher leaves out where they are None, their default."""
-    missing = (None,) * (7 - len(args))
-    return in_dims + missing, args + missing
+def _split(tensor: Tensor, B: int, batch: int) -> Tensor:
+    """Undo _join, the new dimension in front."""
+    sizes = (*tensor.shape[:batch], B, tensor.shape[batch] // B, *tensor.shape[batch + 1 :])
+    return tensor.reshape(sizes).movedim(batch, 0)
 
 
 def _batched_weights(in_dims: Dims) -> bool:
     return any(dim is not None for dim in in_dims[_WEIGHTS])
 
 
-def _cell_formula(
-    B: int, in_dims: Dims, args: tuple[Any, ...]
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """h', c' and the gates of B cells: x @ W^T with a weight for each."""
+def _cell(op: Callable[..., Any], B: int, in_dims: Dims, args: tuple[Any, ...]) -> Results:
+    # The dispatcher leaves out biases that are None, their default.
+    missing = (None,) * (7 - len(args))
+    in_dims, args = in_dims + missing, args + missing
+    if not _batched_weights(in_dims):
+        joined = (_join(a, d, B, 0) for a, d in zip(args[:3], in_dims[:3], strict=True))
+        return tuple(_split(result, B, 0) for result in op(*joined, *args[3:]))
     x, h, c = (_expand(a, d, B) for a, d in zip(args[:3], in_dims[:3], strict=True))
     w_ih, w_hh = (_front(a, d) for a, d in zip(args[3:5], in_dims[3:5], strict=True))
     biases = [
         None if b is None else b if d is None else _front(b, d).unsqueeze(1)
-        for b, d in zip(args[5:7], in_dims[5:7], strict=True)
+        for b, d in zip(args[5:], in_dims[5:], strict=True)
     ]
     gates = reference.gates(x, h, w_ih, w_hh, *biases)
-    return *reference.states(gates, c), gates
+    return *reference.states(gates, c), torch.cat(gates, -1)
 
 
 @torch.library.register_vmap("lstm_ext::lstm_cell")
 def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
-    in_dims, args = _seven(in_dims, args)
-    B = info.batch_size
-    if _batched_weights(in_dims):
-        h, c, _ = _cell_formula(B, in_dims, args)
-        return (h, c), (0, 0)
-    joined = (_join(a, d, B, 0) for a, d in zip(args[:3], in_dims[:3], strict=True))
-    results = tuple(_split(r, B, 0) for r in _ops.lstm_cell(*joined, *args[3:]))
-    return results, _dims(results)
+    return _cell(_ops.lstm_cell, info.batch_size, in_dims, args)[:2], (0, 0)
 
 
 @torch.library.register_vmap("lstm_ext::lstm_cell_forward")
 def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
-    in_dims, args = _seven(in_dims, args)
-    B = info.batch_size
-    if _batched_weights(in_dims):
-        h, c, gates = _cell_formula(B, in_dims, args)
-        return (h, c, torch.cat(gates, -1)), (0, 0, 0)
-    joined = (_join(a, d, B, 0) for a, d in zip(args[:3], in_dims[:3], strict=True))
-    results = tuple(
-        _split(r, B, 0) for r in torch.ops.lstm_ext.lstm_cell_forward(*joined, *args[3:])
-    )
-    return results, _dims(results)
+    op = torch.ops.lstm_ext.lstm_cell_forward
+    return _cell(op, info.batch_size, in_dims, args), (0, 0, 0)
 
 
 @torch.library.register_vmap("lstm_ext::lstm_cell_backward")
@@ -126,7 +97,8 @@ def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
         grads_and_states = zip(args[:5], in_dims[:5], strict=True)
         joined = [_join(a, d, B, 0) for a, d in grads_and_states]
         gates = _join(args[9], in_dims[9], B, 0)
-        results = tuple(_split(r, B, 0) for r in op(*joined, *args[5:9], gates, mask))
+        found = op(*joined, *args[5:9], gates, mask)
+        results = tuple(None if r is None else _split(r, B, 0) for r in found)
         return results, _dims(results)
     grad_h, grad_c = (
         torch.zeros((), dtype=args[2].dtype, device=args[2].device) if g is None else _front(g, d)
@@ -151,15 +123,13 @@ def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
 
 @torch.library.register_vmap("lstm_ext::lstm_layer")
 def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
-    results = _layer(_ops.lstm_layer, info.batch_size, in_dims, args)
-    return results, _dims(results)
+    return _layer(_ops.lstm_layer, info.batch_size, in_dims, args), (0, 0, 0)
 
 
 @torch.library.register_vmap("lstm_ext::lstm_layer_forward")
 def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
     op = torch.ops.lstm_ext.lstm_layer_forward
-    results = _layer(op, info.batch_size, in_dims, args)
-    return results, _dims(results)
+    return _layer(op, info.batch_size, in_dims, args), (0, 0, 0, 0, 0)
 
 
 def _layer(op: Callable[..., Any], B: int, in_dims: Dims, args: tuple[Any, ...]) -> Results:
@@ -175,11 +145,10 @@ def _layer(op: Callable[..., Any], B: int, in_dims: Dims, args: tuple[Any, ...])
         _join(reset, in_dims[8], B, 1),
         reverse,
     )
-    # Gates and c before each step: rows (L B N) of each.
-    L = output.shape[0]
-    kept = [_split(k.reshape(L, k.shape[0] // max(L, 1), k.shape[1]), B, 1) for k in kept]
     states = (_split(output, B, 1), _split(h, B, 0), _split(c, B, 0))
-    return (*states, *(None if k is None else k.flatten(1, 2) for k in kept))
+    # Gates and c before each step have rows (L B N), and shall have (B, L N).
+    L, rows = output.shape[0], h.shape[0]
+    return (*states, *(_split(k.reshape(L, rows, k.shape[1]), B, 1).flatten(1, 2) for k in kept))
 
 
 @torch.library.register_vmap("lstm_ext::lstm_layer_backward")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lstm_ext.cell import LSTMCell
-from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell
+from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell, plain_kind
 from lstm_ext.layer import LSTM
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,7 +42,7 @@ def convert(model: Model) -> Model:
         model = lstm_ext.convert(model)
     """
     for name, module in model.named_modules():
-        kind = _plain_kind(module)
+        kind = plain_kind(module)
         if kind in _OURS:
             if kind is nn.LSTM:
                 module.checkpoint_every = None
@@ -74,7 +74,7 @@ def revert(model: Model) -> Model:
             torch's module does not have.
     """
     for name, module in model.named_modules():
-        kind = _plain_kind(module)
+        kind = plain_kind(module)
         if kind in _TORCHS:
             if isinstance(module, LSTM):
                 if module.checkpoint_every is not None:
@@ -95,12 +95,6 @@ def revert(model: Model) -> Model:
 
 def _is_ours(module: nn.Module) -> bool:
     return isinstance(module, (LSTM, LSTMCell))
-
-
-def _plain_kind(module: nn.Module) -> Kind:
-    """Return the module's class, or the one that a parametrization was put over."""
-    kind = type(module)
-    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
 
 
 def _become(module: nn.Module, kind: Kind) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -28,7 +28,8 @@ def freeze(module: nn.Module) -> nn.Module:
 
     Args:
         module: an :class:`LSTM` or an :class:`LSTMCell`, or a model that has them somewhere: there
-            they are replaced in place. In evaluation mode, on the CPU.
+            they are replaced in place, but for subclasses, whose forward may do something else. In
+            evaluation mode, on the CPU.
 
     Returns:
         The frozen module, or the model itself. :func:`unfreeze` undoes it.
@@ -44,16 +45,14 @@ def freeze(module: nn.Module) -> nn.Module:
         with torch.inference_mode():
             output, state = model(step, state)
     """
-    found = [name for name, m in module.named_modules() if _freezable(m)]
+    found = {name: m for name, m in module.named_modules() if plain_kind(m) in (LSTM, LSTMCell)}
     if not found:
         raise ValueError(
-            f"freeze: {type(module).__name__} has no lstm_ext.LSTM or lstm_ext.LSTMCell to freeze"
+            f"freeze: {type(module).__name__} has no lstm_ext.LSTM or lstm_ext.LSTMCell to freeze, "
+            "or only frozen ones"
         )
     # All first: a model is frozen whole or not at all.
-    frozen: dict[str, nn.Module] = {
-        name: _freeze_one(module.get_submodule(name), name) for name in found
-    }
-    return _replace(module, frozen)
+    return _replace(module, {m: _freeze_one(m, name) for name, m in found.items()})
 
 
 def unfreeze(module: nn.Module) -> nn.Module:
@@ -65,27 +64,22 @@ def unfreeze(module: nn.Module) -> nn.Module:
     Returns:
         The original module, or the model itself. What is not frozen stays as it is.
     """
-    frozen = {name: m for name, m in module.named_modules() if isinstance(m, _Frozen)}
-    originals = {}
-    for name, m in frozen.items():
-        originals[name] = m.original
-        m.original.train(m.training)
-    return _replace(module, originals)
+    return _replace(module, {m: m.original for m in module.modules() if isinstance(m, _Frozen)})
 
 
-def _replace(module: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
-    for name, replacement in replacements.items():
-        if name:
-            module.set_submodule(name, replacement)
-    return replacements.get("", module)
+def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    # In every place: a module may stand in several.
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                setattr(parent, name, replacements[child])
+    return replacements.get(module, module)
 
 
-def _freezable(module: nn.Module) -> bool:
-    # Of a subclass nobody knows what its forward does; that of a parametrization does the same.
+def plain_kind(module: nn.Module) -> type[nn.Module]:
+    """Return the module's class, or the one that a parametrization was put over."""
     kind = type(module)
-    if parametrize.is_parametrized(module):
-        kind = kind.__bases__[0]
-    return kind in (LSTM, LSTMCell)
+    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
 
 
 def _freeze_one(module: nn.Module, name: str) -> _Frozen:

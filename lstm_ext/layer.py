@@ -79,13 +79,13 @@ class LSTM(nn.RNNBase):
         reset: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, States]:
         """Run the sequence; see the class."""
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, reset)
         if reset is None and not torch.compiler.is_compiling():
             out = self._run_directly(input, hx)
             if out is not None:
                 output, h, c = out
                 return output, (h, c)
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, reset)
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         is_batched = input.dim() == 3

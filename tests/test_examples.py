@@ -17,6 +17,7 @@ def test_character_model():
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "ok    both losses are the same" in result.stdout
@@ -41,6 +42,7 @@ def test_two_processes(options):
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stdout + result.stderr

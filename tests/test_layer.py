@@ -162,6 +162,9 @@ def test_opcheck(reverse, packed):
     args = (*tensors, sizes, None, reverse)
     for op in ("lstm_layer", "lstm_layer_forward"):
         torch.library.opcheck(getattr(torch.ops.lstm_ext, op), args)
+    x, h, c, *weights = tensors
+    states = h.detach().unsqueeze(0), c.detach().unsqueeze(0)
+    torch.library.opcheck(torch.ops.lstm_ext.lstm, (x, *states, weights, False, 0.0, sizes, None))
 
 
 @pytest.mark.parametrize(

@@ -46,17 +46,14 @@ Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
   };
 
   const Cut cut(sequence, H, column_blocks);
-  const bool by_owner = !cut.by_rows || cut.shares == 1;  // of the blocks
-  if (!by_owner) cpu::run(column_blocks, 4 * H * H, pack);
+  if (!cut.own_blocks()) cpu::run(column_blocks, 4 * H * H, pack);
   Barrier barrier(cut.shares);
   run_team(cut.shares, [&](int64_t first, int64_t last) {
-    const int64_t row = cut.by_rows ? sequence.row_at(first, cut.shares) : 0;
-    const int64_t row_end = cut.by_rows ? sequence.row_at(last, cut.shares) : N;
-    const int64_t block = cut.by_rows ? 0 : column_blocks * first / cut.shares;
-    const int64_t block_end = cut.by_rows ? column_blocks : column_blocks * last / cut.shares;
-    if (by_owner) pack(block, block_end);
+    const Share share = cut.share(sequence, first, last);
+    const int64_t row = share.row, block = share.block, block_end = share.block_end;
+    if (cut.own_blocks()) pack(block, block_end);
     for (int64_t s = L - 1; s >= 0; --s) {
-      const int64_t t = sequence.time(s), rows = std::min(sequence.rows(t), row_end) - row;
+      const int64_t t = sequence.time(s), rows = share.rows(sequence, t);
       const int64_t first_row = sequence.offset(t) + row;
       const bool* reset = sequence.reset(s) ? sequence.reset(s) + row : nullptr;
       if (rows > 0)

@@ -58,10 +58,8 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Sequen
   const Dense w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih), b_hh(in.b_hh);
 
   const Cut cut(sequence, H, blocks);
-  // Threads by units see all rows of a chunk, and need the weights of their own units alone.
-  const bool all_rows = !cut.by_rows || cut.shares == 1;
-  const bool one_chunk = all_rows && sequence.rows() <= kOneChunkRows;
-  const int64_t chunk_rows = kChunkRows * (all_rows ? 1 : cut.shares);
+  const bool one_chunk = cut.own_blocks() && sequence.rows() <= kOneChunkRows;
+  const int64_t chunk_rows = kChunkRows * (cut.by_rows ? cut.shares : 1);
   const int64_t chunk_steps = one_chunk ? L : std::clamp<int64_t>(chunk_rows / N, 1, L);
 
   // One piece of memory for all: the allocator returns several large ones to the system each time,
@@ -80,7 +78,7 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Sequen
   void* sums = advance(memory, ih_bytes + hh_bytes);
   // h in two places, so that a step can read one and write the other.
   void* h[2] = {advance(sums, sums_bytes), advance(sums, sums_bytes + h_bytes)};
-  if (pack && !all_rows)
+  if (pack && !cut.own_blocks())
     cpu::run(blocks, 4 * H * (I + H), [&](int64_t first, int64_t last) {
       ih.pack(w_ih.data(), first, last);
       hh.pack(w_hh.data(), first, last);
@@ -99,12 +97,9 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Sequen
   Barrier barrier(cut.shares);
 
   run_team(cut.shares, [&](int64_t first, int64_t last) {
-    const int64_t row = cut.by_rows ? sequence.row_at(first, cut.shares) : 0;
-    const int64_t row_end = cut.by_rows ? sequence.row_at(last, cut.shares) : N;
-    const int64_t block = cut.by_rows ? 0 : blocks * first / cut.shares;
-    const int64_t block_end = cut.by_rows ? blocks : blocks * last / cut.shares;
-    const auto active = [&](int64_t t) { return std::min(sequence.rows(t), row_end) - row; };
-    if (pack && all_rows) {
+    const Share share = cut.share(sequence, first, last);
+    const int64_t row = share.row, block = share.block, block_end = share.block_end;
+    if (pack && cut.own_blocks()) {
       if (!pack_by_block) ih.pack(w_ih.data(), block, block_end);
       hh.pack(w_hh.data(), block, block_end);
     }
@@ -115,7 +110,7 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Sequen
           sequence.offset(std::max(sequence.time(begin), sequence.time(end - 1)) + 1);
       // Where the pre-activations of the s'th step's rows lie. Threads with rows of their own do
       // not wait for each other between chunks, so that each needs a place of its own.
-      const bool alone = row == 0 && row_end == N;
+      const bool alone = row == 0 && share.row_end == N;
       const GateSums chunk = {sums, alone ? high - low : chunk_steps * N};
       const auto place = [&](int64_t s) {
         return alone ? sequence.offset(sequence.time(s)) - low : (s - begin) * N + row;
@@ -136,11 +131,12 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Sequen
         project(low, high - low, 0);
       else
         for (int64_t s = begin; s < end; ++s)
-          if (active(sequence.time(s)) > 0)
-            project(sequence.offset(sequence.time(s)) + row, active(sequence.time(s)), place(s));
+          if (const int64_t rows = share.rows(sequence, sequence.time(s)); rows > 0)
+            project(sequence.offset(sequence.time(s)) + row, rows, place(s));
 
       for (int64_t s = begin; s < end; ++s) {
-        const int64_t t = sequence.time(s), rows = active(t), first_row = sequence.offset(t) + row;
+        const int64_t t = sequence.time(s), rows = share.rows(sequence, t);
+        const int64_t first_row = sequence.offset(t) + row;
         const bool* reset_next = sequence.reset(s + 1);
         if (rows > 0) {
           const void* h_before = steady && s == 0 ? hx.const_data_ptr() : h[s % 2];

@@ -81,18 +81,36 @@ class Sequence {
   std::unique_ptr<bool[]> reset_;
 };
 
-// How the time loop is cut into shares.
+// What a thread has of the time loop: rows of every step, and blocks of the weights.
+struct Share {
+  int64_t row, row_end, block, block_end;
+
+  int64_t rows(const Sequence& sequence, int64_t t) const {
+    return std::min(sequence.rows(t), row_end) - row;
+  }
+};
+
+// How the time loop is cut into shares: by rows, each with all blocks, or by blocks, each with all
+// rows.
 struct Cut {
   bool by_rows;
-  int64_t shares;
+  int64_t shares, blocks;
 
-  Cut(const Sequence& sequence, int64_t H, int64_t blocks) {
+  Cut(const Sequence& sequence, int64_t H, int64_t all_blocks) : blocks(all_blocks) {
     const int64_t N = sequence.N(), threads = team_size();
     const bool worth_it = N * 4 * H * (H + 16) >= kSharedStepWork;
     by_rows = N >= 2 * kRowsOfAThread || blocks < 2 || threads == 1;
     shares = !worth_it ? 1
              : by_rows ? std::clamp<int64_t>(N / kRowsOfAThread, 1, threads)
                        : std::min(threads, blocks);
+  }
+
+  // Whether every block is read by one thread alone, who may then pack it for itself.
+  bool own_blocks() const { return !by_rows || shares == 1; }
+  // The shares from first to last as one.
+  Share share(const Sequence& sequence, int64_t first, int64_t last) const {
+    if (by_rows) return {sequence.row_at(first, shares), sequence.row_at(last, shares), 0, blocks};
+    return {0, sequence.N(), blocks * first / shares, blocks * last / shares};
   }
 };
 
