@@ -77,10 +77,9 @@ def check_correct(
         output = flat(peer.call(x, states))
         result = [output]
         if grad is not None:
-            leaves = [
-                *peer.module.parameters(),
-                *([x] if getattr(x, "requires_grad", False) else []),
-            ]
+            leaves = list(peer.module.parameters())
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                leaves.append(x)
             result += torch.autograd.grad(output, leaves, grad)
         results.append([t.detach().double() for t in result])
     eps = torch.finfo(results[0][0].dtype if grad is None else grad.dtype).eps

@@ -1,9 +1,10 @@
 """What ``torch.vmap`` does with the operators: per-sample gradients, ensembles, jacobians.
 
 Where only inputs and states are batched, the new dimension joins the batch of one fused call. With
-weights batched as well (an ensemble), or their gradients (per sample), the cell is computed in
-batched tensor operations by :mod:`lstm_ext.reference`'s formulas, and the layer, a large operation,
-by one fused call for each.
+weights batched as well (an ensemble), or their gradients, the cell is computed in batched tensor
+operations by :mod:`lstm_ext.reference`'s formulas, and the layer, a large operation, by one fused
+call for each. Gradients of ``torch.func.grad``, which can be differentiated again, come from tensor
+operations in any case (csrc/composite.cpp), and those need no rule.
 
 B is the size of the dimension that vmap adds, and comes first in every tensor here.
 """

@@ -47,6 +47,47 @@ def test_benchmark_and_report(tmp_path):
     assert "| 1 x 3 -> 2 |" in markdown
 
 
+def test_sequence_benchmark(tmp_path):
+    out = tmp_path / "sequence.json"
+    result = run(
+        BENCHMARKS / "bench_sequence.py", "--shapes", "4x2x3x5", "--threads", 1, "--rounds", 2,
+        "--peers", "nn.LSTM", "lstm_ext, frozen", "loop of nn.LSTMCell", "--out", out,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = {row["mode"]: row for row in json.loads(out.read_text())["rows"]}
+    assert len(rows) == 9
+    for mode, row in rows.items():
+        times = row["microseconds"]
+        assert ("lstm_ext, frozen" in times) == ("inference" in mode)
+        assert row["ratio"] == pytest.approx(times["nn.LSTM"] / times["lstm_ext"])
+    assert "loop of nn.LSTMCell" in rows["inference"]["microseconds"]
+    assert rows["training"]["kept_bytes"]["lstm_ext"] == 4 * 5 * (4 * 2) * 5
+    # 4 gates x (I + H) x rows, twice for a multiplication and an addition; three times to train,
+    # less the gradient of the input where nobody asks for it.
+    per_step = 2 * 4 * 2 * 4 * 5
+    for mode, products in (
+        ("inference", 3 + 5), ("training", 2 * 3 + 3 * 5), ("input gradient training", 3 * (3 + 5)),
+    ):  # fmt: skip
+        row = rows[mode]
+        flops = row["gflops"] * 1e3 * row["microseconds"]["lstm_ext"]
+        assert flops == pytest.approx(per_step * products)
+
+
+def test_a_wrong_layer_is_not_timed():
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import torch, bench_sequence; "
+        "from sequence_peers import OURS, TORCH, layers; "
+        "peers = layers(3, 2, torch.float32, [OURS, TORCH]); "
+        "x, states = torch.randn(4, 1, 3), (torch.zeros(1, 1, 2),) * 2; "
+        "bench_sequence.check_correct(peers, x, states, None); "
+        "torch.nn.init.ones_(peers[TORCH].module.bias_hh_l0); "
+        "bench_sequence.check_correct(peers, x, states, None)"
+    )
+    result = run("-c", code)
+    assert result.returncode == 1
+    assert "a peer's result is off by" in result.stderr
+
+
 def test_a_wrong_peer_is_not_timed():
     """The check before a row is timed fails when a peer computes something else."""
     code = (

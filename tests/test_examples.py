@@ -6,8 +6,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_pieces_go_on_where_the_last_one_ended(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import char_model
+
+    data = char_model.pieces(torch.arange(1000), N=4, L=10)
+    x, y = next(data)
+    assert torch.equal(y, x + 1)
+    for _ in range(50):  # twice through the text
+        last = y[-1]
+        x, y = next(data)
+        assert torch.equal(x[0], last) or torch.equal(x[0], torch.arange(4) * 249)
+    assert torch.equal(y, x + 1)
 
 
 def test_character_model():

@@ -173,6 +173,11 @@ def test_copies_and_pickles(kind):
             torch.testing.assert_close(copied(x), frozen(x), rtol=0, atol=0)
             assert list(copied.state_dict()) == list(frozen.state_dict())
             assert type(lstm_ext.unfreeze(copied)) is kind
+        # Packed anew, not copied: what another processor packed would be refused.
+        frozen.packed_0[0] = 88
+        with pytest.raises(RuntimeError, match="packed for"):
+            frozen(x)
+        pickle.loads(pickle.dumps(frozen))(x)
 
 
 @pytest.mark.parametrize("kind", [lstm_ext.LSTM, lstm_ext.LSTMCell])
