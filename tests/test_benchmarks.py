@@ -76,8 +76,9 @@ def test_sequence_benchmark(tmp_path):
 def test_a_wrong_layer_is_not_timed():
     code = (
         f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import torch, bench_sequence; "
-        "from sequence_peers import OURS, TORCH, layers; "
-        "peers = layers(3, 2, torch.float32, [OURS, TORCH]); "
+        "from sequence_peers import FROZEN, OURS, TORCH, layers; "
+        "peers = layers(3, 2, torch.float32, [OURS, TORCH, FROZEN]); "
+        "assert 'frozen' in repr(peers[FROZEN].module); "
         "x, states = torch.randn(4, 1, 3), (torch.zeros(1, 1, 2),) * 2; "
         "bench_sequence.check_correct(peers, x, states, None); "
         "torch.nn.init.ones_(peers[TORCH].module.bias_hh_l0); "

@@ -177,6 +177,7 @@ def test_copies_and_pickles(kind):
         frozen.packed_0[0] = 88
         with pytest.raises(RuntimeError, match="packed for"):
             frozen(x)
+        assert frozen.__getstate__()["_buffers"] == {}
         pickle.loads(pickle.dumps(frozen))(x)
 
 
