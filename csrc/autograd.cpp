@@ -2,6 +2,7 @@
 // the latter is refused under every torch.func transform and costs more per call
 // (docs/architecture.md has the figures).
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -108,6 +109,29 @@ class ExistingGradients {
   bool any_ = false, usable_ = false;
 };
 
+// Whether torch.compile or its like records the backward, and the gradients of the weights are
+// large: made by one operator a step, all of a loop's would be alive until their sum. As products
+// of their own, a compiler lets each add to the one before.
+bool products_apart(const CellInputs& in) {
+  constexpr int64_t large = int64_t{1} << 17;
+  // With a graph of the backward, the operator alone has the right one.
+  if (at::GradMode::is_enabled() || !c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+  const auto numbers = (in.w_ih.sym_numel() + in.w_hh.sym_numel()).maybe_as_int();
+  return numbers.has_value() && *numbers >= large;
+}
+
+CellGradients backward_with_products_apart(const std::optional<Tensor>& grad_hy,
+                                           const std::optional<Tensor>& grad_cy,
+                                           const CellInputs& in, const Tensor& gates,
+                                           CellGradientMask mask) {
+  const CellGradientMask states = {mask[0], mask[1], mask[2]};
+  mask[0] = mask[1] = mask[2] = false;
+  CellGradients out = composite::cell_backward(grad_hy, grad_cy, in, gates, mask);
+  std::tie(std::get<0>(out), std::get<1>(out), std::get<2>(out), std::ignore, std::ignore,
+           std::ignore, std::ignore) = call_lstm_cell_backward(grad_hy, grad_cy, in, gates, states);
+  return out;
+}
+
 // Keeps the inputs and the activated gates; c' is computed anew, so that it may be changed in
 // place after the call, as with torch.nn.LSTMCell.
 struct LSTMCellBackward : public torch::autograd::Node {
@@ -149,7 +173,9 @@ struct LSTMCellBackward : public torch::autograd::Node {
       return {std::move(d_input), std::move(d_hx), std::move(d_cx), {}, {}, {}, {}};
     }
     auto [d_input, d_hx, d_cx, d_w_ih, d_w_hh, d_b_ih, d_b_hh] =
-        call_lstm_cell_backward(grad_hy, grad_cy, in, gates.unpack(), mask);
+        products_apart(in)
+            ? backward_with_products_apart(grad_hy, grad_cy, in, gates.unpack(), mask)
+            : call_lstm_cell_backward(grad_hy, grad_cy, in, gates.unpack(), mask);
     return {std::move(d_input), std::move(d_hx),   std::move(d_cx),  std::move(d_w_ih),
             std::move(d_w_hh),  std::move(d_b_ih), std::move(d_b_hh)};
   }

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch._dynamo.backends.common
 import torch._dynamo.testing
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_ext
 
@@ -59,6 +61,46 @@ def test_compile_forward_and_backward(model, dynamic):
         x = torch.randn(L, N, 3, requires_grad=True)
         torch.testing.assert_close(compiled(x), model(x))
         torch.testing.assert_close(gradients(compiled, model, x), gradients(model, model, x))
+
+
+@pytest.mark.parametrize("features", [8, 180])  # the operator's products, and products apart
+def test_compiled_backward_of_small_and_large_cells(features):
+    torch._dynamo.reset()
+    cell = lstm_ext.LSTMCell(features, features)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(str(graph.code))
+        return graph
+
+    def two_steps(x):
+        return cell(x, cell(x))[0]
+
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep)
+    compiled = torch.compile(two_steps, fullgraph=True, backend=backend)
+    x = torch.randn(3, features, requires_grad=True)
+    found, expected = (gradients(call, cell, x) for call in (compiled, two_steps))
+    torch.testing.assert_close(found, expected)
+    assert "lstm_cell_backward" in graphs[-1]
+    assert ("aten.mm" in graphs[-1]) == (features == 180)
+
+
+def test_second_derivative_of_a_large_cell_inside_a_dispatch_mode():
+    cell = lstm_ext.LSTMCell(180, 180, dtype=torch.float64)
+    x = torch.randn(2, 180, dtype=torch.float64, requires_grad=True)
+
+    def second():
+        leaves = [x, *cell.parameters()]
+        first = torch.autograd.grad(cell(x)[0].square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    expected = second()
+    with Watch():
+        torch.testing.assert_close(second(), expected)
 
 
 def test_compile_does_not_recompile_for_every_size():
