@@ -33,7 +33,8 @@ def groups(rows: Rows) -> dict[tuple[str, int], Rows]:
 
 
 def name(row: dict[str, Any]) -> str:
-    return " x ".join(str(size) for size in row["shape"][:-1]) + f" -> {row['shape'][-1]}"
+    model = f"{row['model']} " if "model" in row else ""
+    return model + " x ".join(str(size) for size in row["shape"][:-1]) + f" -> {row['shape'][-1]}"
 
 
 def summary(rows: Rows) -> str:
@@ -59,7 +60,7 @@ def table(rows: Rows, markdown: bool) -> list[str]:
             name(row),
             *(f"{row['microseconds'].get(peer, float('nan')):.1f}" for peer in peers),
             f"{row['ratio']:.2f}" if "ratio" in row else "-",
-            f"{row['gflops']:.1f}",
+            f"{row['gflops']:.1f}" if "gflops" in row else "-",
             f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else "-",
         ]
         for row in rows

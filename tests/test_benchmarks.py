@@ -73,6 +73,18 @@ def test_sequence_benchmark(tmp_path):
         assert flops == pytest.approx(per_step * products)
 
 
+def test_models_benchmark(tmp_path):
+    out = tmp_path / "models.json"
+    result = run(BENCHMARKS / "bench_models.py", "--quick", "--eager", "--threads", 1, "--out", out)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 3 * 2
+    for row in rows:
+        times = row["microseconds"]
+        assert row["ratio"] == pytest.approx(times["torch"] / times["lstm_ext"])
+    assert "tagger 3 x 4 -> 7" in result.stdout
+
+
 def test_a_wrong_layer_is_not_timed():
     code = (
         f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import torch, bench_sequence; "
