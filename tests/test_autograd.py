@@ -254,22 +254,6 @@ def test_backward_operator_checks_its_arguments(grad):
 OPS = torch.ops.lstm_ext
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(device, requires_grad):
-    """Schema, registration, fake kernels (shapes, strides), tracing: PyTorch's own check."""
-    values, grads = case(3, 4, 2, torch.float32, device)
-    args = [v.requires_grad_(requires_grad) for v in values.values()]
-    torch.library.opcheck(OPS.lstm_cell, args)
-    torch.library.opcheck(OPS.lstm_cell_forward, args)
-    gates = OPS.lstm_cell_forward(*args)[2].detach()
-    args = [a.detach() for a in args]
-    torch.library.opcheck(OPS.lstm_cell_backward, (*grads, *args, gates, [True] * 7))
-    torch.library.opcheck(
-        OPS.lstm_cell_backward,
-        (None, grads[1], *args, gates, [True, False, True, False] + [True] * 3),
-    )
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_without_graph_breaks(dynamic):
     torch._dynamo.reset()

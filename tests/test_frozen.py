@@ -301,16 +301,3 @@ def test_compiles_whole():
         with torch.no_grad():
             compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(compiled(x), frozen(x))
-
-
-def test_opcheck():
-    op = torch.ops.lstm_ext
-    packed = op.lstm_layer_pack(torch.randn(16, 3), torch.randn(16, 4))
-    states, bias = torch.zeros(1, 2, 4), torch.randn(16)
-    arguments = (torch.randn(5, 2, 3), states[0], states[0].clone(), packed, bias, None)
-    torch.library.opcheck(op.lstm_layer_packed, (*arguments, None, None, False))
-    torch.library.opcheck(
-        op.lstm_packed,
-        (arguments[0], states, states.clone(), [packed, bias, None], False, None, None),
-    )
-    torch.library.opcheck(op.lstm_layer_pack, (torch.randn(16, 3), torch.randn(16, 4)))

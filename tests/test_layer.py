@@ -151,22 +151,6 @@ def test_gradcheck(packed, reverse, with_reset):
     assert torch.autograd.gradgradcheck(layer, leaves)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-def test_opcheck(reverse, packed):
-    sizes = torch.tensor([3, 2]) if packed else None
-    x = torch.randn(5, 4) if packed else torch.randn(2, 3, 4)
-    tensors = [x, *(torch.randn(s) for s in ((3, 6), (3, 6), (24, 4), (24, 6), (24,), (24,)))]
-    for t in tensors:
-        t.requires_grad_()
-    args = (*tensors, sizes, None, reverse)
-    for op in ("lstm_layer", "lstm_layer_forward"):
-        torch.library.opcheck(getattr(torch.ops.lstm_ext, op), args)
-    x, h, c, *weights = tensors
-    states = h.detach().unsqueeze(0), c.detach().unsqueeze(0)
-    torch.library.opcheck(torch.ops.lstm_ext.lstm, (x, *states, weights, False, 0.0, sizes, None))
-
-
 @pytest.mark.parametrize(
     ("sizes", "reset", "message"),
     [

@@ -1,0 +1,76 @@
+"""torch.library.opcheck for every operator: schema, registration, fake kernels, tracing."""
+
+import pytest
+import torch
+from measure import uniform
+from torch.library import opcheck
+
+OPS = torch.ops.lstm_ext
+L, N, I, H = 4, 3, 5, 2
+SHAPES = ((N, I), (N, H), (N, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
+PACKED = torch.tensor([3, 3, 2, 1])
+ALL = [True] * 7
+
+
+def draw(shapes, device, requires_grad=False):
+    return [uniform(s).float().to(device).requires_grad_(requires_grad) for s in shapes]
+
+
+def cells(device, requires_grad):
+    grads, args = draw([(N, H), (N, H)], device), draw(SHAPES, device, requires_grad)
+    yield OPS.lstm_cell, args
+    yield OPS.lstm_cell, [*args[:5], None, None]
+    yield OPS.lstm_cell_forward, args
+    args = draw(SHAPES, device)
+    gates = OPS.lstm_cell_forward(*args)[2]
+    yield OPS.lstm_cell_backward, (*grads, *args, gates, ALL)
+    some = [True, False, True, False, True, True, True]
+    yield OPS.lstm_cell_backward, (None, grads[1], *args, gates, some)
+    into = [t.clone() for t in args[3:]]
+    yield OPS.lstm_cell_backward_accumulate, (*grads, *args, gates, *into, ALL[:3])
+    into[1:3] = None, None
+    yield OPS.lstm_cell_backward_accumulate, (*grads, *args, gates, *into, [True, False, True])
+
+
+def layers(device, requires_grad):
+    for sizes, reverse in ((None, False), (None, True), (PACKED, False), (PACKED, True)):
+        shapes = ((9, I) if sizes is not None else (L, N, I), *SHAPES[1:])
+        args, rest = draw(shapes, device, requires_grad), (sizes, None, reverse)
+        yield OPS.lstm_layer, (*args, *rest)
+        yield OPS.lstm_layer_forward, (*args, *rest)
+        x, h, c, *weights = args
+        states = h.detach().unsqueeze(0), c.detach().unsqueeze(0)
+        yield OPS.lstm, (x, *states, weights, False, 0.0, sizes, None)
+        args = draw(shapes, device)
+        output, hy, cy, gates, c_before = OPS.lstm_layer_forward(*args, *rest)
+        for grads in ((output, hy, cy), (output, None, None), (None, hy, None)):
+            kept = (output, gates, c_before)
+            yield OPS.lstm_layer_backward, (*(g if g is None else g.clone() for g in grads),
+                                            *args, *rest, *kept, ALL)  # fmt: skip
+
+
+def packed_weights(device, _):
+    x, h, c, w_ih, w_hh, b, _ = draw(((L, N, I), *SHAPES[1:]), device)
+    yield OPS.lstm_layer_pack, (w_ih, w_hh)
+    packed = OPS.lstm_layer_pack(w_ih, w_hh)
+    yield OPS.lstm_layer_packed, (x, h, c, packed, b, None, None, None, False)
+    states = h.unsqueeze(0), c.unsqueeze(0)
+    yield OPS.lstm_packed, (x, *states, [packed, b, None], False, None, None)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("calls", [cells, layers, packed_weights])
+def test_opcheck(device, calls, requires_grad):
+    if calls is packed_weights and device == "cuda":
+        pytest.skip("weights are packed for the CPU's kernels alone")
+    for op, args in calls(device, requires_grad):
+        opcheck(op, tuple(args))
+
+
+def test_no_operator_is_left_out():
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names()
+             if name.startswith("lstm_ext::")}  # fmt: skip
+    called = {
+        op.__name__ for calls in (cells, layers, packed_weights) for op, _ in calls("cpu", False)
+    }
+    assert called == names
