@@ -5,16 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import char_model
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+
+import lstm_ext
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_pieces_go_on_where_the_last_one_ended(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    import char_model
-
+def test_pieces_go_on_where_the_last_one_ended():
     data = char_model.pieces(torch.arange(1000), N=4, L=10)
     x, y = next(data)
     assert torch.equal(y, x + 1)
@@ -48,12 +49,22 @@ def test_character_model():
 
 
 @pytest.mark.parametrize("options", ["", "--fsdp"])
-def test_two_processes(options):
-    """DistributedDataParallel and FSDP2 give what one process gives on the joined batch."""
+def test_two_processes(options, tmp_path):
+    """DistributedDataParallel and FSDP2 give what one process gives on the joined batch.
+
+    And go on from a checkpoint, which torch's own LSTM reads too, in one process.
+    """
     small = "--steps 12 --hidden 32 --batch 4 --length 16 --modules 1"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
-        [*command, EXAMPLES / "train_ddp.py", *small.split(), *options.split()],
+        [
+            *command,
+            EXAMPLES / "train_ddp.py",
+            *small.split(),
+            "--checkpoint",
+            tmp_path,
+            *options.split(),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -62,3 +73,14 @@ def test_two_processes(options):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "ok    2 processes and one" in result.stdout
+    assert result.stdout.count("goes on from the checkpoint as without it") == 2
+
+    found = [char_model.CharModel(kind, 32, 2) for kind in (torch.nn.LSTM, lstm_ext.LSTM)]
+    for model in found:
+        state = model.state_dict()
+        dcp.load({"model": state}, checkpoint_id=tmp_path)
+        model.load_state_dict(state)
+    x = torch.randint(96, (5, 3))
+    torch.testing.assert_close(found[0](x), found[1](x))
+    untrained = char_model.seeded_model(lstm_ext.LSTM, 32, 2)
+    assert not torch.allclose(untrained(x)[0], found[1](x)[0], atol=0.1)
