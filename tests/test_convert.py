@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import lstm_ext
 
@@ -107,8 +107,10 @@ def test_twice_is_once():
     assert kinds(lstm_ext.revert(lstm_ext.revert(model))) == kinds(Model())
 
 
-def test_parametrized_and_pruned():
-    model = nn.ModuleList([weight_norm(nn.LSTM(3, 4), "weight_hh_l0"), nn.LSTMCell(3, 4)])
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
+def test_parametrized_and_pruned(norm):
+    model = nn.ModuleList([norm(nn.LSTM(3, 4), "weight_hh_l0"), nn.LSTMCell(3, 4)])
+    model.eval()  # training would change spectral_norm's vectors at every call
     prune.l1_unstructured(model[1], "weight_ih", amount=0.5)
     x = torch.randn(2, 3)
     expected = [m(x) for m in model]
