@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 MARK := $(VENV)/.built
 SOURCES := setup.py build_backend.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-packaging bench lint format clean
+.PHONY: demo test test-packaging test-published bench lint format clean
 
 demo: $(MARK)
 	$(BIN)/python -m lstm_ext demo
@@ -20,13 +20,19 @@ test: $(MARK)
 test-packaging: $(MARK)
 	$(BIN)/python -m pytest -m packaging
 
-# On a machine with nothing else to do: it takes about half an hour.
+# On published packages that know nothing of ours.
+test-published: $(MARK)
+	$(BIN)/python -m pip install -e ".[published]"
+	$(BIN)/python -m pytest -m published
+
+# On a machine with nothing else to do: it takes about forty minutes.
 bench: $(MARK)
 	$(BIN)/python benchmarks/bench_cell.py
 	$(BIN)/python benchmarks/report.py benchmarks/results/cell.json --png
-	$(BIN)/python -m pip install -e ".[bench]"
+	$(BIN)/python -m pip install -e ".[bench,published]"
 	$(BIN)/python benchmarks/bench_sequence.py
 	$(BIN)/python benchmarks/report.py benchmarks/results/sequence.json --png
+	$(BIN)/python benchmarks/bench_models.py
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check

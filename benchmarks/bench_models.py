@@ -3,16 +3,19 @@
     python benchmarks/bench_models.py                  the three models of examples/models.py
     python benchmarks/report.py benchmarks/results/models.json    table of a result file
 
-The models know nothing of lstm_ext. A shape is batch x length -> hidden size. Modes: ``inference``
-under no_grad, in evaluation mode; ``training``, a forward and a backward with the loss between. The
-ratio is that of torch's modules, the faster of eager and compiled, to the faster of the converted
-ones. ``nn.LSTM`` breaks torch.compile's graph; converted models compile in one (fullgraph).
+The models know nothing of lstm_ext; the policy of sb3-contrib's RecurrentPPO joins them where that
+package is installed (``pip install -e ".[published]"``). A shape is batch x length -> hidden size.
+Modes: ``inference`` under no_grad, in evaluation mode; ``training``, a forward and a backward with
+the loss between. The ratio is that of torch's modules, the faster of eager and compiled, to the
+faster of the converted ones. ``nn.LSTM`` breaks torch.compile's graph; converted models compile in
+one (fullgraph).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import sys
 import types
 from collections.abc import Callable
@@ -22,22 +25,59 @@ from typing import Any
 import protocol
 import report
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import lstm_ext
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from models import AttentionDecoder, RecurrentPolicy, Tagger
+from models import AttentionDecoder, Example, RecurrentPolicy, Tagger
 
-MODELS = {
+
+class PublishedPolicy(nn.Module):
+    """The policy of sb3-contrib's RecurrentPPO as its training calls it, on the cart and pole.
+
+    Args:
+        hidden: number of features of the states of its two LSTMs.
+    """
+
+    def __init__(self, hidden: int = 8) -> None:
+        from gymnasium import spaces
+        from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+
+        super().__init__()
+        self.policy = RecurrentActorCriticPolicy(
+            spaces.Box(-1.0, 1.0, (4,)), spaces.Discrete(2), lambda _: 1e-3, lstm_hidden_size=hidden
+        )
+
+    def forward(self, observations: Tensor, actions: Tensor, starts: Tensor) -> Tensor:
+        """Map observations (N, L, 4), actions and episodes' starts (N, L) to (N, L, 2)."""
+        from sb3_contrib.common.recurrent.type_aliases import RNNStates
+
+        N, L, _ = observations.shape
+        zeros = observations.new_zeros(1, N, self.policy.lstm_actor.hidden_size)
+        values, log_probabilities, _ = self.policy.evaluate_actions(
+            observations.flatten(0, 1),
+            actions.flatten(),
+            RNNStates((zeros, zeros), (zeros, zeros)),
+            starts.flatten(),
+        )
+        return torch.stack([values.flatten(), log_probabilities], -1).view(N, L, 2)
+
+    def example(self, N: int, L: int) -> Example:
+        """Draw experience in which one step in five starts an episode."""
+        actions = torch.randint(2, (N, L))
+        return (torch.randn(N, L, 4), actions, (torch.rand(N, L) < 0.2).float()), actions
+
+
+MODELS: dict[str, tuple[Any, tuple[int, ...], tuple[int, int]]] = {
     "attention decoder": (AttentionDecoder, (2000, 256, 256, 128), (16, 20)),
     "recurrent policy": (RecurrentPolicy, (16, 64, 6), (8, 16)),
     "tagger": (Tagger, (2000, 100, 128, 20), (32, 40)),
 }
-QUICK: dict[str, tuple[Any, tuple[int, ...], tuple[int, int]]] = {
-    name: (kind, (), (3, 4)) for name, (kind, _, _) in MODELS.items()
-}
+if importlib.util.find_spec("sb3_contrib"):
+    MODELS["RecurrentPPO's policy"] = (PublishedPolicy, (64,), (8, 16))
+QUICK = {name: (kind, (), (3, 4)) for name, (kind, _, _) in MODELS.items()}
 TORCH, OURS = "torch", "lstm_ext"
 COMPILED = ", compiled"
 
@@ -56,7 +96,8 @@ def peers(model: nn.Module, compiled: bool) -> dict[str, nn.Module]:
     torch._dynamo.reset()
     ours = lstm_ext.convert(copy.deepcopy(model))
     result = {TORCH: model, OURS: ours}
-    if compiled:
+    # The published policy branches on data: broken into small graphs, it is slower than eager.
+    if compiled and not isinstance(model, PublishedPolicy):
         # Packed sequences have data-dependent sizes, at which torch breaks the graph by itself.
         fullgraph = not isinstance(model, Tagger)
         result[TORCH + COMPILED] = compile_alone(model)
@@ -76,8 +117,8 @@ def bench_row(
     inputs, targets = model.example(N, L)
     H = next(m.hidden_size for m in model.modules() if isinstance(m, (nn.LSTM, nn.LSTMCell)))
 
-    def closure(module: nn.Module) -> Callable[[], torch.Tensor]:
-        def step() -> torch.Tensor:
+    def closure(module: nn.Module) -> Callable[[], Tensor]:
+        def step() -> Tensor:
             logits = module(*inputs)
             if mode == "inference":
                 return logits

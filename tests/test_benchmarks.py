@@ -78,7 +78,8 @@ def test_models_benchmark(tmp_path):
     result = run(BENCHMARKS / "bench_models.py", "--quick", "--eager", "--threads", 1, "--out", out)
     assert result.returncode == 0, result.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 3 * 2
+    names = {row["model"] for row in rows} - {"RecurrentPPO's policy"}  # if it is installed
+    assert names == {"attention decoder", "recurrent policy", "tagger"}
     for row in rows:
         times = row["microseconds"]
         assert row["ratio"] == pytest.approx(times["torch"] / times["lstm_ext"])
