@@ -13,9 +13,9 @@
 #include <mutex>
 #include <typeinfo>
 
-#include "autograd_inputs.h"
 #include "node_compat.h"
 #include "ops.h"
+#include "recorded_node.h"
 
 namespace lstm_ext {
 namespace {
@@ -134,50 +134,45 @@ CellGradients backward_with_products_apart(const std::optional<Tensor>& grad_hy,
 
 // Keeps the inputs and the activated gates; c' is computed anew, so that it may be changed in
 // place after the call, as with torch.nn.LSTMCell.
-struct LSTMCellBackward : public torch::autograd::Node {
-  std::array<SavedVariable, kCellInputs> inputs;
-  SavedVariable gates;
-
+struct LSTMCellBackward : public RecordedNode<LSTMCellBackward, kCellInputs + 1> {
   std::string name() const override { return "LSTMCellBackward"; }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable& saved : inputs) saved.reset_data();
-    gates.reset_data();
-  }
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(kCellInputs);
-    const Tensor input = inputs[0].unpack(), hx = inputs[1].unpack(), cx = inputs[2].unpack(),
-                 w_ih = inputs[3].unpack(), w_hh = inputs[4].unpack();
-    const std::optional<Tensor> b_ih = or_none(inputs[5].unpack()),
-                                b_hh = or_none(inputs[6].unpack());
-    const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
-    const std::optional<Tensor> grad_hy = or_none(grads[0]), grad_cy = or_none(grads[1]);
-    CellGradientMask mask;
-    for (int k = 0; k < kCellInputs; ++k) mask[k] = task_should_compute_output(k);
+    const Kept kept = unpack();
+    const CellGradientMask mask = wanted();
 
     constexpr int first_parameter = kCellInputs - kCellParameters;
     ExistingGradients existing(&next_edges()[first_parameter], &mask[first_parameter]);
-    for (const Tensor& read : variable_list{input, hx, cx, w_ih, w_hh, grads[0], grads[1]})
-      existing.keep_apart_from(read);
-    if (existing.usable()) {
-      CellStateGradients state;
-      existing.update([&] {
-        at::AutoDispatchBelowADInplaceOrView guard;
-        state = call_lstm_cell_backward_accumulate(grad_hy, grad_cy, in, gates.unpack(),
-                                                   existing.tensors(), {mask[0], mask[1], mask[2]});
-      });
-      auto& [d_input, d_hx, d_cx] = state;
-      return {std::move(d_input), std::move(d_hx), std::move(d_cx), {}, {}, {}, {}};
-    }
-    auto [d_input, d_hx, d_cx, d_w_ih, d_w_hh, d_b_ih, d_b_hh] =
-        products_apart(in)
-            ? backward_with_products_apart(grad_hy, grad_cy, in, gates.unpack(), mask)
-            : call_lstm_cell_backward(grad_hy, grad_cy, in, gates.unpack(), mask);
-    return {std::move(d_input), std::move(d_hx),   std::move(d_cx),  std::move(d_w_ih),
-            std::move(d_w_hh),  std::move(d_b_ih), std::move(d_b_hh)};
+    for (int k = 0; k < 5; ++k) existing.keep_apart_from(*kept[k]);  // input, states, weights
+    for (const Tensor& grad : grads) existing.keep_apart_from(grad);
+    if (!existing.usable()) return gradients(grads, kept, mask, reverse);
+    CellStateGradients state;
+    existing.update([&] {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      state = call_lstm_cell_backward_accumulate(or_none(grads[0]), or_none(grads[1]), inputs(kept),
+                                                 *kept[kCellInputs], existing.tensors(),
+                                                 {mask[0], mask[1], mask[2]});
+    });
+    auto& [d_input, d_hx, d_cx] = state;
+    return {std::move(d_input), std::move(d_hx), std::move(d_cx), {}, {}, {}, {}};
+  }
+
+  static variable_list gradients(const variable_list& grads, const Kept& kept,
+                                 CellGradientMask mask, bool /*reverse*/) {
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(kCellInputs);
+    const CellInputs in = inputs(kept);
+    const std::optional<Tensor> grad_hy = or_none(grads[0]), grad_cy = or_none(grads[1]);
+    const Tensor& gates = *kept[kCellInputs];
+    return as_list(products_apart(in)
+                       ? backward_with_products_apart(grad_hy, grad_cy, in, gates, mask)
+                       : call_lstm_cell_backward(grad_hy, grad_cy, in, gates, mask));
+  }
+
+ private:
+  static CellInputs inputs(const Kept& kept) {
+    return {*kept[0], *kept[1], *kept[2], *kept[3], *kept[4], kept[5], kept[6]};
   }
 };
 
@@ -191,11 +186,10 @@ CellTrainingOutputs forward_with_graph(const CellInputs& in) {
     at::AutoDispatchBelowADInplaceOrView guard;
     out = call_lstm_cell_forward(in);
   }
-  node->inputs = {SavedVariable(in.input, false), SavedVariable(in.hx, false),
-                  SavedVariable(in.cx, false),    SavedVariable(in.w_ih, false),
-                  SavedVariable(in.w_hh, false),  SavedVariable(b_ih, false),
-                  SavedVariable(b_hh, false)};
-  node->gates = SavedVariable(std::get<2>(out), false);
+  node->saved = {SavedVariable(in.input, false), SavedVariable(in.hx, false),
+                 SavedVariable(in.cx, false),    SavedVariable(in.w_ih, false),
+                 SavedVariable(in.w_hh, false),  SavedVariable(b_ih, false),
+                 SavedVariable(b_hh, false),     SavedVariable(std::get<2>(out), false)};
   torch::autograd::set_history(std::get<0>(out), node);
   torch::autograd::set_history(std::get<1>(out), node);
   return out;

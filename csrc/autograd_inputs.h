@@ -14,6 +14,12 @@ inline std::optional<at::Tensor> or_none(at::Tensor tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(std::move(tensor)) : std::nullopt;
 }
 
+inline torch::autograd::variable_list as_list(CellGradients&& gradients) {
+  return std::apply(
+      [](auto&&... gradient) { return torch::autograd::variable_list{std::move(gradient)...}; },
+      std::move(gradients));
+}
+
 template <class Inputs>  // CellInputs or LayerInputs
 bool has_forward_grad(const Inputs& in) {
   using torch::autograd::isFwGradDefined;

@@ -6,9 +6,9 @@
 
 #include <mutex>
 
-#include "autograd_inputs.h"
 #include "layer_ops.h"
 #include "node_compat.h"
+#include "recorded_node.h"
 
 namespace lstm_ext {
 namespace {
@@ -18,40 +18,25 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using Optional = const std::optional<Tensor>&;
 
-// Keeps the inputs, the output, the gates and the c before each step: 5 S H numbers beyond inputs
-// and outputs.
-struct LSTMLayerBackward : public torch::autograd::Node {
-  std::array<SavedVariable, kCellInputs> inputs;
-  SavedVariable batch_sizes, reset, output, gates, c_before;
-  bool reverse = false;
-
+// Keeps the inputs, batch_sizes and reset, the output, the gates and the c before each step: 5 S H
+// numbers beyond inputs and outputs.
+struct LSTMLayerBackward : public RecordedNode<LSTMLayerBackward, kCellInputs + 5> {
   std::string name() const override { return "LSTMLayerBackward"; }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable& saved : inputs) saved.reset_data();
-    for (SavedVariable* saved : {&batch_sizes, &reset, &output, &gates, &c_before})
-      saved->reset_data();
-  }
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
+    return gradients(grads, unpack(), wanted(), reverse);
+  }
+
+  static variable_list gradients(const variable_list& grads, const Kept& kept,
+                                 CellGradientMask mask, bool reverse) {
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined())
       return variable_list(kCellInputs);
-    const Tensor input = inputs[0].unpack(), hx = inputs[1].unpack(), cx = inputs[2].unpack(),
-                 w_ih = inputs[3].unpack(), w_hh = inputs[4].unpack();
-    const std::optional<Tensor> b_ih = or_none(inputs[5].unpack()),
-                                b_hh = or_none(inputs[6].unpack()),
-                                sizes = or_none(batch_sizes.unpack()),
-                                resets = or_none(reset.unpack());
-    CellGradientMask mask;
-    for (int k = 0; k < kCellInputs; ++k) mask[k] = task_should_compute_output(k);
-    auto [d_input, d_hx, d_cx, d_w_ih, d_w_hh, d_b_ih, d_b_hh] =
+    return as_list(
         call_lstm_layer_backward({or_none(grads[0]), or_none(grads[1]), or_none(grads[2])},
-                                 {input, hx, cx, w_ih, w_hh, b_ih, b_hh, sizes, resets, reverse},
-                                 {output.unpack(), gates.unpack(), c_before.unpack()}, mask);
-    return {std::move(d_input), std::move(d_hx),   std::move(d_cx),  std::move(d_w_ih),
-            std::move(d_w_hh),  std::move(d_b_ih), std::move(d_b_hh)};
+                                 {*kept[0], *kept[1], *kept[2], *kept[3], *kept[4], kept[5],
+                                  kept[6], kept[7], kept[8], reverse},
+                                 {*kept[9], *kept[10], *kept[11]}, mask));
   }
 };
 
@@ -66,17 +51,15 @@ LayerTrainingOutputs forward_with_graph(const LayerInputs& in) {
     out = call_lstm_layer_forward(in);
   }
   auto& [output, hy, cy, gates, c_before] = out;
-  node->inputs = {SavedVariable(in.input, false), SavedVariable(in.hx, false),
-                  SavedVariable(in.cx, false),    SavedVariable(in.w_ih, false),
-                  SavedVariable(in.w_hh, false),  SavedVariable(b_ih, false),
-                  SavedVariable(b_hh, false)};
-  node->batch_sizes = SavedVariable(in.batch_sizes.value_or(Tensor()), false);
-  node->reset = SavedVariable(in.reset.value_or(Tensor()), false);
+  node->saved = {
+      SavedVariable(in.input, false), SavedVariable(in.hx, false), SavedVariable(in.cx, false),
+      SavedVariable(in.w_ih, false), SavedVariable(in.w_hh, false), SavedVariable(b_ih, false),
+      SavedVariable(b_hh, false), SavedVariable(in.batch_sizes.value_or(Tensor()), false),
+      SavedVariable(in.reset.value_or(Tensor()), false),
+      // Detached: the node shall not own itself. A change in place is noticed all the same.
+      SavedVariable(output.detach(), false), SavedVariable(gates, false),
+      SavedVariable(c_before, false)};
   node->reverse = in.reverse;
-  node->gates = SavedVariable(gates, false);
-  node->c_before = SavedVariable(c_before, false);
-  // Detached: the node shall not own itself. A change in place is noticed all the same.
-  node->output = SavedVariable(output.detach(), false);
   torch::autograd::set_history(output, node);
   torch::autograd::set_history(hy, node);
   torch::autograd::set_history(cy, node);

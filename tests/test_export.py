@@ -1,8 +1,11 @@
 """torch.compile, torch.export and AOTInductor over cell, layer and models that use them."""
 
+import contextlib
+
 import pytest
 import torch
 import torch._dynamo.backends.common
+import torch._dynamo.compiled_autograd
 import torch._dynamo.testing
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,6 +104,66 @@ def test_second_derivative_of_a_large_cell_inside_a_dispatch_mode():
     expected = second()
     with Watch():
         torch.testing.assert_close(second(), expected)
+
+
+def test_compiled_autograd(model):
+    """An eager forward whose backward is compiled: recorded in the dispatcher's operators."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(str(graph.code))
+        return graph
+
+    def backward(x, compiled):
+        model.zero_grad()
+        loss = model(x).square().sum()
+        if compiled:
+            compiler = torch.compile(
+                backend=torch._dynamo.backends.common.aot_autograd(fw_compiler=keep)
+            )
+            with torch._dynamo.compiled_autograd._enable(compiler):
+                loss.backward()
+        else:
+            loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    for N in (2, 3):
+        x = torch.randn(5, N, 3, requires_grad=True)
+        expected, wanted = backward(x, False), x.grad.clone()
+        x.grad = None
+        torch.testing.assert_close(backward(x, True), expected)
+        torch.testing.assert_close(x.grad, wanted)
+    assert any("lstm_ext.lstm" in code and "_backward" in code for code in graphs)
+    frozen = next(model.parameters())
+    frozen.requires_grad_(False)  # another mask of gradients, in a graph of its own
+    x = torch.randn(5, 2, 3)
+    others = [p for p in model.parameters() if p is not frozen]
+    expected = torch.autograd.grad(model(x).square().sum(), others)
+    model.zero_grad()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+            loss = model(x).square().sum()
+        loss.backward()
+    torch.testing.assert_close([p.grad for p in others], list(expected))
+
+
+def test_compiled_autograd_tells_directions_apart():
+    torch._dynamo.reset()
+    shapes = ((5, 2, 3), (2, 4), (2, 4), (16, 3), (16, 4), (16,), (16,))
+    leaves = [torch.randn(shape).requires_grad_() for shape in shapes]
+    for reverse in (False, True):
+        found = {}
+        for compiled in (False, True):
+            output, _, _ = torch.ops.lstm_ext.lstm_layer(*leaves, None, None, reverse)
+            compiler = torch.compile(backend="aot_eager")
+            enable = torch._dynamo.compiled_autograd._enable(compiler)
+            with enable if compiled else contextlib.nullcontext():
+                output.square().sum().backward()
+            found[compiled] = [leaf.grad for leaf in leaves]
+            for leaf in leaves:
+                leaf.grad = None
+        torch.testing.assert_close(found[True], found[False])
 
 
 def test_compile_does_not_recompile_for_every_size():
