@@ -16,6 +16,7 @@ from typing import Any
 from protocol import geometric_mean
 
 Rows = list[dict[str, Any]]
+RATES = {"gflops": ("GFLOP/s", "{:.1f}"), "share_of_limit": ("of limit", "{:.0%}")}
 RIVALS = "nn.LSTMCell and torch.compile"
 
 
@@ -52,16 +53,16 @@ def summary(rows: Rows) -> str:
 
 
 def table(rows: Rows, markdown: bool) -> list[str]:
-    """One line a shape: microseconds of each, the ratio to the best rival, GFLOP/s."""
+    """One line a shape: microseconds of each, the ratio to the best rival, and its rates."""
     peers = list(dict.fromkeys(peer for row in rows for peer in row["microseconds"]))
-    head = ["shape", *(f"{peer} µs" for peer in peers), "ratio", "GFLOP/s", "of limit"]
+    rates = [rate for rate in RATES if any(rate in row for row in rows)]
+    head = ["shape", *(f"{peer} µs" for peer in peers), "ratio", *(RATES[r][0] for r in rates)]
     cells = [
         [
             name(row),
-            *(f"{row['microseconds'].get(peer, float('nan')):.1f}" for peer in peers),
+            *(f"{row['microseconds'][p]:.1f}" if p in row["microseconds"] else "-" for p in peers),
             f"{row['ratio']:.2f}" if "ratio" in row else "-",
-            f"{row['gflops']:.1f}" if "gflops" in row else "-",
-            f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else "-",
+            *(RATES[rate][1].format(row[rate]) if rate in row else "-" for rate in rates),
         ]
         for row in rows
     ]
@@ -69,7 +70,7 @@ def table(rows: Rows, markdown: bool) -> list[str]:
         lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
         for cell, row in zip(cells, rows, strict=True):
             if row.get("ratio", 1) < 1:
-                cell[-3] = f"**{cell[-3]}**"
+                cell[len(peers) + 1] = f"**{cell[len(peers) + 1]}**"
             lines.append("| " + " | ".join(cell) + " |")
         return lines
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
