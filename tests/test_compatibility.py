@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch._dynamo.testing
+import torch._dynamo.compiled_autograd
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
@@ -13,6 +13,13 @@ def compiles(module, x):
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     compiled(x)[0].sum().backward()
+
+
+def compiled_autograd(module, x):
+    torch._dynamo.reset()
+    loss = module(x)[0].sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        loss.backward()
 
 
 def ensembles(module, x):
@@ -38,6 +45,7 @@ def second_derivatives(module, x):
 # what: (how, whether nn.LSTMCell can, whether nn.LSTM can)
 TABLE = {
     "compile": (compiles, True, False),
+    "compiled autograd": (compiled_autograd, True, True),
     "export": (lambda m, x: torch.export.export(m, (x,)), True, True),
     "vmap": (lambda m, x: vmap(lambda x: m(x)[0])(torch.stack([x, x])), False, False),
     "ensembles": (ensembles, False, False),

@@ -66,6 +66,17 @@ def test_compile_forward_and_backward(model, dynamic):
         torch.testing.assert_close(gradients(compiled, model, x), gradients(model, model, x))
 
 
+def test_compile_for_less_overhead(model, device):
+    """mode="reduce-overhead": CUDA graphs on a GPU, which are replayed from the third call on."""
+    torch._dynamo.reset()
+    model = model.to(device)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        x = torch.randn(5, 2, 3, device=device, requires_grad=True)
+        expected = model(x), gradients(model, model, x)
+        torch.testing.assert_close((compiled(x), gradients(compiled, model, x)), expected)
+
+
 @pytest.mark.parametrize("features", [8, 180])  # the operator's products, and products apart
 def test_compiled_backward_of_small_and_large_cells(features):
     torch._dynamo.reset()

@@ -26,8 +26,21 @@ def test_make_commands_exist():
             assert re.search(rf"^{command}:", makefile, re.M), command
 
 
-def test_snippets_run():
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(snippets) >= 2
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
+def snippets(document):
+    return re.findall(r"```python\n(.*?)```", document.read_text(), re.S)
+
+
+WITH_SNIPPETS = [document for document in DOCUMENTS if snippets(document)]
+
+
+def test_there_are_snippets():
+    assert len(snippets(ROOT / "README.md")) >= 2
+    assert len(WITH_SNIPPETS) >= 2
+
+
+@pytest.mark.parametrize("document", WITH_SNIPPETS, ids=names(WITH_SNIPPETS))
+def test_snippets_run(document):
+    for snippet in snippets(document):
+        if "onnx" in snippet:
+            pytest.importorskip("onnxscript")
+        exec(compile(snippet, document.name, "exec"), {})
