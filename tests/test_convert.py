@@ -177,3 +177,20 @@ def test_script_and_trace_by_way_of_revert():
         torch.testing.assert_close(compiled(x), expected)
     with pytest.warns(UserWarning, match=r"encoder .*compiled by torch\.jit"):
         lstm_ext.convert(torch.jit.script(model))
+
+
+def test_fx_with_our_modules_as_leaves():
+    """torch.fx takes what is in torch.nn as one node; ours, where a tracer is told to."""
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            ours = isinstance(module, (lstm_ext.LSTM, lstm_ext.LSTMCell))
+            return ours or super().is_leaf_module(module, name)
+
+    model = lstm_ext.convert(Model())
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert targets == ["encoder", "cells.0", "cells.1", "gru", "head"]
+    x = torch.randn(2, 5, 3)
+    torch.testing.assert_close(traced(x), model(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(lstm_ext.revert(model))(x), traced(x))
