@@ -1,0 +1,192 @@
+// How a warp multiplies: the four gates of some hidden units, for some rows of the batch.
+//
+// A tile adds up, over the columns k of one operand (the input with W_ih, h with W_hh), a warp's
+// share: every split'th chunk from its own on. Both kinds read each number straight into the
+// registers of the lane that needs it, 16 bytes at a time where kVectors.
+#pragma once
+
+#include "cuda/mma.cuh"
+#include "cuda/numbers.cuh"
+
+namespace lstm_ext::cuda {
+
+constexpr int kGates = 4;
+
+// Rows of the batch [N, K] times rows of the weights [4H, K].
+template <class T>
+struct Operand {
+  const T* rows;
+  const T* weights;
+  int K;
+};
+
+// Where a tile lies in the result, and this warp's share of the sum.
+struct TilePlace {
+  int64_t first_row, N;
+  int first_unit, H;
+  int slice, split;
+};
+
+// Partial sums of a block in shared memory: [split][gate][row][unit].
+template <class S>
+struct PartialSums {
+  S* at;
+  int rows, units;
+
+  __device__ S& operator()(int slice, int gate, int row, int unit) const {
+    return at[((slice * kGates + gate) * rows + row) * units + unit];
+  }
+};
+
+template <int kCount, bool kVectors, class T>
+__device__ inline Vector<T, kCount> load(const T* row, int k, int K) {
+  if constexpr (kVectors)
+    return load<kCount>(row, k, K);
+  else
+    return load_each<kCount>(row, k, K);
+}
+
+// Sums over the lanes of kCount numbers each, a power of two; lane l gets number l % kCount.
+// (Recursive, so that every index is a constant and the numbers stay in registers.)
+template <int kCount, int kBit = kWarpSize / 2, class S>
+__device__ inline S sum_over_lanes(S (&numbers)[kCount], int lane) {
+  if constexpr (kBit == 0) {
+    return numbers[0];
+  } else if constexpr (kBit >= kCount) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) numbers[j] += __shfl_xor_sync(kAllLanes, numbers[j], kBit);
+    return sum_over_lanes<kCount, kBit / 2>(numbers, lane);
+  } else {
+    // Lanes in pairs: one goes on with the lower half of the numbers, the other with the upper.
+    const bool upper = (lane & kBit) != 0;
+#pragma unroll
+    for (int j = 0; j < kBit; ++j) {
+      const S give = upper ? numbers[j] : numbers[j + kBit];
+      const S keep = upper ? numbers[j + kBit] : numbers[j];
+      numbers[j] = keep + __shfl_xor_sync(kAllLanes, give, kBit);
+    }
+    return sum_over_lanes<kCount, kBit / 2>(numbers, lane);
+  }
+}
+
+// float and double by multiply-adds: one unit, the lanes side by side along k.
+template <class T_, int kRows_>
+struct FmaTile {
+  using T = T_;
+  using S = Sum<T>;
+  static constexpr int kRows = kRows_, kUnits = 1;
+  static_assert(kGates * kRows <= kWarpSize);
+
+  S sums[kGates * kRows] = {};
+
+  template <bool kVectors>
+  __device__ void add(const Operand<T>& operand, const TilePlace& place, int lane) {
+    constexpr int kStep = kVectors ? kFullVector<T> : 1;
+    const int K = operand.K, unit = min(place.first_unit, place.H - 1);
+    const T* const weights = operand.weights + static_cast<int64_t>(unit) * K;
+    const int64_t next_gate = static_cast<int64_t>(place.H) * K;
+    const T* const rows = operand.rows + place.first_row * K;
+    const int last_row = static_cast<int>(min(place.N - place.first_row, int64_t{kRows})) - 1;
+    for (int k = (place.slice * kWarpSize + lane) * kStep; k < K;
+         k += place.split * kWarpSize * kStep) {
+      Vector<T, kStep> w[kGates];
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate)
+        w[gate] = load<kStep, kVectors>(weights + gate * next_gate, k, K);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        // A row beyond the last is computed as if it were that one, and not kept.
+        const auto x =
+            load<kStep, kVectors>(rows + static_cast<int64_t>(min(row, last_row)) * K, k, K);
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate)
+#pragma unroll
+          for (int j = 0; j < kStep; ++j)
+            sums[gate * kRows + row] += widen(w[gate].at[j]) * widen(x.at[j]);
+      }
+    }
+  }
+
+  __device__ void store(const PartialSums<S>& partial, int slice, int unit, int lane) {
+    const S sum = sum_over_lanes<kGates * kRows>(sums, lane);
+    if (lane < kGates * kRows) partial(slice, lane / kRows, lane % kRows, unit) = sum;
+  }
+};
+
+// The 16-bit types, and float as TF32, on tensor cores: eight units. The rows of A are those units'
+// gates i and f, then g and o, so that lane 4 u + t ends up with all four gates of unit u for two
+// rows of the batch. Both factors take k in the same order, so that any does: a lane takes
+// numbers that lie side by side.
+template <class T_, int kRows_>
+struct MmaTile {
+  using T = T_;
+  using S = float;
+  static constexpr int kRows = kRows_, kUnits = 8, kColumns = kRows / 8;
+
+  float sums[2][kColumns][4] = {};
+
+  template <bool kVectors>
+  __device__ void add(const Operand<T>& operand, const TilePlace& place, int lane) {
+    constexpr int kStep = kFullVector<T>, kChunk = 4 * kStep;
+    const int K = operand.K, row = lane / 4, offset = lane % 4 * kStep;
+    const int unit = min(place.first_unit + row, place.H - 1);
+    const T* const weights = operand.weights + static_cast<int64_t>(unit) * K;
+    const int64_t next_gate = static_cast<int64_t>(place.H) * K;
+    const T* rows[kColumns];
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column)
+      rows[column] = operand.rows + min(place.first_row + 8 * column + row, place.N - 1) * K;
+    for (int chunk = place.slice * kChunk; chunk < K; chunk += place.split * kChunk) {
+      const int k = chunk + offset;
+      uint32_t w[kGates][4], x[kColumns][4];
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate)
+        to_words(load<kStep, kVectors>(weights + gate * next_gate, k, K), w[gate]);
+#pragma unroll
+      for (int column = 0; column < kColumns; ++column)
+        to_words(load<kStep, kVectors>(rows[column], k, K), x[column]);
+#pragma unroll
+      for (int half = 0; half < 4; half += 2)
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          const uint32_t a[4] = {w[2 * pair][half], w[2 * pair + 1][half], w[2 * pair][half + 1],
+                                 w[2 * pair + 1][half + 1]};
+#pragma unroll
+          for (int column = 0; column < kColumns; ++column) {
+            const uint32_t b[2] = {x[column][half], x[column][half + 1]};
+            multiply(sums[pair][column], a, b);
+          }
+        }
+    }
+  }
+
+  __device__ void store(const PartialSums<S>& partial, int slice, int first_unit, int lane) {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair)
+#pragma unroll
+      for (int column = 0; column < kColumns; ++column)
+#pragma unroll
+        for (int part = 0; part < 4; ++part)
+          partial(slice, 2 * pair + part / 2, 8 * column + lane % 4 * 2 + part % 2,
+                  first_unit + lane / 4) = sums[pair][column][part];
+  }
+
+ private:
+  __device__ static void to_words(const Vector<T, kFullVector<T>>& numbers, uint32_t (&words)[4]) {
+    if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) words[j] = to_tf32(numbers.at[j]);
+    } else {
+      memcpy(words, &numbers, sizeof(words));
+    }
+  }
+
+  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (std::is_same_v<T, float>)
+      mma_tf32(d, a, b);
+    else
+      mma_16bit<T>(d, a, b);
+  }
+};
+
+}  // namespace lstm_ext::cuda

@@ -1,0 +1,65 @@
+// The number types of tensors, what sums are kept in, and vectors of 16 bytes to load and store.
+#pragma once
+
+#include <type_traits>
+
+#include "cell_math.h"
+#include "cuda/platform.cuh"
+
+namespace lstm_ext::cuda {
+
+template <class T>
+using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+__device__ inline Sum<T> widen(T x) {
+  return static_cast<Sum<T>>(x);
+}
+
+// To the nearest.
+template <class T>
+__device__ inline T narrow(Sum<T> x) {
+  return static_cast<T>(x);
+}
+
+// As accurate as torch's own: no fast division, no approximate exponential.
+struct Math {
+  __device__ static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+  __device__ static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+  __device__ static float tanh(float x) { return tanhf(x); }
+  __device__ static double tanh(double x) { return ::tanh(x); }
+};
+
+// kCount numbers side by side in memory, loaded and stored at once.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Vector {
+  T at[kCount];
+};
+
+template <class T>
+constexpr int kFullVector = 16 / sizeof(T);
+
+inline bool in_vectors(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+// Numbers k .. k + kCount of a row of K, zero beyond its end; k + kCount <= K or k >= K.
+template <int kCount, class T>
+__device__ inline Vector<T, kCount> load(const T* row, int k, int K) {
+  if (k < K) return *reinterpret_cast<const Vector<T, kCount>*>(row + k);
+  Vector<T, kCount> zeros;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) zeros.at[j] = T(0.0f);
+  return zeros;
+}
+
+// The same where k + kCount may cross K, and the row may lie anywhere: number by number.
+template <int kCount, class T>
+__device__ inline Vector<T, kCount> load_each(const T* row, int k, int K) {
+  Vector<T, kCount> numbers;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) numbers.at[j] = k + j < K ? row[k + j] : T(0.0f);
+  return numbers;
+}
+
+}  // namespace lstm_ext::cuda

@@ -1,0 +1,79 @@
+// Where the kernels meet the machine: a GPU, or tests/cuda_emu, which runs these sources on the
+// CPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(LSTM_EXT_CUDA_EMU)
+#include "cuda_emu.h"
+#define LSTM_EXT_DYNAMIC_SHARED(T, name) \
+  T* const name = reinterpret_cast<T*>(::cuda_emu::block->dynamic_shared)
+#else
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define LSTM_EXT_DYNAMIC_SHARED(T, name)                          \
+  extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(dynamic_shared)
+#endif
+
+namespace lstm_ext::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct Launch {
+  dim3 grid, block;
+  size_t shared = 0;         // bytes of dynamic shared memory
+  bool cooperative = false;  // blocks may wait for each other
+  cudaStream_t stream = nullptr;
+};
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(const Launch& how, void (*kernel)(Parameters...), Arguments... arguments) {
+#if defined(LSTM_EXT_CUDA_EMU)
+  return cuda_emu::launch(kernel, how.grid, how.block, how.shared, how.cooperative, arguments...);
+#else
+  constexpr size_t kAlwaysAllowed = 48 * 1024;
+  if (how.shared > kAlwaysAllowed) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = how.grid;
+  config.blockDim = how.block;
+  config.dynamicSmemBytes = how.shared;
+  config.stream = how.stream;
+  config.attrs = &attribute;
+  config.numAttrs = how.cooperative ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+#endif
+}
+
+// Blocks of a kernel that run at the same time on the whole device: the most that a cooperative
+// launch may have.
+template <class... Parameters>
+cudaError_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared,
+                            int multiprocessors, int* blocks) {
+#if defined(LSTM_EXT_CUDA_EMU)
+  *blocks = static_cast<int>(cuda_emu::resident_blocks(threads, shared));
+  (void)kernel, (void)multiprocessors;
+  return cudaSuccess;
+#else
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared));
+  if (error != cudaSuccess) return error;
+  int each = 0;
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared);
+  *blocks = each * multiprocessors;
+  return error;
+#endif
+}
+
+}  // namespace lstm_ext::cuda
