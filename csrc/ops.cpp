@@ -33,6 +33,20 @@ bool fusable(const CellInputs& in) {
          bias_matches(in.b_hh, in.input, gates);
 }
 
+void check_cell_backward(const std::optional<at::Tensor>& grad_hy,
+                         const std::optional<at::Tensor>& grad_cy, const CellInputs& in,
+                         const at::Tensor& gates) {
+  const at::Tensor& hx = in.hx;
+  TORCH_CHECK(gates.dim() == 2 && gates.size(0) == hx.size(0) && gates.size(1) == 4 * hx.size(1) &&
+                  gates.scalar_type() == hx.scalar_type(),
+              "lstm_cell_backward: gates must be the third result of lstm_cell_forward");
+  for (const auto* grad : {&grad_hy, &grad_cy})
+    TORCH_CHECK(!defined(*grad) ||
+                    ((*grad)->sizes() == hx.sizes() && (*grad)->scalar_type() == hx.scalar_type()),
+                "lstm_cell_backward: a gradient must have the state's shape ", hx.sizes(),
+                " and dtype ", hx.scalar_type());
+}
+
 CellOutputs torch_lstm_cell(const CellInputs& in) {
   // Where torch would speak of a dimension out of range.
   TORCH_CHECK_INDEX(in.input.dim() > 1, "input must be 2-D (batch, input_size), got ",

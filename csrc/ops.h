@@ -47,6 +47,11 @@ bool bias_matches(const std::optional<at::Tensor>& bias, const at::Tensor& like,
 // float, double, bfloat16 and half, strided, and every size as it should be.
 bool fusable(const CellInputs& in);
 
+// Raises an error unless the gradients and the gates fit the states, which fit each other.
+void check_cell_backward(const std::optional<at::Tensor>& grad_hy,
+                         const std::optional<at::Tensor>& grad_cy, const CellInputs& in,
+                         const at::Tensor& gates);
+
 // torch's own cell: it answers for whatever is not fusable, with its result where it has one
 // (complex numbers, sparse input, mixed dtypes) and with its error where it has none.
 CellOutputs torch_lstm_cell(const CellInputs& in);

@@ -101,19 +101,6 @@ Tensor gate_gradients(const CellKernels& kernels, const std::optional<Tensor>& g
   return grad_gates;
 }
 
-void check_backward(const std::optional<Tensor>& grad_hy, const std::optional<Tensor>& grad_cy,
-                    const CellInputs& in, const Tensor& gates) {
-  const Tensor& hx = in.hx;
-  TORCH_CHECK(gates.dim() == 2 && gates.size(0) == hx.size(0) && gates.size(1) == 4 * hx.size(1) &&
-                  gates.scalar_type() == hx.scalar_type(),
-              "lstm_cell_backward: gates must be the third result of lstm_cell_forward");
-  for (const auto* grad : {&grad_hy, &grad_cy})
-    TORCH_CHECK(!defined(*grad) ||
-                    ((*grad)->sizes() == hx.sizes() && (*grad)->scalar_type() == hx.scalar_type()),
-                "lstm_cell_backward: a gradient must have the state's shape ", hx.sizes(),
-                " and dtype ", hx.scalar_type());
-}
-
 void backward(const std::optional<Tensor>& grad_hy, const std::optional<Tensor>& grad_cy,
               const CellInputs& in, const Tensor& gates, const Targets& targets) {
   const CellKernels& kernels = cpu::kernels(kernel_dtype(in.hx.scalar_type())).cell;
@@ -134,7 +121,7 @@ CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
                                  CellGradientMask mask) {
   const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
   if (!fusable(in)) return composite::cell_backward(grad_hy, grad_cy, in, gates, mask);
-  check_backward(grad_hy, grad_cy, in, gates);
+  check_cell_backward(grad_hy, grad_cy, in, gates);
   const auto bias = [&](bool wanted) -> Target {
     return {wanted ? empty({w_hh.size(0)}, w_hh.scalar_type()) : Tensor(), false};
   };
@@ -161,7 +148,7 @@ CellStateGradients lstm_cell_backward_accumulate(
   const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
   TORCH_CHECK(fusable(in),
               "lstm_cell_backward_accumulate: the tensors must be those of lstm_cell_forward");
-  check_backward(grad_hy, grad_cy, in, gates);
+  check_cell_backward(grad_hy, grad_cy, in, gates);
   const auto check = [&](const std::optional<Tensor>& grad, at::IntArrayRef sizes) {
     TORCH_CHECK(!defined(grad) || (grad->sizes() == sizes && grad->is_contiguous() &&
                                    grad->scalar_type() == hx.scalar_type() && grad->is_cpu()),

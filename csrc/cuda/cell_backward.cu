@@ -103,12 +103,8 @@ __global__ void __launch_bounds__(kElementwiseThreads)
 
 template <class T>
 bool all_in_vectors(const CellBackward<T>& cell) {
-  bool result = cell.H % kFullVector<T> == 0;
-  for (const T* pointer :
-       {cell.grad_hy, cell.grad_cy, cell.cx, cell.gates, static_cast<const T*>(cell.grad_gates),
-        static_cast<const T*>(cell.grad_cx)})
-    result &= in_vectors(pointer);
-  return result;
+  return cell.H % kFullVector<T> == 0 &&
+         in_vectors(cell.grad_hy, cell.grad_cy, cell.cx, cell.gates, cell.grad_gates, cell.grad_cx);
 }
 
 template <class T>

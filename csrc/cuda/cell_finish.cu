@@ -1,5 +1,5 @@
-// Pre-activations to states, after the library's products. Bound by memory: with kept gates and
-// two products, 14 numbers go by for each of the N H elements, 16 bytes at a time.
+// Pre-activations to states, after the library's products. Bound by memory: 7 numbers go by for
+// each of the N H elements, and 4 more where gates are kept, 16 bytes at a time.
 #include "cuda/elementwise.cuh"
 #include "cuda/gate_tiles.cuh"
 #include "cuda/kernels.h"
@@ -9,8 +9,7 @@ namespace {
 
 template <class T, int kVector>
 __global__ void __launch_bounds__(kElementwiseThreads)
-    cell_finish_kernel(CellForward<T> cell, const T* products, const T* of_h,
-                       int64_t rows_per_block) {
+    cell_finish_kernel(CellForward<T> cell, const T* products, int64_t rows_per_block) {
   using S = Sum<T>;
   using Numbers = Vector<T, kVector>;
   const int H = cell.H;
@@ -35,10 +34,6 @@ __global__ void __launch_bounds__(kElementwiseThreads)
       const auto sums = *reinterpret_cast<const Numbers*>(products + at_gates + gate * H);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) pre[gate][j] = bias[gate][j] + widen(sums.at[j]);
-      if (of_h == nullptr) continue;
-      const auto others = *reinterpret_cast<const Numbers*>(of_h + at_gates + gate * H);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) pre[gate][j] += widen(others.at[j]);
     }
     const auto c = *reinterpret_cast<const Numbers*>(cell.cx + at);
     Numbers hy, cy, kept[kGates];
@@ -66,22 +61,19 @@ __global__ void __launch_bounds__(kElementwiseThreads)
 }  // namespace
 
 template <class T>
-cudaError_t cell_finish(const CellForward<T>& cell, const T* products, const T* of_h,
-                        cudaStream_t stream) {
+cudaError_t cell_finish(const CellForward<T>& cell, const T* products, cudaStream_t stream) {
   if (cell.N == 0 || cell.H == 0) return cudaSuccess;
   constexpr int kVector = kFullVector<T>;
-  bool vectors = cell.H % kVector == 0;
-  for (const T* pointer : {products, of_h, cell.cx, static_cast<const T*>(cell.cy),
-                           static_cast<const T*>(cell.hy), static_cast<const T*>(cell.gates)})
-    vectors &= in_vectors(pointer);
+  const bool vectors =
+      cell.H % kVector == 0 && in_vectors(products, cell.cx, cell.cy, cell.hy, cell.gates);
   const Spread how = spread(cell.N, cell.H, vectors ? kVector : 1);
   const auto kernel = vectors ? cell_finish_kernel<T, kVector> : cell_finish_kernel<T, 1>;
-  return launch({how.grid, how.block, 0, false, stream}, kernel, cell, products, of_h,
+  return launch({how.grid, how.block, 0, false, stream}, kernel, cell, products,
                 how.rows_per_block);
 }
 
 #define LSTM_EXT_INSTANTIATE(T) \
-  template cudaError_t cell_finish<T>(const CellForward<T>&, const T*, const T*, cudaStream_t);
+  template cudaError_t cell_finish<T>(const CellForward<T>&, const T*, cudaStream_t);
 LSTM_EXT_INSTANTIATE(float)
 LSTM_EXT_INSTANTIATE(double)
 LSTM_EXT_INSTANTIATE(__half)

@@ -72,8 +72,8 @@ cudaError_t launch_tiles(const CellForward<typename Tile::T>& cell, const Device
                          cudaStream_t stream) {
   using T = typename Tile::T;
   constexpr int kVector = kFullVector<T>;
-  const bool vectors = cell.I % kVector == 0 && cell.H % kVector == 0 && in_vectors(cell.input) &&
-                       in_vectors(cell.hx) && in_vectors(cell.w_ih) && in_vectors(cell.w_hh);
+  const bool vectors = cell.I % kVector == 0 && cell.H % kVector == 0 &&
+                       in_vectors(cell.input, cell.hx, cell.w_ih, cell.w_hh);
   const int64_t row_blocks = (cell.N + Tile::kRows - 1) / Tile::kRows;
   // As many units a block, and as few shares of a sum, as leave two blocks to a multiprocessor.
   int split = kWarps;

@@ -41,11 +41,10 @@ cudaError_t cell_forward(const CellForward<T>& cell, const Device& device, cudaS
 template <class T>
 bool cell_forward_pays(const CellForward<T>& cell, const Device& device);
 
-// Where products were made before: pre-activations [N, 4H], without biases, to states. Those of the
-// input and of h are added up; of_h may be null: products has the sum. gates may be products.
+// The rest, where the library made the products: pre-activations [N, 4H] without biases. They may
+// lie where the gates go, and hx and cx where hy and cy do.
 template <class T>
-cudaError_t cell_finish(const CellForward<T>& cell, const T* products, const T* of_h,
-                        cudaStream_t stream);
+cudaError_t cell_finish(const CellForward<T>& cell, const T* products, cudaStream_t stream);
 
 template <class T>
 struct CellBackward {

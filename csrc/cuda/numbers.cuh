@@ -11,15 +11,26 @@ namespace lstm_ext::cuda {
 template <class T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// By name: torch builds extensions without the half types' own conversions.
 template <class T>
 __device__ inline Sum<T> widen(T x) {
-  return static_cast<Sum<T>>(x);
+  if constexpr (std::is_same_v<T, __half>)
+    return __half2float(x);
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __bfloat162float(x);
+  else
+    return x;
 }
 
 // To the nearest.
 template <class T>
 __device__ inline T narrow(Sum<T> x) {
-  return static_cast<T>(x);
+  if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(x);
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16_rn(x);
+  else
+    return x;
 }
 
 // As accurate as torch's own: no fast division, no approximate exponential.
@@ -39,8 +50,10 @@ struct alignas(sizeof(T) * kCount) Vector {
 template <class T>
 constexpr int kFullVector = 16 / sizeof(T);
 
-inline bool in_vectors(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+// Whether pointers (null: not there) lie as Vector wants them.
+template <class... Pointers>
+bool in_vectors(const Pointers*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
 // Numbers k .. k + kCount of a row of K, zero beyond its end; k + kCount <= K or k >= K.
@@ -49,7 +62,7 @@ __device__ inline Vector<T, kCount> load(const T* row, int k, int K) {
   if (k < K) return *reinterpret_cast<const Vector<T, kCount>*>(row + k);
   Vector<T, kCount> zeros;
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) zeros.at[j] = T(0.0f);
+  for (int j = 0; j < kCount; ++j) zeros.at[j] = narrow<T>(0);
   return zeros;
 }
 
@@ -58,7 +71,7 @@ template <int kCount, class T>
 __device__ inline Vector<T, kCount> load_each(const T* row, int k, int K) {
   Vector<T, kCount> numbers;
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) numbers.at[j] = k + j < K ? row[k + j] : T(0.0f);
+  for (int j = 0; j < kCount; ++j) numbers.at[j] = k + j < K ? row[k + j] : narrow<T>(0);
   return numbers;
 }
 

@@ -118,24 +118,21 @@ void check_forward(const Case& test, bool tf32, int multiprocessors) {
   }
 
   if (tf32) return;
-  // The same from products that were made before: apart, added up, and in place.
-  Buffer<T> sums_x(of_x, test.off), sums_h(of_h, test.off);
-  const Outputs rounded = forward(cell, sums_x.values(), sums_h.values(), test);
-  Buffer<T> hy(states, test.off), cy(states, test.off);
-  const CellForward<T> call = {nullptr, nullptr, c.at(),      nullptr, nullptr, bias_ih, bias_hh,
-                               hy.at(), cy.at(), sums_x.at(), N,       I,       H};
-  report.that(cell_finish<T>(call, sums_x.at(), sums_h.at(), nullptr) == cudaSuccess, "it ran");
-  report.close(hy.values(), rounded.hy, tolerance, "finished h'");
-  report.close(cy.values(), rounded.cy, tolerance, "finished c'");
-  report.close(sums_x.values(), rounded.gates, tolerance, "gates in the place of the products");
-  Values none(of_x.size()), both(of_x);
+  // The same from products that were made before, apart from the gates and in their place.
+  Values both(of_x), none(of_x.size());
   for (size_t k = 0; k < both.size(); ++k) both[k] += of_h[k];
   Buffer<T> sums(both, test.off);
-  const Outputs of_sums = forward(cell, sums.values(), none, test);
-  CellForward<T> infers = call;
-  infers.gates = nullptr;
-  report.that(cell_finish<T>(infers, sums.at(), nullptr, nullptr) == cudaSuccess, "it ran");
-  report.close(hy.values(), of_sums.hy, tolerance, "h' of one product");
+  const Outputs rounded = forward(cell, sums.values(), none, test);
+  for (const bool keeps : {false, true}) {
+    Buffer<T> hy(states, test.off), cy(states, test.off);
+    const CellForward<T> call = {nullptr, nullptr, c.at(),  nullptr, nullptr,
+                                 bias_ih, bias_hh, hy.at(), cy.at(), keeps ? sums.at() : nullptr,
+                                 N,       I,       H};
+    report.that(cell_finish<T>(call, sums.at(), nullptr) == cudaSuccess, "it ran");
+    report.close(hy.values(), rounded.hy, tolerance, "finished h'");
+    report.close(cy.values(), rounded.cy, tolerance, "finished c'");
+    if (keeps) report.close(sums.values(), rounded.gates, tolerance, "gates for products");
+  }
 }
 
 template <class T>

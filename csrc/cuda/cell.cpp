@@ -1,0 +1,195 @@
+// The operators on a GPU: tensors in, launches out.
+#include <ATen/Context.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "cuda/kernels.h"
+#include "ops.h"
+
+namespace lstm_ext::cuda {
+namespace {
+
+using at::Tensor;
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// On the tensors' device, and with their dtypes: what autocast does, it has done before.
+struct OnDevice {
+  explicit OnDevice(const Tensor& tensor)
+      : device(tensor.device()), no_autocast(c10::DispatchKey::AutocastCUDA) {}
+  const c10::cuda::CUDAGuard device;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast;
+};
+
+// body(Type<T>) for the type T that the kernels have for a dtype of fusable().
+template <class Body>
+auto with_type(at::ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case at::kFloat:
+      return body(Type<float>());
+    case at::kDouble:
+      return body(Type<double>());
+    case at::kHalf:
+      return body(Type<__half>());
+    default:
+      return body(Type<__nv_bfloat16>());
+  }
+}
+
+template <class T>
+const T* read(const Tensor& tensor) {
+  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
+}
+
+template <class T>
+T* write(const Tensor& tensor) {
+  return tensor.defined() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+Tensor dense(const Tensor& tensor) { return tensor.contiguous(); }
+Tensor dense(const std::optional<Tensor>& tensor) {
+  return defined(tensor) ? tensor->contiguous() : Tensor();
+}
+
+Tensor empty(at::IntArrayRef sizes, const Tensor& like) { return at::empty(sizes, like.options()); }
+
+Device describe_device(const Tensor& tensor) {
+  Device device = {};
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount,
+                                        tensor.get_device()));
+  device.tf32 = tensor.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
+  return device;
+}
+
+bool fits(const CellInputs& in) {
+  // Within a row kernels count in int.
+  constexpr int64_t most = std::numeric_limits<int>::max() / 8;
+  return in.w_ih.size(1) <= most && in.w_hh.size(0) <= most;
+}
+
+bool has_kernel(const CellInputs& in) { return fusable(in) && fits(in); }
+
+void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
+  const OnDevice guard(in.hx);
+  const int64_t N = in.hx.size(0), I = in.input.size(1), H = in.hx.size(1);
+  const Tensor input = dense(in.input), hx = dense(in.hx), cx = dense(in.cx), w_ih = dense(in.w_ih),
+               w_hh = dense(in.w_hh), b_ih = dense(in.b_ih), b_hh = dense(in.b_hh);
+  hy = empty({N, H}, hx);
+  cy = empty({N, H}, hx);
+  if (gates != nullptr) *gates = empty({N, 4 * H}, hx);
+  if (hy.numel() == 0) return;
+  const Device device = describe_device(hx);
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  with_type(hx.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const CellForward<T> cell = {read<T>(input),
+                                 read<T>(hx),
+                                 read<T>(cx),
+                                 read<T>(w_ih),
+                                 read<T>(w_hh),
+                                 read<T>(b_ih),
+                                 read<T>(b_hh),
+                                 write<T>(hy),
+                                 write<T>(cy),
+                                 gates != nullptr ? write<T>(*gates) : nullptr,
+                                 N,
+                                 static_cast<int>(I),
+                                 static_cast<int>(H)};
+    if (cell_forward_pays(cell, device)) {
+      C10_CUDA_CHECK(cell_forward(cell, device, stream));
+      return;
+    }
+    Tensor products = gates != nullptr ? *gates : empty({N, 4 * H}, hx);
+    at::mm_out(products, input, w_ih.t());
+    at::addmm_out(products, products, hx, w_hh.t());
+    C10_CUDA_CHECK(cell_finish(cell, read<T>(products), stream));
+  });
+}
+
+CellOutputs lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
+                      const Tensor& w_hh, const std::optional<Tensor>& b_ih,
+                      const std::optional<Tensor>& b_hh) {
+  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
+  if (!has_kernel(in)) return torch_lstm_cell(in);
+  Tensor hy, cy;
+  forward(in, hy, cy, nullptr);
+  return {std::move(hy), std::move(cy)};
+}
+
+CellTrainingOutputs lstm_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
+                                      const Tensor& w_ih, const Tensor& w_hh,
+                                      const std::optional<Tensor>& b_ih,
+                                      const std::optional<Tensor>& b_hh) {
+  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
+  if (!has_kernel(in)) {
+    torch_lstm_cell(in);  // raises torch's error, if torch rejects them
+    return composite::cell_forward(in);
+  }
+  Tensor hy, cy, gates;
+  forward(in, hy, cy, &gates);
+  return {std::move(hy), std::move(cy), std::move(gates)};
+}
+
+CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
+                                 const std::optional<Tensor>& grad_cy, const Tensor& input,
+                                 const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
+                                 const Tensor& w_hh, const std::optional<Tensor>& b_ih,
+                                 const std::optional<Tensor>& b_hh, const Tensor& gates,
+                                 CellGradientMask mask) {
+  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
+  if (!has_kernel(in)) return composite::cell_backward(grad_hy, grad_cy, in, gates, mask);
+  check_cell_backward(grad_hy, grad_cy, in, gates);
+  const OnDevice guard(hx);
+  const int64_t N = hx.size(0), H = hx.size(1);
+  const auto [want_input, want_hx, want_cx, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = mask;
+  const Tensor grad_h = dense(grad_hy), grad_c = dense(grad_cy), c = dense(cx), g = dense(gates);
+  const Tensor grad_gates = empty({N, 4 * H}, hx);
+  Tensor grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh;
+  if (want_cx) grad_cx = empty({N, H}, hx);
+  if (want_b_ih) grad_b_ih = empty({4 * H}, hx);
+  if (want_b_hh) grad_b_hh = empty({4 * H}, hx);
+  with_type(hx.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    CellBackward<T> cell = {read<T>(grad_h),
+                            read<T>(grad_c),
+                            read<T>(c),
+                            read<T>(g),
+                            write<T>(grad_gates),
+                            write<T>(grad_cx),
+                            write<T>(grad_b_ih),
+                            write<T>(grad_b_hh),
+                            nullptr,
+                            N,
+                            static_cast<int>(H)};
+    const auto bytes = static_cast<int64_t>(cell_backward_workspace(cell));
+    const Tensor workspace = at::empty({bytes}, hx.options().dtype(at::kByte));
+    cell.partial_sums = write<void>(workspace);
+    C10_CUDA_CHECK(cell_backward(cell, c10::cuda::getCurrentCUDAStream()));
+  });
+  // The weights are two tensors: one product for both would have to copy them side by side first.
+  if (want_input) grad_input = at::mm(grad_gates, w_ih);
+  if (want_hx) grad_hx = at::mm(grad_gates, w_hh);
+  if (want_w_ih) grad_w_ih = at::mm(grad_gates.t(), input);
+  if (want_w_hh) grad_w_hh = at::mm(grad_gates.t(), hx);
+  return {grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lstm_ext, CUDA, m) {
+  m.impl("lstm_cell", lstm_cell);
+  m.impl("lstm_cell_forward", lstm_cell_forward);
+  m.impl("lstm_cell_backward", lstm_cell_backward);
+}
+
+}  // namespace lstm_ext::cuda
