@@ -1,9 +1,14 @@
-"""The CUDA toolkit of this machine, without a GPU: its compiler and its headers."""
+"""The CUDA toolkit of this machine, without a GPU: its compiler and its headers.
+
+python tests/cuda_tools.py        clang-tidy on the kernels (part of make lint)
+"""
 
 import functools
 import re
 import shutil
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,3 +36,22 @@ def headers():
     if folder is None:
         pytest.skip("no CUDA toolkit")
     return folder
+
+
+def tidy(source):
+    """Run clang-tidy on a kernel as plain C++; return its exit status and what it says."""
+    command = [Path(sys.executable).parent / "clang-tidy", "--quiet", source, "--", "-xc++"]
+    command += ["-std=c++20", "-DLSTM_EXT_CUDA_EMU", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
+    command += [f"-I{ROOT / 'tests' / 'cuda_emu'}", "-isystem", _headers()]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout
+
+
+if __name__ == "__main__":
+    if _headers() is None:
+        print("no CUDA toolkit: the kernels are not looked at")
+        raise SystemExit(0)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(tidy, KERNELS))
+    print("".join(said for _, said in results), end="")
+    raise SystemExit(max(status for status, _ in results))

@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from cuda_tools import KERNELS, ROOT, headers
 
+CSRC = ROOT / "csrc"
 EMULATOR = ROOT / "tests" / "cuda_emu"
+CHECK = EMULATOR / "check_cell.cpp"
 SANITIZERS = {
     "none": [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
@@ -16,22 +18,33 @@ SANITIZERS = {
 }
 
 
-def build(folder, sources, sanitizer, csrc=ROOT / "csrc"):
-    """Compile with g++, kernels as plain C++; return the program."""
-    options = ["-std=c++20", "-O1", "-g", "-pthread", *SANITIZERS[sanitizer]]
-    options += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-DLSTM_EXT_CUDA_EMU"]
-    options += [f"-I{csrc}", f"-I{EMULATOR}", "-isystem", str(headers())]
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Compile with g++, kernels as plain C++: each source once for all tests that use it."""
+    objects = {}
 
-    def compile_one(source):
-        result = folder / f"{source.stem}.o"
-        command = ["g++", *options, "-x", "c++", "-c", str(source), "-o", str(result)]
+    def options(sanitizer):
+        flags = ["-std=c++20", "-O1", "-g", "-pthread", *SANITIZERS[sanitizer]]
+        return [*flags, "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DLSTM_EXT_CUDA_EMU"]
+
+    def compile_one(source, sanitizer):
+        csrc = source.parent.parent if source.suffix == ".cu" else CSRC
+        result = tmp_path_factory.mktemp("objects") / f"{source.stem}.o"
+        command = ["g++", *options(sanitizer), f"-I{csrc}", f"-I{EMULATOR}"]
+        command += ["-isystem", str(headers()), "-x", "c++", "-c", str(source), "-o", str(result)]
         subprocess.run(command, check=True)
-        return str(result)
+        objects[source, sanitizer] = str(result)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
-    program = folder / "program"
-    subprocess.run(["g++", *options, *objects, "-o", str(program)], check=True)
+    def program(sources, sanitizer):
+        headers()
+        missing = [source for source in sources if (source, sanitizer) not in objects]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda source: compile_one(source, sanitizer), missing))
+        result = tmp_path_factory.mktemp("program") / "program"
+        used = [objects[source, sanitizer] for source in sources]
+        subprocess.run(["g++", *options(sanitizer), *used, "-o", str(result)], check=True)
+        return result
+
     return program
 
 
@@ -47,8 +60,8 @@ def run(program, *arguments):
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_cell(sanitizer, tmp_path):
-    program = build(tmp_path, [*KERNELS, EMULATOR / "check_cell.cpp"], sanitizer)
+def test_cell(sanitizer, build):
+    program = build([*KERNELS, CHECK], sanitizer)
     result = run(program, *([] if sanitizer == "none" else ["few"]))
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     comparisons, failures = result.stdout.split()[-4], result.stdout.split()[-2]
@@ -77,23 +90,10 @@ PLANTED = {
 }
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    programs = {}
-
-    def program(sanitizer):
-        if sanitizer not in programs:
-            folder = tmp_path_factory.mktemp(sanitizer)
-            programs[sanitizer] = build(folder, [EMULATOR / "planted.cpp"], sanitizer)
-        return programs[sanitizer]
-
-    return program
-
-
 @pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bugs_are_found(bug, planted):
+def test_planted_bugs_are_found(bug, build):
     number, sanitizer, says = PLANTED[bug]
-    result = run(planted(sanitizer), number)
+    result = run(build([EMULATOR / "planted.cpp"], sanitizer), number)
     said = result.stdout + result.stderr
     if says is None:
         assert result.returncode == 0, said[-3000:]
@@ -135,15 +135,17 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_broken_kernels_are_found(mutation, tmp_path):
+def test_broken_kernels_are_found(mutation, build, tmp_path):
     file, old, new, sanitizer = MUTATIONS[mutation]
     csrc = tmp_path / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc)
+    shutil.copytree(CSRC, csrc)
     source = csrc / "cuda" / file
     assert source.read_text().count(old) == 1
     source.write_text(source.read_text().replace(old, new))
-    kernels = sorted((csrc / "cuda").glob("*.cu"))
-    program = build(tmp_path, [*kernels, EMULATOR / "check_cell.cpp"], sanitizer, csrc)
+    # With a broken header all kernels are broken.
+    broken = [k.name for k in KERNELS if file == k.name or source.suffix == ".cuh"]
+    kernels = [csrc / "cuda" / k.name if k.name in broken else k for k in KERNELS]
+    program = build([*kernels, CHECK], sanitizer)
     result = run(program, "few")
     assert result.returncode != 0
     wanted = {"none": "off by", "address": "AddressSanitizer", "thread": "data race"}[sanitizer]

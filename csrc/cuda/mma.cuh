@@ -15,7 +15,7 @@ __device__ inline void mma_16bit(float (&d)[4], const uint32_t (&a)[4], const ui
 #if defined(LSTM_EXT_CUDA_EMU)
   const auto decode = [](uint32_t word, int k) {
     const auto bits = static_cast<uint16_t>(word >> (16 * k));
-    T number;
+    T number{};
     std::memcpy(static_cast<void*>(&number), &bits, sizeof(bits));
     return static_cast<float>(number);
   };
@@ -37,7 +37,7 @@ __device__ inline void mma_16bit(float (&d)[4], const uint32_t (&a)[4], const ui
 // The nearest number of TF32 (10 bits of mantissa), ties away from zero.
 __device__ inline uint32_t to_tf32(float x) {
 #if defined(LSTM_EXT_CUDA_EMU)
-  uint32_t bits;
+  uint32_t bits = 0;
   std::memcpy(&bits, &x, sizeof(bits));
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
   return finite ? (bits + 0x1000u) & ~0x1fffu : bits;
@@ -51,7 +51,7 @@ __device__ inline uint32_t to_tf32(float x) {
 __device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(LSTM_EXT_CUDA_EMU)
   const auto decode = [](uint32_t word, int) {
-    float number;
+    float number = 0;
     std::memcpy(&number, &word, sizeof(word));
     return number;
   };
