@@ -67,7 +67,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", help="folder to save to and go on from")
     options = parser.parse_args()
 
-    # NCCL on GPUs; our kernels are for the CPU as yet.
+    # NCCL on GPUs; not tried.
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
 

@@ -69,8 +69,9 @@ def version():
 def test_kernels_compile_as_before(architecture):
     headers()
     found = compile_all(architecture)
-    # Sixteen warps, two blocks of 256 threads, on every multiprocessor.
-    assert {k for k, count in found.items() if resident_warps(count) < 16} == set()
+    # Two blocks of eight warps on every multiprocessor; of the layer, which keeps the weights, one.
+    few = {k for k, n in found.items() if resident_warps(n) < (8 if "layer" in k else 16)}
+    assert few == set()
     pins = json.loads(PINS.read_text())
     if pins["nvcc"] != version():
         pytest.skip(f"registers are pinned for nvcc {pins['nvcc']}")

@@ -3,14 +3,17 @@
 import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+import torch.utils.cpp_extension
 from cuda_tools import KERNELS, ROOT, headers
 
 CSRC = ROOT / "csrc"
 EMULATOR = ROOT / "tests" / "cuda_emu"
-CHECK = EMULATOR / "check_cell.cpp"
+CHECKS = [EMULATOR / "check_cell.cpp", EMULATOR / "check_layer.cpp"]
 SANITIZERS = {
     "none": [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
@@ -60,13 +63,61 @@ def run(program, *arguments):
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_cell(sanitizer, build):
-    program = build([*KERNELS, CHECK], sanitizer)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.stem)
+def test_kernels(check, sanitizer, build):
+    program = build([*KERNELS, check], sanitizer)
     result = run(program, *([] if sanitizer == "none" else ["few"]))
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     comparisons, failures = result.stdout.split()[-4], result.stdout.split()[-2]
-    assert int(comparisons) > 2000
+    assert int(comparisons) > 300
     assert int(failures) == 0
+
+
+@pytest.fixture(scope="module")
+def operators(build, tmp_path_factory):
+    """A library of the operators in which the CPU's tensors go to the emulated CUDA kernels."""
+    objects = sorted(ROOT.glob(f"build/cp3{sys.version_info.minor}-torch{torch.__version__}-*"))
+    if not objects:
+        pytest.skip("the package was not built in this checkout")
+    # All of the operators but the CPU's kernels, as they were built for the package.
+    common = [o for o in objects[0].glob("csrc/*.o") if o.stem not in ("bindings", "direct_calls")]
+    folder = tmp_path_factory.mktemp("operators")
+    library = folder / "operators.so"
+    options = ["-std=c++20", "-O1", "-fPIC", "-fopenmp", "-DLSTM_EXT_CUDA_EMU"]
+    options += ["-Wno-unknown-pragmas"]
+    options += [f"-I{CSRC}", f"-I{EMULATOR}", "-isystem", str(headers())]
+    for path in torch.utils.cpp_extension.include_paths():
+        options += ["-isystem", path]
+
+    def compile_one(source):
+        result = folder / f"{source.name}.o"
+        command = ["g++", *options, "-x", "c++", "-c", str(source), "-o", str(result)]
+        subprocess.run(command, check=True)
+        return str(result)
+
+    sources = [*KERNELS, *sorted((CSRC / "cuda").glob("*.cpp"))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = list(pool.map(compile_one, sources))
+    libraries = [f"-L{p}" for p in torch.utils.cpp_extension.library_paths()]
+    libraries += ["-ltorch", "-ltorch_cpu", "-lc10"]
+    linked = [*made, *map(str, common), *libraries]
+    subprocess.run(["g++", "-shared", "-fopenmp", *linked, "-o", str(library)], check=True)
+    return library
+
+
+# Shared memory: all of w_hh on the chip; some units a block; none, and step by step.
+@pytest.mark.parametrize("shared", [227 * 1024, 2048, 64])
+def test_operators(shared, operators):
+    result = subprocess.run(
+        [sys.executable, EMULATOR / "check_ops.py", operators],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        env={**os.environ, "LSTM_EXT_EMU_SHARED": str(shared)},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(result.stdout.split()[0]) > 300
 
 
 # In tests/cuda_emu/planted.cpp: number, what finds it, and what it says.
@@ -114,7 +165,7 @@ MUTATIONS = {
     ),
     "rows beyond the last are read": (
         "gate_tiles.cuh",
-        "min(place.first_row + 8 * column + row, place.N - 1)",
+        "min(place.first_row + 8 * column + row, place.rows - 1)",
         "(place.first_row + 8 * column + row)",
         "address",
     ),
@@ -131,6 +182,24 @@ MUTATIONS = {
         "none",
     ),
     "no barrier before the biases' sums": ("cell_backward.cu", BARRIER, "", "thread"),
+    "one copy of h": (
+        "layer_forward.cu",
+        "(step + 1) % 2 * state_size",
+        "step % 2 * state_size",
+        "none",
+    ),
+    "blocks that do not wait": (
+        "layer_forward.cu",
+        "    meet();\n  }\n}",
+        "    __syncthreads();\n  }\n}",
+        "thread",
+    ),
+    "resets of c left out": (
+        "layer_forward.cu",
+        "reset ? S(0) : widen(narrow<T>(c))",
+        "widen(narrow<T>(c))",
+        "none",
+    ),
 }
 
 
@@ -145,7 +214,8 @@ def test_broken_kernels_are_found(mutation, build, tmp_path):
     # With a broken header all kernels are broken.
     broken = [k.name for k in KERNELS if file == k.name or source.suffix == ".cuh"]
     kernels = [csrc / "cuda" / k.name if k.name in broken else k for k in KERNELS]
-    program = build([*kernels, CHECK], sanitizer)
+    check = CHECKS["layer" in file]
+    program = build([*kernels, check], sanitizer)
     result = run(program, "few")
     assert result.returncode != 0
     wanted = {"none": "off by", "address": "AddressSanitizer", "thread": "data race"}[sanitizer]

@@ -1,16 +1,10 @@
 // The operators on a GPU: tensors in, launches out.
-#include <ATen/Context.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <limits>
-
 #include "cuda/kernels.h"
+#include "cuda/tensors.h"
 #include "ops.h"
 
 namespace lstm_ext::cuda {
@@ -18,66 +12,7 @@ namespace {
 
 using at::Tensor;
 
-template <class T>
-struct Type {
-  using type = T;
-};
-
-// On the tensors' device, and with their dtypes: what autocast does, it has done before.
-struct OnDevice {
-  explicit OnDevice(const Tensor& tensor)
-      : device(tensor.device()), no_autocast(c10::DispatchKey::AutocastCUDA) {}
-  const c10::cuda::CUDAGuard device;
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast;
-};
-
-// body(Type<T>) for the type T that the kernels have for a dtype of fusable().
-template <class Body>
-auto with_type(at::ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case at::kFloat:
-      return body(Type<float>());
-    case at::kDouble:
-      return body(Type<double>());
-    case at::kHalf:
-      return body(Type<__half>());
-    default:
-      return body(Type<__nv_bfloat16>());
-  }
-}
-
-template <class T>
-const T* read(const Tensor& tensor) {
-  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
-}
-
-template <class T>
-T* write(const Tensor& tensor) {
-  return tensor.defined() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
-}
-
-Tensor dense(const Tensor& tensor) { return tensor.contiguous(); }
-Tensor dense(const std::optional<Tensor>& tensor) {
-  return defined(tensor) ? tensor->contiguous() : Tensor();
-}
-
-Tensor empty(at::IntArrayRef sizes, const Tensor& like) { return at::empty(sizes, like.options()); }
-
-Device describe_device(const Tensor& tensor) {
-  Device device = {};
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount,
-                                        tensor.get_device()));
-  device.tf32 = tensor.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
-  return device;
-}
-
-bool fits(const CellInputs& in) {
-  // Within a row kernels count in int.
-  constexpr int64_t most = std::numeric_limits<int>::max() / 8;
-  return in.w_ih.size(1) <= most && in.w_hh.size(0) <= most;
-}
-
-bool has_kernel(const CellInputs& in) { return fusable(in) && fits(in); }
+bool has_kernel(const CellInputs& in) { return fusable(in) && fits(in.w_ih, in.w_hh); }
 
 void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   const OnDevice guard(in.hx);
@@ -89,7 +24,7 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   if (gates != nullptr) *gates = empty({N, 4 * H}, hx);
   if (hy.numel() == 0) return;
   const Device device = describe_device(hx);
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const cudaStream_t stream = current_stream();
   with_type(hx.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const CellForward<T> cell = {read<T>(input),
@@ -106,13 +41,13 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
                                  static_cast<int>(I),
                                  static_cast<int>(H)};
     if (cell_forward_pays(cell, device)) {
-      C10_CUDA_CHECK(cell_forward(cell, device, stream));
+      check_launch(cell_forward(cell, device, stream));
       return;
     }
     Tensor products = gates != nullptr ? *gates : empty({N, 4 * H}, hx);
     at::mm_out(products, input, w_ih.t());
     at::addmm_out(products, products, hx, w_hh.t());
-    C10_CUDA_CHECK(cell_finish(cell, read<T>(products), stream));
+    check_launch(cell_finish(cell, read<T>(products), stream));
   });
 }
 
@@ -174,7 +109,7 @@ CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
     const auto bytes = static_cast<int64_t>(cell_backward_workspace(cell));
     const Tensor workspace = at::empty({bytes}, hx.options().dtype(at::kByte));
     cell.partial_sums = write<void>(workspace);
-    C10_CUDA_CHECK(cell_backward(cell, c10::cuda::getCurrentCUDAStream()));
+    check_launch(cell_backward(cell, current_stream()));
   });
   // The weights are two tensors: one product for both would have to copy them side by side first.
   if (want_input) grad_input = at::mm(grad_gates, w_ih);
@@ -186,7 +121,7 @@ CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(lstm_ext, CUDA, m) {
+TORCH_LIBRARY_IMPL(lstm_ext, LSTM_EXT_CUDA_KEY, m) {
   m.impl("lstm_cell", lstm_cell);
   m.impl("lstm_cell_forward", lstm_cell_forward);
   m.impl("lstm_cell_backward", lstm_cell_backward);

@@ -32,8 +32,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const TilePlace place = {first_row, cell.N, first_unit + tile, H, warp % split, split};
 
   Tile sums;
-  sums.template add<kVectors>({cell.input, cell.w_ih, cell.I}, place, lane);
-  sums.template add<kVectors>({cell.hx, cell.w_hh, H}, place, lane);
+  const int64_t I = cell.I;
+  sums.template add<kVectors>({cell.input, cell.w_ih, cell.I, I, H * I}, place, lane);
+  sums.template add<kVectors>({cell.hx, cell.w_hh, H, H, int64_t{H} * H}, place, lane);
   sums.store(partial, place.slice, tile, lane);
   __syncthreads();
 

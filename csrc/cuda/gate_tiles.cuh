@@ -12,18 +12,21 @@ namespace lstm_ext::cuda {
 
 constexpr int kGates = 4;
 
-// Rows of the batch [N, K] times rows of the weights [4H, K].
+// Rows of the batch [N, K] times rows of the weights, K numbers each. The row of a unit's gate
+// begins at weights + gate * gate_stride + unit * unit_stride.
 template <class T>
 struct Operand {
   const T* rows;
   const T* weights;
   int K;
+  int64_t unit_stride, gate_stride;
 };
 
-// Where a tile lies in the result, and this warp's share of the sum.
+// Where a tile lies in the result, and this warp's share of the sum. What lies beyond the last row
+// or unit is computed as if it were the last, and not kept.
 struct TilePlace {
-  int64_t first_row, N;
-  int first_unit, H;
+  int64_t first_row, rows;
+  int first_unit, units;
   int slice, split;
 };
 
@@ -82,20 +85,18 @@ struct FmaTile {
   template <bool kVectors>
   __device__ void add(const Operand<T>& operand, const TilePlace& place, int lane) {
     constexpr int kStep = kVectors ? kFullVector<T> : 1;
-    const int K = operand.K, unit = min(place.first_unit, place.H - 1);
-    const T* const weights = operand.weights + static_cast<int64_t>(unit) * K;
-    const int64_t next_gate = static_cast<int64_t>(place.H) * K;
+    const int K = operand.K, unit = min(place.first_unit, place.units - 1);
+    const T* const weights = operand.weights + unit * operand.unit_stride;
     const T* const rows = operand.rows + place.first_row * K;
-    const int last_row = static_cast<int>(min(place.N - place.first_row, int64_t{kRows})) - 1;
+    const int last_row = static_cast<int>(min(place.rows - place.first_row, int64_t{kRows})) - 1;
     for (int k = (place.slice * kWarpSize + lane) * kStep; k < K;
          k += place.split * kWarpSize * kStep) {
       Vector<T, kStep> w[kGates];
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate)
-        w[gate] = load<kStep, kVectors>(weights + gate * next_gate, k, K);
+        w[gate] = load<kStep, kVectors>(weights + gate * operand.gate_stride, k, K);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        // A row beyond the last is computed as if it were that one, and not kept.
         const auto x =
             load<kStep, kVectors>(rows + static_cast<int64_t>(min(row, last_row)) * K, k, K);
 #pragma unroll
@@ -129,19 +130,18 @@ struct MmaTile {
   __device__ void add(const Operand<T>& operand, const TilePlace& place, int lane) {
     constexpr int kStep = kFullVector<T>, kChunk = 4 * kStep;
     const int K = operand.K, row = lane / 4, offset = lane % 4 * kStep;
-    const int unit = min(place.first_unit + row, place.H - 1);
-    const T* const weights = operand.weights + static_cast<int64_t>(unit) * K;
-    const int64_t next_gate = static_cast<int64_t>(place.H) * K;
+    const int unit = min(place.first_unit + row, place.units - 1);
+    const T* const weights = operand.weights + unit * operand.unit_stride;
     const T* rows[kColumns];
 #pragma unroll
     for (int column = 0; column < kColumns; ++column)
-      rows[column] = operand.rows + min(place.first_row + 8 * column + row, place.N - 1) * K;
+      rows[column] = operand.rows + min(place.first_row + 8 * column + row, place.rows - 1) * K;
     for (int chunk = place.slice * kChunk; chunk < K; chunk += place.split * kChunk) {
       const int k = chunk + offset;
       uint32_t w[kGates][4], x[kColumns][4];
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate)
-        to_words(load<kStep, kVectors>(weights + gate * next_gate, k, K), w[gate]);
+        to_words(load<kStep, kVectors>(weights + gate * operand.gate_stride, k, K), w[gate]);
 #pragma unroll
       for (int column = 0; column < kColumns; ++column)
         to_words(load<kStep, kVectors>(rows[column], k, K), x[column]);

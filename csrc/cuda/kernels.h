@@ -30,7 +30,8 @@ struct CellForward {
 // The device that a stream belongs to, as far as the launchers choose by it.
 struct Device {
   int multiprocessors;
-  bool tf32;  // float products may round their factors to TF32
+  int shared_per_block;  // bytes of shared memory that a block may ask for
+  bool tf32;             // float products may round their factors to TF32
 };
 
 // Products, activations and states in one launch.
@@ -45,6 +46,35 @@ bool cell_forward_pays(const CellForward<T>& cell, const Device& device);
 // lie where the gates go, and hx and cx where hy and cy do.
 template <class T>
 cudaError_t cell_finish(const CellForward<T>& cell, const T* products, cudaStream_t stream);
+
+// One layer in one direction over a sequence, L steps. S is L N, or for a packed sequence the sum
+// of its batch sizes.
+template <class T>
+struct LayerForward {
+  const T* products;       // [S, 4H]: of the input with w_ih, without biases
+  const T* hx;             // [N, H]
+  const T* cx;             // [N, H]
+  const T* w_hh;           // [4H, H]
+  const T *b_ih, *b_hh;    // [4H] or null
+  const int64_t* offsets;  // [L + 1] on the device: the rows before each step; null: t N
+  const bool* reset;       // [L, N]: states are zero before these steps; or null
+  T* output;               // [S, H]
+  T *hy, *cy;              // [N, H]
+  T* gates;                // [S, 4H] or null; may be products
+  T* c_before;             // [S, H], what each step started from; or null
+  T* h_buffers;            // [2, N, H], to exchange h in
+  int64_t L, N;
+  int H;
+  bool reverse;
+};
+
+// Whether w_hh fits on the chip, so that layer_forward can be called.
+template <class T>
+bool layer_forward_fits(const LayerForward<T>& layer, const Device& device);
+
+// All steps in one launch, w_hh read once. L and N positive.
+template <class T>
+cudaError_t layer_forward(const LayerForward<T>& layer, const Device& device, cudaStream_t stream);
 
 template <class T>
 struct CellBackward {

@@ -106,7 +106,8 @@ void check_forward(const Case& test, bool tf32, int multiprocessors) {
                                  bias_ih, bias_hh, hy.at(), cy.at(),   keeps ? gates.at() : nullptr,
                                  N,       I,       H};
     const unsigned long before = cuda_emu::launches;
-    report.that(cell_forward(call, {multiprocessors, tf32}, nullptr) == cudaSuccess, "it ran");
+    report.that(cell_forward(call, {multiprocessors, 227 * 1024, tf32}, nullptr) == cudaSuccess,
+                "it ran");
     report.that(cuda_emu::launches - before == (states == 0 ? 0 : 1), "in one launch");
     report.close(hy.values(), expected.hy, tolerance, "h'");
     report.close(cy.values(), expected.cy, tolerance, "c'");
@@ -232,7 +233,7 @@ void check_limits() {
                                    nullptr,  nullptr,  any.at(), any.at(), nullptr,
                                    1,        8,        8};
   cuda_emu::limits.threads_per_block = 128;
-  report.that(cell_forward(call, {4, false}, nullptr) == cudaErrorInvalidConfiguration,
+  report.that(cell_forward(call, {4, 227 * 1024, false}, nullptr) == cudaErrorInvalidConfiguration,
               "a launch beyond the limits is an error, and returned");
   cuda_emu::limits = {};
 }

@@ -1,0 +1,118 @@
+// What the operators on a GPU have in common: tensors on one side, pointers on the other.
+//
+// With the emulator, tests run the same operators on the CPU's tensors.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#if defined(LSTM_EXT_CUDA_EMU)
+#include <cstdlib>
+#define LSTM_EXT_CUDA_KEY CPU
+#else
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#define LSTM_EXT_CUDA_KEY CUDA
+#endif
+
+#include <limits>
+#include <optional>
+
+#include "cuda/kernels.h"
+#include "ops.h"
+
+namespace lstm_ext::cuda {
+
+using at::Tensor;
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// body(Type<T>) for the type T that the kernels have for a dtype of fusable().
+template <class Body>
+auto with_type(at::ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case at::kFloat:
+      return body(Type<float>());
+    case at::kDouble:
+      return body(Type<double>());
+    case at::kHalf:
+      return body(Type<__half>());
+    default:
+      return body(Type<__nv_bfloat16>());
+  }
+}
+
+template <class T>
+const T* read(const Tensor& tensor) {
+  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
+}
+
+template <class T>
+T* write(const Tensor& tensor) {
+  return tensor.defined() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+inline Tensor dense(const Tensor& tensor) { return tensor.contiguous(); }
+inline Tensor dense(const std::optional<Tensor>& tensor) {
+  return defined(tensor) ? tensor->contiguous() : Tensor();
+}
+
+inline Tensor empty(at::IntArrayRef sizes, const Tensor& like) {
+  return at::empty(sizes, like.options());
+}
+
+#if defined(LSTM_EXT_CUDA_EMU)
+
+struct OnDevice {
+  explicit OnDevice(const Tensor& /*tensor*/) {}
+};
+
+inline cudaStream_t current_stream() { return nullptr; }
+
+inline void check_launch(cudaError_t error) {
+  TORCH_CHECK(error == cudaSuccess, "CUDA error ", error);
+}
+
+inline Device describe_device(const Tensor& /*tensor*/) {
+  const char* const shared = std::getenv("LSTM_EXT_EMU_SHARED");
+  return {132, shared != nullptr ? std::atoi(shared) : 227 * 1024, false};
+}
+
+#else
+
+// On the tensors' device, and with their dtypes: what autocast does, it has done before.
+struct OnDevice {
+  explicit OnDevice(const Tensor& tensor)
+      : device(tensor.device()), no_autocast(c10::DispatchKey::AutocastCUDA) {}
+  const c10::cuda::CUDAGuard device;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast;
+};
+
+inline cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream(); }
+
+inline void check_launch(cudaError_t error) { C10_CUDA_CHECK(error); }
+
+inline Device describe_device(const Tensor& tensor) {
+  Device device = {};
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount,
+                                        tensor.get_device()));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(
+      &device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, tensor.get_device()));
+  device.tf32 = tensor.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
+  return device;
+}
+
+#endif
+
+// Within a row kernels count in int.
+inline bool fits(const Tensor& w_ih, const Tensor& w_hh) {
+  constexpr int64_t most = std::numeric_limits<int>::max() / 8;
+  return w_ih.size(1) <= most && w_hh.size(0) <= most;
+}
+
+}  // namespace lstm_ext::cuda

@@ -1,0 +1,100 @@
+"""The CUDA operators on CPU tensors, their kernels emulated, against torch's modules.
+
+    python check_ops.py LIBRARY        (built and run by tests/test_cuda_emu.py)
+
+The environment variable LSTM_EXT_EMU_SHARED narrows the shared memory of the emulated GPU, so that
+layers go by the launch that spreads units over blocks, or step by step.
+"""
+
+import itertools
+import sys
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+torch.ops.load_library(sys.argv[1])
+ops = torch.ops.lstm_ext
+checks = 0
+
+
+def close(found, expected, dtype):
+    global checks
+    checks += 1
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 3e-2)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+def compare(ours, theirs, leaves, wanted, dtype):
+    """Outputs, and gradients of a drawn combination of them."""
+    for a, b in zip(ours, theirs, strict=True):
+        close(a, b, dtype)
+    grads = [torch.randn_like(b) for b in theirs]
+    expected = torch.autograd.grad(theirs, wanted, grads)
+    found = torch.autograd.grad(
+        ours, leaves, [g.to(a.dtype) for g, a in zip(grads, ours, strict=True)]
+    )
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, dtype)
+
+
+def cell(N, I, H, dtype, bias):
+    module = nn.LSTMCell(I, H, bias=bias, dtype=torch.float64).to(dtype).to(torch.float64)
+    tensors = [torch.randn(N, size).to(dtype) for size in (I, H, H)]
+    exact = [t.double().requires_grad_() for t in tensors]
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (*tensors, *module.parameters())]
+    weights = leaves[3:] if bias else [*leaves[3:], None, None]
+    theirs = module(exact[0], (exact[1], exact[2]))
+    compare(ops.lstm_cell(*leaves[:3], *weights), theirs, leaves, [*exact, *module.parameters()],
+            dtype)  # fmt: skip
+    with torch.no_grad():
+        close(ops.lstm_cell(*leaves[:3], *weights)[0], theirs[0], dtype)
+
+
+def by_cell(module, x, h, c, sizes, reset, reverse):
+    """A layer step by step in float64, with resets."""
+    weights = list(module.parameters())
+    steps = list(x.split(sizes))
+    h, c = list(h.split(1)), list(c.split(1))
+    for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
+        for n in range(sizes[t]):
+            keep = 1 - reset[t, n].double()
+            h[n], c[n] = torch.lstm_cell(steps[t][n : n + 1], (h[n] * keep, c[n] * keep), *weights)
+        steps[t] = torch.cat(h[: sizes[t]])
+    return torch.cat(steps), torch.cat(h), torch.cat(c)
+
+
+def layer(L, N, I, H, dtype, packed, reverse, with_reset):
+    module = nn.LSTMCell(I, H, dtype=torch.float64).to(dtype).to(torch.float64)
+    lengths = torch.randint(1, L + 1, (N,)).sort(descending=True).values
+    lengths[0] = L
+    if not packed:
+        lengths[:] = L
+    sizes = pack_padded_sequence(torch.zeros(L, N, 1), lengths).batch_sizes
+    reset = torch.rand(L, N) < (0.3 if with_reset else -1)
+    tensors = [torch.randn(int(sizes.sum()), I), torch.randn(N, H), torch.randn(N, H)]
+    exact = [t.to(dtype).double().requires_grad_() for t in tensors]
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (*exact, *module.parameters())]
+    theirs = by_cell(module, *exact, sizes.tolist(), reset, reverse)
+    x = leaves[0] if packed else leaves[0].view(L, N, I)
+    rest = (sizes if packed else None, reset if with_reset else None, reverse)
+    ours = ops.lstm_layer(x, *leaves[1:], *rest)
+    compare((ours[0].reshape(-1, H), *ours[1:]), theirs, leaves, [*exact, *module.parameters()],
+            dtype)  # fmt: skip
+    with torch.no_grad():
+        for a, b in zip(ops.lstm_layer(x, *leaves[1:], *rest), ours, strict=True):
+            assert torch.equal(a, b)
+
+
+torch.manual_seed(0)
+for dtype, bias in itertools.product(
+    (torch.float32, torch.float64, torch.bfloat16, torch.float16), (True, False)
+):
+    for N, I, H in ((1, 3, 2), (5, 8, 16), (0, 3, 2)):
+        cell(N, I, H, dtype, bias)
+cell(600, 8, 4, torch.float32, True)  # products by the library
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    for packed, reverse, with_reset in itertools.product((False, True), repeat=3):
+        layer(4, 3, 5, 8, dtype, packed, reverse, with_reset)
+layer(3, 140, 2, 3, torch.float32, True, True, True)
+print(f"{checks} comparisons agree")
