@@ -213,7 +213,7 @@ void check_all() {
                      std::to_string(shape.I) + "x" + std::to_string(shape.H) + (off ? " off" : "");
       // One multiprocessor: many units a block; a hundred: all warps share one tile.
       check_forward<T>(test, false, off ? 1 : 100);
-      check_forward<T>(test, false, 4);
+      if (!off) check_forward<T>(test, false, 4);
       if (std::is_same_v<T, float>) check_forward<T>(test, true, off ? 1 : 100);
       check_backward<T>(test, true, !off);
     }

@@ -152,11 +152,11 @@ void check_all() {
       check_layer<T>({3, 1, 2, false, false, false, true, off}, shared);
       check_layer<T>({4, 3, 8, true, true, true, !off, off}, shared);
       check_layer<T>({4, 5, 24, true, false, true, off, off}, shared);
-      if (few) continue;
+      if (few || off) continue;
       check_layer<T>({3, 4, 16, false, true, false, true, off}, shared);
       check_layer<T>({2, 11, 40, false, false, true, true, off}, shared);
       check_layer<T>({3, 20, 33, true, true, true, true, off}, shared);
-      check_layer<T>({3, 40, 32, true, true, true, true, off}, shared);
+      check_layer<T>({2, 40, 32, true, true, true, true, off}, shared);
     }
 }
 
