@@ -69,7 +69,26 @@ void check_packed_inputs(const LayerInputs& in) {
               "shape ", input.sizes(), ", states of ", hx.sizes(), " and ", cx.sizes());
 }
 
+std::vector<int64_t> step_offsets(const LayerInputs& in) {
+  const bool packed = defined(in.batch_sizes);
+  const int64_t L = packed ? in.batch_sizes->size(0) : in.input.size(0);
+  std::vector<int64_t> offsets(L + 1, 0);
+  for (int64_t t = 0; t < L; ++t)
+    offsets[t + 1] =
+        offsets[t] + (packed
+                          ? in.batch_sizes->const_data_ptr<int64_t>()[t * in.batch_sizes->stride(0)]
+                          : in.hx.size(0));
+  return offsets;
+}
+
 namespace composite {
+
+at::Tensor reset_to_zero(const at::Tensor& state, const LayerInputs& in, int64_t t) {
+  if (!defined(in.reset)) return state;
+  const at::Tensor reset = in.reset->select(0, t).narrow(0, 0, state.size(0)).unsqueeze(1);
+  return at::where(reset, at::zeros_like(state), state);
+}
+
 namespace {
 
 // The forward, step by step.
@@ -87,24 +106,12 @@ at::Tensor over(const at::Tensor& first, const at::Tensor& whole) {
   return n == N ? first : at::cat({first, whole.narrow(0, n, N - n)});
 }
 
-at::Tensor reset_to_zero(const at::Tensor& state, const LayerInputs& in, int64_t t) {
-  if (!defined(in.reset)) return state;
-  const at::Tensor reset = in.reset->select(0, t).narrow(0, 0, state.size(0)).unsqueeze(1);
-  return at::where(reset, at::zeros_like(state), state);
-}
-
 Steps run(const LayerInputs& in) {
   check_sequence(in);
-  const bool packed = defined(in.batch_sizes);
-  const int64_t L = packed ? in.batch_sizes->size(0) : in.input.size(0);
   Steps steps;
-  steps.size.assign(L, in.hx.size(0));
-  steps.offset.assign(L + 1, 0);
-  for (int64_t t = 0; t < L; ++t) {
-    if (packed)
-      steps.size[t] = in.batch_sizes->const_data_ptr<int64_t>()[t * in.batch_sizes->stride(0)];
-    steps.offset[t + 1] = steps.offset[t] + steps.size[t];
-  }
+  steps.offset = step_offsets(in);
+  const auto L = static_cast<int64_t>(steps.offset.size()) - 1;
+  for (int64_t t = 0; t < L; ++t) steps.size.push_back(steps.offset[t + 1] - steps.offset[t]);
   steps.rows = in.input.reshape({steps.offset[L], in.input.size(-1)});
   steps.h = in.hx;
   steps.c = in.cx;

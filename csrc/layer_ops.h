@@ -8,6 +8,7 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "ops.h"
 
@@ -46,6 +47,8 @@ struct LayerResults {
 bool layer_fusable(const LayerInputs& in);
 // Raises an error that says what is wrong with batch_sizes or reset.
 void check_sequence(const LayerInputs& in);
+// The rows before each step, and at last of all steps: L + 1 numbers.
+std::vector<int64_t> step_offsets(const LayerInputs& in);
 // Raises an error unless everything but the weights fits the kernels of packed weights.
 void check_packed_inputs(const LayerInputs& in);
 
@@ -53,6 +56,8 @@ void check_packed_inputs(const LayerInputs& in);
 namespace composite {
 
 LayerTrainingOutputs layer_forward(const LayerInputs& in);
+// The first rows of h or c, with zeros in those that time t starts anew.
+at::Tensor reset_to_zero(const at::Tensor& state, const LayerInputs& in, int64_t t);
 // Gradients of the first seven. The forward is run anew, so that they are differentiable too.
 CellGradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
                              CellGradientMask mask);

@@ -20,18 +20,11 @@ inline constexpr int64_t kSharedStepWork = 16 * 1024;
 // Where the steps of a padded or packed sequence lie.
 class Sequence {
  public:
-  explicit Sequence(const LayerInputs& in) : N_(in.hx.size(0)) {
-    const bool packed = defined(in.batch_sizes);
-    const int64_t L = packed ? in.batch_sizes->size(0) : in.input.size(0);
-    offset_.resize(L + 1, 0);
-    for (int64_t t = 0; t < L; ++t)
-      offset_[t + 1] =
-          offset_[t] +
-          (packed ? in.batch_sizes->const_data_ptr<int64_t>()[t * in.batch_sizes->stride(0)] : N_);
+  explicit Sequence(const LayerInputs& in) : N_(in.hx.size(0)), offset_(step_offsets(in)) {
     // Rows come in order of falling length.
-    length_.assign(N_, L);
-    if (packed) {
-      int64_t t = L;
+    length_.assign(N_, L());
+    if (defined(in.batch_sizes)) {
+      int64_t t = L();
       for (int64_t row = 0; row < N_; ++row) {
         while (t > 0 && rows(t - 1) <= row) --t;
         length_[row] = t;

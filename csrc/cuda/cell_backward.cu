@@ -158,10 +158,7 @@ cudaError_t cell_backward(const CellBackward<T>& cell, cudaStream_t stream) {
 #define LSTM_EXT_INSTANTIATE(T)                                       \
   template size_t cell_backward_workspace<T>(const CellBackward<T>&); \
   template cudaError_t cell_backward<T>(const CellBackward<T>&, cudaStream_t);
-LSTM_EXT_INSTANTIATE(float)
-LSTM_EXT_INSTANTIATE(double)
-LSTM_EXT_INSTANTIATE(__half)
-LSTM_EXT_INSTANTIATE(__nv_bfloat16)
+LSTM_EXT_EACH_TYPE(LSTM_EXT_INSTANTIATE)
 #undef LSTM_EXT_INSTANTIATE
 
 }  // namespace lstm_ext::cuda

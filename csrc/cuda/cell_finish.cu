@@ -19,11 +19,8 @@ __global__ void __launch_bounds__(kElementwiseThreads)
 #pragma unroll
   for (int gate = 0; gate < kGates; ++gate)
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      bias[gate][j] = 0;
-      if (cell.b_ih != nullptr) bias[gate][j] += widen(cell.b_ih[gate * H + unit + j]);
-      if (cell.b_hh != nullptr) bias[gate][j] += widen(cell.b_hh[gate * H + unit + j]);
-    }
+    for (int j = 0; j < kVector; ++j)
+      bias[gate][j] = sum_of_biases(cell.b_ih, cell.b_hh, gate * H + unit + j);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block;
   const int64_t last = min(first + rows_per_block, cell.N);
   for (int64_t row = first + threadIdx.y; row < last; row += blockDim.y) {
@@ -74,10 +71,7 @@ cudaError_t cell_finish(const CellForward<T>& cell, const T* products, cudaStrea
 
 #define LSTM_EXT_INSTANTIATE(T) \
   template cudaError_t cell_finish<T>(const CellForward<T>&, const T*, cudaStream_t);
-LSTM_EXT_INSTANTIATE(float)
-LSTM_EXT_INSTANTIATE(double)
-LSTM_EXT_INSTANTIATE(__half)
-LSTM_EXT_INSTANTIATE(__nv_bfloat16)
+LSTM_EXT_EACH_TYPE(LSTM_EXT_INSTANTIATE)
 #undef LSTM_EXT_INSTANTIATE
 
 }  // namespace lstm_ext::cuda

@@ -12,8 +12,6 @@
 namespace lstm_ext::cuda {
 namespace {
 
-constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
-
 // split warps to a tile; kWarps / split tiles of units, side by side.
 template <class Tile, bool kVectors>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -46,9 +44,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     S pre[kGates];
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate) {
-      pre[gate] = 0;
-      if (cell.b_ih != nullptr) pre[gate] += widen(cell.b_ih[gate * H + unit]);
-      if (cell.b_hh != nullptr) pre[gate] += widen(cell.b_hh[gate * H + unit]);
+      pre[gate] = sum_of_biases(cell.b_ih, cell.b_hh, gate * H + unit);
       for (int slice = 0; slice < split; ++slice)
         pre[gate] += partial(slice, gate, element / units, element % units);
     }
@@ -58,13 +54,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                                                         widen(cell.cx[at]), c, h);
     cell.cy[at] = narrow<T>(c);
     cell.hy[at] = narrow<T>(h);
-    if (cell.gates != nullptr) {
-      T* const kept = cell.gates + row * kGates * H + unit;
-      kept[0] = narrow<T>(gates.i);
-      kept[H] = narrow<T>(gates.f);
-      kept[2 * H] = narrow<T>(gates.g);
-      kept[3 * H] = narrow<T>(gates.o);
-    }
+    if (cell.gates != nullptr) store_gates(cell.gates + row * kGates * H + unit, H, gates);
   }
 }
 
@@ -95,29 +85,14 @@ cudaError_t launch_tiles(const CellForward<typename Tile::T>& cell, const Device
   return launch(how, kernel, cell, split, unit_blocks(split));
 }
 
-template <template <class, int> class Tile, class T>
-cudaError_t launch_rows(const CellForward<T>& cell, const Device& device, cudaStream_t stream) {
-  if (cell.N <= 8) return launch_tiles<Tile<T, 8>>(cell, device, stream);
-  if (cell.N <= 16) return launch_tiles<Tile<T, 16>>(cell, device, stream);
-  return launch_tiles<Tile<T, 32>>(cell, device, stream);
-}
-
 }  // namespace
 
 template <class T>
 cudaError_t cell_forward(const CellForward<T>& cell, const Device& device, cudaStream_t stream) {
   if (cell.N == 0 || cell.H == 0) return cudaSuccess;
-  if constexpr (std::is_same_v<T, double>) {
-    return cell.N == 1 ? launch_tiles<FmaTile<T, 1>>(cell, device, stream)
-                       : launch_tiles<FmaTile<T, 4>>(cell, device, stream);
-  } else if constexpr (std::is_same_v<T, float>) {
-    if (device.tf32) return launch_rows<MmaTile>(cell, device, stream);
-    if (cell.N == 1) return launch_tiles<FmaTile<T, 1>>(cell, device, stream);
-    if (cell.N <= 4) return launch_tiles<FmaTile<T, 4>>(cell, device, stream);
-    return launch_tiles<FmaTile<T, 8>>(cell, device, stream);
-  } else {
-    return launch_rows<MmaTile>(cell, device, stream);
-  }
+  return with_tile<T>(cell.N, device.tf32, [&](auto tile) {
+    return launch_tiles<decltype(tile)>(cell, device, stream);
+  });
 }
 
 // Every block reads the weights of its units anew for each of its row blocks, from the second level
@@ -134,10 +109,7 @@ bool cell_forward_pays(const CellForward<T>& cell, const Device& device) {
 #define LSTM_EXT_INSTANTIATE(T)                                                             \
   template cudaError_t cell_forward<T>(const CellForward<T>&, const Device&, cudaStream_t); \
   template bool cell_forward_pays<T>(const CellForward<T>&, const Device&);
-LSTM_EXT_INSTANTIATE(float)
-LSTM_EXT_INSTANTIATE(double)
-LSTM_EXT_INSTANTIATE(__half)
-LSTM_EXT_INSTANTIATE(__nv_bfloat16)
+LSTM_EXT_EACH_TYPE(LSTM_EXT_INSTANTIATE)
 #undef LSTM_EXT_INSTANTIATE
 
 }  // namespace lstm_ext::cuda

@@ -11,6 +11,7 @@
 namespace lstm_ext::cuda {
 
 constexpr int kGates = 4;
+constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;  // of a block
 
 // Rows of the batch [N, K] times rows of the weights, K numbers each. The row of a unit's gate
 // begins at weights + gate * gate_stride + unit * unit_stride.
@@ -188,5 +189,44 @@ struct MmaTile {
       mma_16bit<T>(d, a, b);
   }
 };
+
+template <class T, class Body>
+auto with_mma_tile(int64_t N, const Body& body) {
+  if (N <= 8) return body(MmaTile<T, 8>());
+  if (N <= 16) return body(MmaTile<T, 16>());
+  return body(MmaTile<T, 32>());
+}
+
+// body(tile) with the tile that suits the type and the batch.
+template <class T, class Body>
+auto with_tile(int64_t N, bool tf32, const Body& body) {
+  if constexpr (std::is_same_v<T, double>) {
+    return N == 1 ? body(FmaTile<T, 1>()) : body(FmaTile<T, 4>());
+  } else if constexpr (std::is_same_v<T, float>) {
+    if (tf32) return with_mma_tile<T>(N, body);
+    if (N == 1) return body(FmaTile<T, 1>());
+    if (N <= 4) return body(FmaTile<T, 4>());
+    return body(FmaTile<T, 8>());
+  } else {
+    return with_mma_tile<T>(N, body);
+  }
+}
+
+template <class T>
+__device__ inline Sum<T> sum_of_biases(const T* b_ih, const T* b_hh, int column) {
+  Sum<T> sum = 0;
+  if (b_ih != nullptr) sum += widen(b_ih[column]);
+  if (b_hh != nullptr) sum += widen(b_hh[column]);
+  return sum;
+}
+
+// To the gates of one unit in a row [4H].
+template <class T>
+__device__ inline void store_gates(T* unit, int H, const Gates<Sum<T>>& gates) {
+  unit[0] = narrow<T>(gates.i);
+  unit[H] = narrow<T>(gates.f);
+  unit[2 * H] = narrow<T>(gates.g);
+  unit[3 * H] = narrow<T>(gates.o);
+}
 
 }  // namespace lstm_ext::cuda

@@ -4,7 +4,6 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -23,14 +22,6 @@ bool has_kernel(const LayerInputs& in) { return layer_fusable(in) && fits(in.w_i
 
 // Where the steps' rows lie, known to the host without asking the device.
 struct Steps {
-  explicit Steps(const LayerInputs& in) {
-    const bool packed = defined(in.batch_sizes);
-    const int64_t count = packed ? in.batch_sizes->size(0) : in.input.size(0);
-    const Tensor sizes = packed ? in.batch_sizes->contiguous() : Tensor();
-    offsets.resize(count + 1);
-    for (int64_t t = 0; t < count; ++t)
-      offsets[t + 1] = offsets[t] + (packed ? sizes.const_data_ptr<int64_t>()[t] : in.hx.size(0));
-  }
   int64_t L() const { return static_cast<int64_t>(offsets.size()) - 1; }
   int64_t S() const { return offsets.back(); }
   int64_t rows(int64_t t) const { return offsets[t + 1] - offsets[t]; }
@@ -42,12 +33,6 @@ struct Steps {
 
   std::vector<int64_t> offsets;
 };
-
-Tensor reset_rows(const Tensor& state, Optional reset, int64_t t) {
-  if (!defined(reset)) return state;
-  const Tensor at_t = reset->select(0, t).narrow(0, 0, state.size(0)).unsqueeze(1);
-  return at::where(at_t, at::zeros({}, state.options()), state);
-}
 
 struct Results {
   Tensor output, hy, cy, gates, c_before;  // the last two where they are kept
@@ -65,8 +50,8 @@ void run_steps(const LayerInputs& in, const Steps& steps, const Tensor& products
     const int64_t t = steps.time(step, in.reverse), n = steps.rows(t);
     Tensor h = out.hy.narrow(0, 0, n), c = out.cy.narrow(0, 0, n);
     if (defined(in.reset)) {
-      h.copy_(reset_rows(h, in.reset, t));
-      c.copy_(reset_rows(c, in.reset, t));
+      h.copy_(composite::reset_to_zero(h, in, t));
+      c.copy_(composite::reset_to_zero(c, in, t));
     }
     if (out.c_before.defined()) steps.of(out.c_before, t).copy_(c);
     Tensor pre = steps.of(products, t);
@@ -95,7 +80,7 @@ void run_steps(const LayerInputs& in, const Steps& steps, const Tensor& products
 Results forward(const LayerInputs& in, bool keeps) {
   check_sequence(in);
   const OnDevice guard(in.hx);
-  const Steps steps(in);
+  const Steps steps = {step_offsets(in)};
   const int64_t L = steps.L(), N = in.hx.size(0), H = in.hx.size(1), S = steps.S();
   const Tensor rows = in.input.reshape({S, in.input.size(-1)}), w_hh = dense(in.w_hh);
   Results out;
@@ -163,7 +148,7 @@ Tensor h_before(const LayerInputs& in, const Steps& steps, const Tensor& output)
       h = steps.of(output, steps.time(step - 1, in.reverse)).narrow(0, 0, going);
       if (going < n) h = at::cat({h, in.hx.narrow(0, going, n - going)});
     }
-    parts[t] = reset_rows(h, in.reset, t);
+    parts[t] = composite::reset_to_zero(h, in, t);
   }
   return at::cat(parts);
 }
@@ -201,7 +186,7 @@ CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Option
   if (!has_kernel(in)) return composite::layer_backward({grad_output, grad_hy, grad_cy}, in, mask);
   check_sequence(in);
   const OnDevice guard(hx);
-  const Steps steps(in);
+  const Steps steps = {step_offsets(in)};
   const int64_t N = hx.size(0), H = hx.size(1), S = steps.S();
   TORCH_CHECK(gates.dim() == 2 && gates.size(0) == S && gates.size(1) == 4 * H &&
                   c_before.dim() == 2 && c_before.size(0) == S && c_before.size(1) == H &&
@@ -214,6 +199,7 @@ CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Option
     return defined(grad) ? grad->clone(at::MemoryFormat::Contiguous)
                          : at::zeros({N, H}, hx.options());
   };
+  const auto [want_input, want_hx, want_cx, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = mask;
   Tensor grad_h = state(grad_hy), grad_c = state(grad_cy);
   const Tensor grad_gates = empty({S, 4 * H}, hx);
   const cudaStream_t stream = current_stream();
@@ -232,13 +218,13 @@ CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Option
             nullptr,    nullptr,    nullptr,         n,          static_cast<int>(H)};
         check_launch(cell_backward(cell, stream));
       });
-      at::mm_out(h, of_gates, w_hh);
+      // Of the first step, they are those of hx.
+      if (step > 0 || want_hx) at::mm_out(h, of_gates, w_hh);
       if (defined(reset)) {
-        h.copy_(reset_rows(h, reset, t));
-        c.copy_(reset_rows(c, reset, t));
+        h.copy_(composite::reset_to_zero(h, in, t));
+        c.copy_(composite::reset_to_zero(c, in, t));
       }
     }
-  const auto [want_input, want_hx, want_cx, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = mask;
   const Tensor rows = input.reshape({S, input.size(-1)});
   Tensor grad_input, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh;
   if (want_input) grad_input = at::mm(grad_gates, w_ih).view_as(input);

@@ -12,8 +12,6 @@
 namespace lstm_ext::cuda {
 namespace {
 
-constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
-
 // How a layer is spread over blocks, and how a block's shared memory is.
 struct Plan {
   int units, unit_blocks;    // of a block; and blocks that make up the H units
@@ -95,10 +93,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   for (int at = thread; at < kGates * own_units; at += kThreads) {
     const int gate = at / own_units, unit = at % own_units, column = gate * H + first_unit + unit;
-    S bias = 0;
-    if (layer.b_ih != nullptr) bias += widen(layer.b_ih[column]);
-    if (layer.b_hh != nullptr) bias += widen(layer.b_hh[column]);
-    biases[gate * units + unit] = bias;
+    biases[gate * units + unit] = sum_of_biases(layer.b_ih, layer.b_hh, column);
   }
   // What a row starts from: h where the product of its first step reads it, and c.
   const auto begin = [&](int64_t row, int unit, int64_t step) {
@@ -151,13 +146,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         S c, h_next;
         const Gates<S> gates = lstm_ext::cell_forward<Math>(
             Gates<S>{pre[0], pre[1], pre[2], pre[3]}, state, c, h_next);
-        if (layer.gates != nullptr) {
-          T* const kept = layer.gates + (offset + row) * kGates * H + column;
-          kept[0] = narrow<T>(gates.i);
-          kept[H] = narrow<T>(gates.f);
-          kept[2 * H] = narrow<T>(gates.g);
-          kept[3 * H] = narrow<T>(gates.o);
-        }
+        if (layer.gates != nullptr)
+          store_gates(layer.gates + (offset + row) * kGates * H + column, H, gates);
         layer.output[at] = narrow<T>(h_next);
         const int64_t of_state = row * H + column;
         if (row >= next) {  // its last step
@@ -216,49 +206,25 @@ cudaError_t launch_plan(const LayerForward<typename Tile::T>& layer, const Devic
   return launch(how, kernel, layer, plan);
 }
 
-template <class T, class Body>
-auto with_mma_tile(int64_t N, const Body& body) {
-  if (N <= 8) return body(MmaTile<T, 8>());
-  if (N <= 16) return body(MmaTile<T, 16>());
-  return body(MmaTile<T, 32>());
-}
-
-// body(tile) with the tile that suits the type and the batch.
-template <class T, class Body>
-auto with_tile(const LayerForward<T>& layer, const Device& device, const Body& body) {
-  if constexpr (std::is_same_v<T, double>) {
-    return layer.N == 1 ? body(FmaTile<T, 1>()) : body(FmaTile<T, 4>());
-  } else if constexpr (std::is_same_v<T, float>) {
-    if (device.tf32) return with_mma_tile<T>(layer.N, body);
-    if (layer.N == 1) return body(FmaTile<T, 1>());
-    if (layer.N <= 4) return body(FmaTile<T, 4>());
-    return body(FmaTile<T, 8>());
-  } else {
-    return with_mma_tile<T>(layer.N, body);
-  }
-}
-
 }  // namespace
 
 template <class T>
 bool layer_forward_fits(const LayerForward<T>& layer, const Device& device) {
-  return with_tile(layer, device,
-                   [&](auto tile) { return plan_for<decltype(tile)>(layer, device).units > 0; });
+  return with_tile<T>(layer.N, device.tf32,
+                      [&](auto tile) { return plan_for<decltype(tile)>(layer, device).units > 0; });
 }
 
 template <class T>
 cudaError_t layer_forward(const LayerForward<T>& layer, const Device& device, cudaStream_t stream) {
-  return with_tile(layer, device,
-                   [&](auto tile) { return launch_plan<decltype(tile)>(layer, device, stream); });
+  return with_tile<T>(layer.N, device.tf32, [&](auto tile) {
+    return launch_plan<decltype(tile)>(layer, device, stream);
+  });
 }
 
 #define LSTM_EXT_INSTANTIATE(T)                                               \
   template bool layer_forward_fits<T>(const LayerForward<T>&, const Device&); \
   template cudaError_t layer_forward<T>(const LayerForward<T>&, const Device&, cudaStream_t);
-LSTM_EXT_INSTANTIATE(float)
-LSTM_EXT_INSTANTIATE(double)
-LSTM_EXT_INSTANTIATE(__half)
-LSTM_EXT_INSTANTIATE(__nv_bfloat16)
+LSTM_EXT_EACH_TYPE(LSTM_EXT_INSTANTIATE)
 #undef LSTM_EXT_INSTANTIATE
 
 }  // namespace lstm_ext::cuda

@@ -8,6 +8,9 @@
 
 namespace lstm_ext::cuda {
 
+// define(T) for the number types T that the launchers are made for.
+#define LSTM_EXT_EACH_TYPE(define) define(float) define(double) define(__half) define(__nv_bfloat16)
+
 template <class T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

@@ -56,24 +56,4 @@ cudaError_t launch(const Launch& how, void (*kernel)(Parameters...), Arguments..
 #endif
 }
 
-// Blocks of a kernel that run at the same time on the whole device: the most that a cooperative
-// launch may have.
-template <class... Parameters>
-cudaError_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared,
-                            int multiprocessors, int* blocks) {
-#if defined(LSTM_EXT_CUDA_EMU)
-  *blocks = static_cast<int>(cuda_emu::resident_blocks(threads, shared));
-  (void)kernel, (void)multiprocessors;
-  return cudaSuccess;
-#else
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared));
-  if (error != cudaSuccess) return error;
-  int each = 0;
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared);
-  *blocks = each * multiprocessors;
-  return error;
-#endif
-}
-
 }  // namespace lstm_ext::cuda

@@ -18,6 +18,8 @@ namespace check {
 
 using Values = std::vector<double>;
 
+inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
 template <class T>
 const char* name() {
   if (std::is_same_v<T, float>) return "float";

@@ -11,13 +11,12 @@ namespace {
 using namespace lstm_ext::cuda;
 using check::Buffer;
 using check::draw;
+using check::sigmoid;
 using check::Values;
 
 check::Report report;
 constexpr unsigned orders = 2;  // of the threads
 bool few = false;
-
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 struct Shape {
   int N, I, H;

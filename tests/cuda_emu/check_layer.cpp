@@ -10,12 +10,11 @@ namespace {
 using namespace lstm_ext::cuda;
 using check::Buffer;
 using check::draw;
+using check::sigmoid;
 using check::Values;
 
 check::Report report;
 bool few = false;
-
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 struct Case {
   int L, N, H;
