@@ -38,21 +38,23 @@ def grads(module, x, call=None):
 
 @pytest.mark.parametrize("states", [torch.float32, torch.bfloat16, None])
 @pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16])
-def test_autocast_dtypes(kind, inputs, states):
-    torchs, ours = pair(kind)
-    x = data(kind).to(inputs)
+def test_autocast_dtypes(kind, inputs, states, device):
+    torchs, ours = pair(kind, device=device)
+    x = data(kind).to(device, inputs)
     shape = (5, 4) if kind == "LSTMCell" else (1, 5, 4)
-    hx = None if states is None else (torch.randn(shape).to(states), torch.randn(shape).to(states))
+    hx = None
+    if states is not None:
+        hx = tuple(torch.randn(shape).to(device, states) for _ in range(2))
     if kind == "LSTM":
         try:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16):
                 torchs(x, hx)
         except RuntimeError:
             pytest.skip("torch's own LSTM does not run in bfloat16 on this processor")
     found = []
     for module in (torchs, ours):
         module.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             out = module(x, hx)
         flat = (out[0], out[1]) if kind == "LSTMCell" else (out[0], *out[1])
         sum(t.float().sum() for t in flat).backward()
@@ -80,12 +82,12 @@ def test_autocast_of_packed_and_double(kind):
         assert double(torch.randn(5, 2, 3, dtype=torch.float64))[0].dtype == torch.float64
 
 
-def test_grad_scaler(kind):
-    torchs, ours = pair(kind)
-    x = data(kind)
+def test_grad_scaler(kind, device):
+    torchs, ours = pair(kind, device=device)
+    x = data(kind).to(device)
     for module in (torchs, ours):
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+        scaler = torch.amp.GradScaler(device, init_scale=128.0)
         for _ in range(3):
             loss = first(module(x)).square().sum()
             optimizer.zero_grad()
