@@ -158,7 +158,7 @@ BARRIER = "  __syncthreads();\n"
 MUTATIONS = {
     "no barrier before the sums": ("cell_forward.cu", BARRIER, "", "thread"),
     "a share of the sum left out": (
-        "cell_forward.cu",
+        "gate_tiles.cuh",
         "slice < split;",
         "slice < split - 1;",
         "none",
@@ -190,7 +190,7 @@ MUTATIONS = {
     ),
     "blocks that do not wait": (
         "layer_forward.cu",
-        "    meet();\n  }\n}",
+        "    meet(plan);\n  }\n}",
         "    __syncthreads();\n  }\n}",
         "thread",
     ),
@@ -198,6 +198,24 @@ MUTATIONS = {
         "layer_forward.cu",
         "reset ? S(0) : widen(narrow<T>(c))",
         "widen(narrow<T>(c))",
+        "none",
+    ),
+    "blocks that do not wait, in backward": (
+        "layer_backward.cu",
+        "    meet(plan);\n",
+        "    __syncthreads();\n",
+        "thread",
+    ),
+    "hidden units out of their places": (
+        "layer_backward.cu",
+        "hidden / units, tile_row, hidden % units",
+        "hidden % kInUnit, tile_row, hidden / kInUnit",
+        "none",
+    ),
+    "gradients through resets": (
+        "layer_backward.cu",
+        "is_reset(sequence, step, row) ? S(0) : grad_c",
+        "grad_c",
         "none",
     ),
 }

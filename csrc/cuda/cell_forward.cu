@@ -43,11 +43,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (unit >= H || row >= cell.N) continue;
     S pre[kGates];
 #pragma unroll
-    for (int gate = 0; gate < kGates; ++gate) {
-      pre[gate] = sum_of_biases(cell.b_ih, cell.b_hh, gate * H + unit);
-      for (int slice = 0; slice < split; ++slice)
-        pre[gate] += partial(slice, gate, element / units, element % units);
-    }
+    for (int gate = 0; gate < kGates; ++gate)
+      pre[gate] = sum_of_biases(cell.b_ih, cell.b_hh, gate * H + unit) +
+                  partial.sum(split, gate, element / units, element % units);
     const int64_t at = row * H + unit;
     S c, h;
     const Gates<S> gates = lstm_ext::cell_forward<Math>(Gates<S>{pre[0], pre[1], pre[2], pre[3]},

@@ -40,6 +40,12 @@ struct PartialSums {
   __device__ S& operator()(int slice, int gate, int row, int unit) const {
     return at[((slice * kGates + gate) * rows + row) * units + unit];
   }
+
+  __device__ S sum(int split, int gate, int row, int unit) const {
+    S sum = 0;
+    for (int slice = 0; slice < split; ++slice) sum += (*this)(slice, gate, row, unit);
+    return sum;
+  }
 };
 
 template <int kCount, bool kVectors, class T>

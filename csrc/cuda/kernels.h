@@ -47,25 +47,31 @@ bool cell_forward_pays(const CellForward<T>& cell, const Device& device);
 template <class T>
 cudaError_t cell_finish(const CellForward<T>& cell, const T* products, cudaStream_t stream);
 
-// One layer in one direction over a sequence, L steps. S is L N, or for a packed sequence the sum
-// of its batch sizes.
-template <class T>
-struct LayerForward {
-  const T* products;       // [S, 4H]: of the input with w_ih, without biases
-  const T* hx;             // [N, H]
-  const T* cx;             // [N, H]
-  const T* w_hh;           // [4H, H]
-  const T *b_ih, *b_hh;    // [4H] or null
+// The steps of one layer in one direction, L of N rows each, or fewer where packed; S rows in all.
+struct Sequence {
   const int64_t* offsets;  // [L + 1] on the device: the rows before each step; null: t N
   const bool* reset;       // [L, N]: states are zero before these steps; or null
-  T* output;               // [S, H]
-  T *hy, *cy;              // [N, H]
-  T* gates;                // [S, 4H] or null; may be products
-  T* c_before;             // [S, H], what each step started from; or null
-  T* h_buffers;            // [2, N, H], to exchange h in
   int64_t L, N;
-  int H;
   bool reverse;
+};
+
+// Numbers of the host, which may be gone before the copy is made, and of the device.
+cudaError_t copy_numbers(const int64_t* from, int64_t count, int64_t* to, cudaStream_t stream);
+
+template <class T>
+struct LayerForward {
+  Sequence sequence;
+  const T* products;     // [S, 4H]: of the input with w_ih, without biases
+  const T* hx;           // [N, H]
+  const T* cx;           // [N, H]
+  const T* w_hh;         // [4H, H]
+  const T *b_ih, *b_hh;  // [4H] or null
+  T* output;             // [S, H]
+  T *hy, *cy;            // [N, H]
+  T* gates;              // [S, 4H] or null; may be products
+  T* c_before;           // [S, H], what each step started from; or null
+  T* h_buffers;          // [2, N, H], to exchange h in
+  int H;
 };
 
 // Whether w_hh fits on the chip, so that layer_forward can be called.
@@ -75,6 +81,28 @@ bool layer_forward_fits(const LayerForward<T>& layer, const Device& device);
 // All steps in one launch, w_hh read once. L and N positive.
 template <class T>
 cudaError_t layer_forward(const LayerForward<T>& layer, const Device& device, cudaStream_t stream);
+
+template <class T>
+struct LayerBackward {
+  Sequence sequence;
+  const T* grad_output;        // [S, H] or null: zero
+  const T *grad_hy, *grad_cy;  // [N, H] or null: zero
+  const T* gates;              // [S, 4H], activated
+  const T* c_before;           // [S, H]
+  const T* w_hh;               // [4H, H]
+  T* grad_gates;               // [S, 4H]: of the pre-activations
+  T *grad_hx, *grad_cx;        // [N, H] or null: not wanted
+  int H;
+};
+
+template <class T>
+bool layer_backward_fits(const LayerBackward<T>& layer, const Device& device);
+
+// All steps in one launch, as in layer_forward. The gradients of the weights are products of
+// grad_gates, left to the library.
+template <class T>
+cudaError_t layer_backward(const LayerBackward<T>& layer, const Device& device,
+                           cudaStream_t stream);
 
 template <class T>
 struct CellBackward {

@@ -34,6 +34,24 @@ struct Steps {
   std::vector<int64_t> offsets;
 };
 
+// The same for the kernels, and its tensors on the device for as long as they may read them.
+struct SequenceOnDevice {
+  SequenceOnDevice(const LayerInputs& in, const Steps& steps) : reset(dense(in.reset)) {
+    sequence.L = steps.L();
+    sequence.N = in.hx.size(0);
+    sequence.reverse = in.reverse;
+    sequence.reset = read<bool>(reset);
+    if (!defined(in.batch_sizes)) return;
+    offsets = at::empty({steps.L() + 1}, in.hx.options().dtype(at::kLong));
+    check_launch(copy_numbers(steps.offsets.data(), steps.L() + 1, write<int64_t>(offsets),
+                              current_stream()));
+    sequence.offsets = read<int64_t>(offsets);
+  }
+
+  Sequence sequence = {};
+  Tensor reset, offsets;
+};
+
 struct Results {
   Tensor output, hy, cy, gates, c_before;  // the last two where they are kept
 };
@@ -94,32 +112,24 @@ Results forward(const LayerInputs& in, bool keeps) {
     return out;
   }
   const Tensor hx = dense(in.hx), cx = dense(in.cx), b_ih = dense(in.b_ih), b_hh = dense(in.b_hh);
-  const Tensor reset = dense(in.reset), h_buffers = empty({2, N, H}, hx);
+  const Tensor h_buffers = empty({2, N, H}, hx);
   const Device device = describe_device(hx);
   const bool done = with_type(hx.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     LayerForward<T> layer = {};
-    layer.L = L;
-    layer.N = N;
+    layer.sequence.N = N;
     layer.H = static_cast<int>(H);
-    layer.reverse = in.reverse;
     if (!layer_forward_fits(layer, device)) return false;
-    Tensor offsets;
-    if (defined(in.batch_sizes)) {
-      offsets = at::empty({L + 1}, at::kLong);
-      std::copy(steps.offsets.begin(), steps.offsets.end(), offsets.mutable_data_ptr<int64_t>());
-      offsets = offsets.to(hx.device(), /*non_blocking=*/true);
-    }
+    const SequenceOnDevice on_device(in, steps);
     out.hy = empty({N, H}, hx);
     out.cy = empty({N, H}, hx);
+    layer.sequence = on_device.sequence;
     layer.products = read<T>(products);
     layer.hx = read<T>(hx);
     layer.cx = read<T>(cx);
     layer.w_hh = read<T>(w_hh);
     layer.b_ih = read<T>(b_ih);
     layer.b_hh = read<T>(b_hh);
-    layer.offsets = read<int64_t>(offsets);
-    layer.reset = read<bool>(reset);
     layer.output = write<T>(out.output);
     layer.hy = write<T>(out.hy);
     layer.cy = write<T>(out.cy);
@@ -136,7 +146,10 @@ Results forward(const LayerInputs& in, bool keeps) {
 
 // The h that each step started from, [S, H].
 Tensor h_before(const LayerInputs& in, const Steps& steps, const Tensor& output) {
-  const int64_t N = in.hx.size(0);
+  const int64_t N = in.hx.size(0), others = steps.S() - N;
+  if (!defined(in.batch_sizes) && !defined(in.reset) && steps.L() > 0)
+    return in.reverse ? at::cat({output.narrow(0, N, others), in.hx})
+                      : at::cat({in.hx, output.narrow(0, 0, others)});
   std::vector<Tensor> parts(steps.L());
   for (int64_t step = 0; step < steps.L(); ++step) {
     const int64_t t = steps.time(step, in.reverse), n = steps.rows(t);
@@ -151,6 +164,83 @@ Tensor h_before(const LayerInputs& in, const Steps& steps, const Tensor& output)
     parts[t] = composite::reset_to_zero(h, in, t);
   }
   return at::cat(parts);
+}
+
+// What backward starts from, all dense; and what becomes of it.
+struct Gradients {
+  Tensor of_output;     // [S, H] or undefined: zero
+  Tensor of_hy, of_cy;  // [N, H] or undefined: zero
+  Tensor gates, c_before;
+  Tensor of_gates;      // [S, 4H], to be written
+  Tensor of_hx, of_cx;  // [N, H]
+};
+
+// One launch and one library product a step. Writes the gradients of h and c if they are wanted or
+// not, for steps hand them on.
+void run_steps_back(const LayerInputs& in, const Steps& steps, const Tensor& w_hh, bool want_hx,
+                    Gradients& grads) {
+  const auto start = [&](const Tensor& grad) {
+    return grad.defined() ? grad.clone() : at::zeros_like(in.hx, at::MemoryFormat::Contiguous);
+  };
+  grads.of_hx = start(grads.of_hy);
+  grads.of_cx = start(grads.of_cy);
+  const cudaStream_t stream = current_stream();
+  for (int64_t step = steps.L() - 1; step >= 0; --step) {
+    const int64_t t = steps.time(step, in.reverse), n = steps.rows(t);
+    Tensor h = grads.of_hx.narrow(0, 0, n), c = grads.of_cx.narrow(0, 0, n);
+    if (grads.of_output.defined()) h.add_(steps.of(grads.of_output, t));
+    const Tensor of_gates = steps.of(grads.of_gates, t), gates = steps.of(grads.gates, t),
+                 before = steps.of(grads.c_before, t);
+    with_type(h.scalar_type(), [&](auto type) {
+      using T = typename decltype(type)::type;
+      CellBackward<T> cell = {};
+      cell.grad_hy = read<T>(h);
+      cell.grad_cy = read<T>(c);
+      cell.cx = read<T>(before);
+      cell.gates = read<T>(gates);
+      cell.grad_gates = write<T>(of_gates);
+      cell.grad_cx = write<T>(c);  // each thread reads its own before
+      cell.N = n;
+      cell.H = static_cast<int>(h.size(1));
+      check_launch(cell_backward(cell, stream));
+    });
+    // Of the first step, they are those of hx.
+    if (step > 0 || want_hx) at::mm_out(h, of_gates, w_hh);
+    if (defined(in.reset)) {
+      h.copy_(composite::reset_to_zero(h, in, t));
+      c.copy_(composite::reset_to_zero(c, in, t));
+    }
+  }
+}
+
+void backward(const LayerInputs& in, const Steps& steps, bool want_hx, Gradients& grads) {
+  const int64_t N = in.hx.size(0), H = in.hx.size(1);
+  const Tensor w_hh = dense(in.w_hh);
+  const Device device = describe_device(in.hx);
+  const bool done =
+      steps.L() > 0 && N > 0 && H > 0 && with_type(in.hx.scalar_type(), [&](auto type) {
+        using T = typename decltype(type)::type;
+        LayerBackward<T> layer = {};
+        layer.sequence.N = N;
+        layer.H = static_cast<int>(H);
+        if (!layer_backward_fits(layer, device)) return false;
+        const SequenceOnDevice on_device(in, steps);
+        grads.of_hx = want_hx ? empty({N, H}, in.hx) : Tensor();
+        grads.of_cx = empty({N, H}, in.hx);
+        layer.sequence = on_device.sequence;
+        layer.grad_output = read<T>(grads.of_output);
+        layer.grad_hy = read<T>(grads.of_hy);
+        layer.grad_cy = read<T>(grads.of_cy);
+        layer.gates = read<T>(grads.gates);
+        layer.c_before = read<T>(grads.c_before);
+        layer.w_hh = read<T>(w_hh);
+        layer.grad_gates = write<T>(grads.of_gates);
+        layer.grad_hx = write<T>(grads.of_hx);
+        layer.grad_cx = write<T>(grads.of_cx);
+        check_launch(layer_backward(layer, device, current_stream()));
+        return true;
+      });
+  if (!done) run_steps_back(in, steps, w_hh, want_hx, grads);
 }
 
 LayerOutputs lstm_layer(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
@@ -187,44 +277,21 @@ CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Option
   check_sequence(in);
   const OnDevice guard(hx);
   const Steps steps = {step_offsets(in)};
-  const int64_t N = hx.size(0), H = hx.size(1), S = steps.S();
+  const int64_t H = hx.size(1), S = steps.S();
   TORCH_CHECK(gates.dim() == 2 && gates.size(0) == S && gates.size(1) == 4 * H &&
                   c_before.dim() == 2 && c_before.size(0) == S && c_before.size(1) == H &&
                   output.numel() == S * H,
               "lstm_layer_backward: the results must be those of lstm_layer_forward");
-  const auto rows_of = [&](const Tensor& tensor) { return tensor.reshape({S, H}).contiguous(); };
-  const Tensor of_output = defined(grad_output) ? rows_of(*grad_output) : Tensor();
-  const Tensor kept_gates = dense(gates), kept_c = dense(c_before);
-  const auto state = [&](Optional grad) {
-    return defined(grad) ? grad->clone(at::MemoryFormat::Contiguous)
-                         : at::zeros({N, H}, hx.options());
-  };
   const auto [want_input, want_hx, want_cx, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = mask;
-  Tensor grad_h = state(grad_hy), grad_c = state(grad_cy);
-  const Tensor grad_gates = empty({S, 4 * H}, hx);
-  const cudaStream_t stream = current_stream();
-  if (H > 0)
-    for (int64_t step = steps.L() - 1; step >= 0; --step) {
-      const int64_t t = steps.time(step, reverse), n = steps.rows(t);
-      Tensor h = grad_h.narrow(0, 0, n), c = grad_c.narrow(0, 0, n);
-      if (of_output.defined()) h.add_(steps.of(of_output, t));
-      const Tensor of_gates = steps.of(grad_gates, t), g = steps.of(kept_gates, t),
-                   before = steps.of(kept_c, t);
-      with_type(hx.scalar_type(), [&](auto type) {
-        using T = typename decltype(type)::type;
-        // The gradient of c goes where that of c' was: each thread reads its own before.
-        const CellBackward<T> cell = {
-            read<T>(h), read<T>(c), read<T>(before), read<T>(g), write<T>(of_gates), write<T>(c),
-            nullptr,    nullptr,    nullptr,         n,          static_cast<int>(H)};
-        check_launch(cell_backward(cell, stream));
-      });
-      // Of the first step, they are those of hx.
-      if (step > 0 || want_hx) at::mm_out(h, of_gates, w_hh);
-      if (defined(reset)) {
-        h.copy_(composite::reset_to_zero(h, in, t));
-        c.copy_(composite::reset_to_zero(c, in, t));
-      }
-    }
+  Gradients grads;
+  if (defined(grad_output)) grads.of_output = grad_output->reshape({S, H}).contiguous();
+  grads.of_hy = dense(grad_hy);
+  grads.of_cy = dense(grad_cy);
+  grads.gates = dense(gates);
+  grads.c_before = dense(c_before);
+  grads.of_gates = empty({S, 4 * H}, hx);
+  backward(in, steps, want_hx, grads);
+  const Tensor& grad_gates = grads.of_gates;
   const Tensor rows = input.reshape({S, input.size(-1)});
   Tensor grad_input, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh;
   if (want_input) grad_input = at::mm(grad_gates, w_ih).view_as(input);
@@ -235,8 +302,8 @@ CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Option
   if (want_b_ih) grad_b_ih = grad_gates.sum(0);
   if (want_b_hh) grad_b_hh = want_b_ih ? grad_b_ih.clone() : grad_gates.sum(0);
   return {grad_input,
-          want_hx ? grad_h : Tensor(),
-          want_cx ? grad_c : Tensor(),
+          want_hx ? grads.of_hx : Tensor(),
+          want_cx ? grads.of_cx : Tensor(),
           grad_w_ih,
           grad_w_hh,
           grad_b_ih,

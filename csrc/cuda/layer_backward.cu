@@ -1,0 +1,134 @@
+// Backward of a whole layer in one launch, from the last step to the first (layer_blocks.cuh).
+//
+// Blocks exchange the gradients of the pre-activations, which are a result anyway: each computes
+// those of its hidden units, and then reads all of a row to multiply with its columns of w_hh.
+#include "cuda/kernels.h"
+#include "cuda/layer_blocks.cuh"
+
+namespace lstm_ext::cuda {
+namespace {
+
+// A block's hidden units come in four parts, one in the place of each of a tile's gates.
+constexpr int kInUnit = kGates;
+
+template <class Tile, bool kVectors>
+__global__ void __launch_bounds__(kThreads, 1)
+    layer_backward_kernel(LayerBackward<typename Tile::T> layer, Plan plan) {
+  using T = typename Tile::T;
+  using S = typename Tile::S;
+  LSTM_EXT_DYNAMIC_SHARED(unsigned char, shared);
+  const Sequence& sequence = layer.sequence;
+  const int H = layer.H, K = kGates * H, most = plan.units * kInUnit, stride = plan.weight_stride;
+  T* const weights = reinterpret_cast<T*>(shared);  // columns of w_hh: [most][stride]
+  S* const grads_h =
+      reinterpret_cast<S*>(weights + static_cast<size_t>(most) * stride);  // [rows][most]
+  S* const grads_c = grads_h + plan.rows * most;                           // [rows][most]
+  const PartialSums<S> partial{grads_c + plan.rows * most, Tile::kRows, plan.tile_units};
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto [first_unit, units, first_row, end_row] =
+      part_of_block(plan, (H + kInUnit - 1) / kInUnit, sequence.N);
+  const int first = first_unit * kInUnit, own = min(units * kInUnit, H - first);
+
+  // What lies beyond H is multiplied, and not kept.
+  for (int at = thread; at < units * kInUnit * K; at += kThreads) {
+    const int hidden = at % (units * kInUnit), k = at / (units * kInUnit);
+    weights[hidden * stride + k] =
+        hidden < own ? layer.w_hh[static_cast<int64_t>(k) * H + first + hidden] : narrow<T>(0);
+  }
+  for (int64_t at = thread; at < (end_row - first_row) * own; at += kThreads) {
+    const int64_t row = at / own, of_state = (first_row + row) * H + first + at % own;
+    const int64_t kept = row * most + at % own;
+    grads_h[kept] = layer.grad_hy != nullptr ? widen(layer.grad_hy[of_state]) : S(0);
+    grads_c[kept] = layer.grad_cy != nullptr ? widen(layer.grad_cy[of_state]) : S(0);
+  }
+  __syncthreads();
+
+  for (int64_t step = sequence.L - 1; step >= 0; --step) {
+    const int64_t offset = offset_at(sequence, step);
+    const int64_t here = min(end_row, rows_at(sequence, step));
+    for (int64_t element = thread; element < (here - first_row) * own; element += kThreads) {
+      const int hidden = static_cast<int>(element % own), column = first + hidden;
+      const int64_t row = first_row + element / own, at = (offset + row) * H + column;
+      const int64_t at_gates = (offset + row) * K + column;
+      const T* const kept = layer.gates + at_gates;
+      const int64_t own_at = (row - first_row) * most + hidden;
+      S grad_h = grads_h[own_at], grad_c;
+      if (layer.grad_output != nullptr) grad_h += widen(layer.grad_output[at]);
+      const Gates<S> grad = lstm_ext::cell_backward<Math>(
+          Gates<S>{widen(kept[0]), widen(kept[H]), widen(kept[2 * H]), widen(kept[3 * H])},
+          widen(layer.c_before[at]), grad_h, grads_c[own_at], grad_c);
+      store_gates(layer.grad_gates + at_gates, H, grad);
+      grads_c[own_at] = is_reset(sequence, step, row) ? S(0) : grad_c;
+    }
+    if (step == 0 && layer.grad_hx == nullptr) break;
+    meet(plan);
+    for (int64_t row_tile = first_row; row_tile < here; row_tile += Tile::kRows) {
+      const Operand<T> operand = {layer.grad_gates + offset * K, weights, K, stride,
+                                  int64_t{units} * stride};
+      multiply<Tile, kVectors>(plan, operand, row_tile, here, units, partial);
+      __syncthreads();
+      for (int element = thread; element < Tile::kRows * own; element += kThreads) {
+        const int hidden = element % own, tile_row = element / own;
+        const int64_t row = row_tile + tile_row;
+        if (row >= here) continue;
+        grads_h[(row - first_row) * most + hidden] =
+            is_reset(sequence, step, row)
+                ? S(0)
+                : partial.sum(plan.split, hidden / units, tile_row, hidden % units);
+      }
+      __syncthreads();
+    }
+  }
+
+  __syncthreads();
+  for (int64_t at = thread; at < (end_row - first_row) * own; at += kThreads) {
+    const int64_t row = at / own, of_state = (first_row + row) * H + first + at % own;
+    const int64_t kept = row * most + at % own;
+    if (layer.grad_hx != nullptr) layer.grad_hx[of_state] = narrow<T>(grads_h[kept]);
+    if (layer.grad_cx != nullptr) layer.grad_cx[of_state] = narrow<T>(grads_c[kept]);
+  }
+}
+
+template <class Tile>
+Plan plan_for(const LayerBackward<typename Tile::T>& layer, const Device& device) {
+  // Gradients of h and c.
+  const Numbers numbers = {/*a_unit=*/0, /*a_unit_and_row=*/2 * kInUnit};
+  return plan_blocks<Tile>((layer.H + kInUnit - 1) / kInUnit, kGates * layer.H, layer.sequence.N,
+                           numbers, device);
+}
+
+template <class Tile>
+cudaError_t launch_plan(const LayerBackward<typename Tile::T>& layer, const Device& device,
+                        cudaStream_t stream) {
+  constexpr int kVector = kFullVector<typename Tile::T>;
+  const Plan plan = plan_for<Tile>(layer, device);
+  const bool vectors = kGates * layer.H % kVector == 0 && in_vectors(layer.grad_gates);
+  const auto kernel =
+      vectors ? layer_backward_kernel<Tile, true> : layer_backward_kernel<Tile, false>;
+  return launch(launch_of(plan, stream), kernel, layer, plan);
+}
+
+}  // namespace
+
+template <class T>
+bool layer_backward_fits(const LayerBackward<T>& layer, const Device& device) {
+  return with_tile<T>(layer.sequence.N, device.tf32,
+                      [&](auto tile) { return plan_for<decltype(tile)>(layer, device).units > 0; });
+}
+
+template <class T>
+cudaError_t layer_backward(const LayerBackward<T>& layer, const Device& device,
+                           cudaStream_t stream) {
+  return with_tile<T>(layer.sequence.N, device.tf32, [&](auto tile) {
+    return launch_plan<decltype(tile)>(layer, device, stream);
+  });
+}
+
+#define LSTM_EXT_INSTANTIATE(T)                                                 \
+  template bool layer_backward_fits<T>(const LayerBackward<T>&, const Device&); \
+  template cudaError_t layer_backward<T>(const LayerBackward<T>&, const Device&, cudaStream_t);
+LSTM_EXT_EACH_TYPE(LSTM_EXT_INSTANTIATE)
+#undef LSTM_EXT_INSTANTIATE
+
+}  // namespace lstm_ext::cuda
