@@ -1,10 +1,15 @@
-"""The CUDA kernels' own sources, run on the CPU (tests/cuda_emu), with and without sanitizers."""
+"""The CUDA kernels' own sources, run on the CPU (tests/cuda_emu), with and without sanitizers.
+
+python tests/test_cuda_emu.py        pins anew what the launchers ask for at some sizes
+"""
 
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ from cuda_tools import KERNELS, ROOT, headers
 CSRC = ROOT / "csrc"
 EMULATOR = ROOT / "tests" / "cuda_emu"
 CHECKS = [EMULATOR / "check_cell.cpp", EMULATOR / "check_layer.cpp"]
+LAUNCHES = ROOT / "tests" / "cuda_launches.txt"
 SANITIZERS = {
     "none": [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
@@ -21,34 +27,40 @@ SANITIZERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """Compile with g++, kernels as plain C++: each source once for all tests that use it."""
-    objects = {}
+class Builder:
+    """Compile with g++, kernels as plain C++: each source once for all who use it."""
 
+    def __init__(self, folder):
+        self.folder = folder
+        self.objects = {}
+
+    @staticmethod
     def options(sanitizer):
         flags = ["-std=c++20", "-O1", "-g", "-pthread", *SANITIZERS[sanitizer]]
         return [*flags, "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DLSTM_EXT_CUDA_EMU"]
 
-    def compile_one(source, sanitizer):
+    def compile_one(self, source, sanitizer):
         csrc = source.parent.parent if source.suffix == ".cu" else CSRC
-        result = tmp_path_factory.mktemp("objects") / f"{source.stem}.o"
-        command = ["g++", *options(sanitizer), f"-I{csrc}", f"-I{EMULATOR}"]
+        result = Path(tempfile.mkdtemp(dir=self.folder)) / f"{source.stem}.o"
+        command = ["g++", *self.options(sanitizer), f"-I{csrc}", f"-I{EMULATOR}"]
         command += ["-isystem", str(headers()), "-x", "c++", "-c", str(source), "-o", str(result)]
         subprocess.run(command, check=True)
-        objects[source, sanitizer] = str(result)
+        self.objects[source, sanitizer] = str(result)
 
-    def program(sources, sanitizer):
+    def __call__(self, sources, sanitizer):
         headers()
-        missing = [source for source in sources if (source, sanitizer) not in objects]
+        missing = [source for source in sources if (source, sanitizer) not in self.objects]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda source: compile_one(source, sanitizer), missing))
-        result = tmp_path_factory.mktemp("program") / "program"
-        used = [objects[source, sanitizer] for source in sources]
-        subprocess.run(["g++", *options(sanitizer), *used, "-o", str(result)], check=True)
+            list(pool.map(lambda source: self.compile_one(source, sanitizer), missing))
+        result = Path(tempfile.mkdtemp(dir=self.folder)) / "program"
+        used = [self.objects[source, sanitizer] for source in sources]
+        subprocess.run(["g++", *self.options(sanitizer), *used, "-o", str(result)], check=True)
         return result
 
-    return program
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    return Builder(tmp_path_factory.mktemp("build"))
 
 
 def run(program, *arguments):
@@ -71,6 +83,19 @@ def test_kernels(check, sanitizer, build):
     comparisons, failures = result.stdout.split()[-4], result.stdout.split()[-2]
     assert int(comparisons) > 300
     assert int(failures) == 0
+
+
+def launches(build):
+    result = run(build([*KERNELS, EMULATOR / "launches.cpp"], "none"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_launches_are_as_before(build):
+    # On purpose? python tests/test_cuda_emu.py
+    found, pinned = launches(build).splitlines(), LAUNCHES.read_text().splitlines()
+    assert not [line for line in found if "error" in line]
+    assert found == pinned
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +263,8 @@ def test_broken_kernels_are_found(mutation, build, tmp_path):
     assert result.returncode != 0
     wanted = {"none": "off by", "address": "AddressSanitizer", "thread": "data race"}[sanitizer]
     assert wanted in result.stdout + result.stderr
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        LAUNCHES.write_text(launches(Builder(scratch)))

@@ -53,8 +53,16 @@ struct Limits {
 inline Limits limits;
 // 0: threads run in the order of their numbers.
 inline unsigned seed = 0;
-// Launches since the start of the program.
+// Launches since the start of the program, and what the last of them asked for.
 inline unsigned long launches = 0;
+struct Asked {
+  dim3 grid, block;
+  size_t shared;
+  bool cooperative;
+};
+inline Asked asked;
+// Whether launches are run, or only looked at.
+inline bool runs = true;
 
 // Functions of the emulator itself, which ThreadSanitizer is not to look into.
 #define CUDA_EMU_INTERNAL __attribute__((noinline, no_sanitize("thread")))
@@ -419,6 +427,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_
   if (cooperative && blocks > resident_blocks(static_cast<unsigned>(count), shared))
     return cudaErrorCooperativeLaunchTooLarge;
   ++launches;
+  asked = {grid, threads, shared, cooperative};
+  if (!runs) return cudaSuccess;
   Grid run{grid, threads, shared, cooperative, seed, [=] { kernel(arguments...); }, {}};
   // Blocks that wait for each other need a thread each; of others some at a time are enough, in an
   // order of their own.
