@@ -96,6 +96,7 @@ def environment() -> dict[str, Any]:
     """Describe machine, versions and revision, for the head of a result file."""
     return {
         "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": torch.get_num_threads(),
         "platform": platform.platform(terse=True),
         "python": platform.python_version(),

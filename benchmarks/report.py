@@ -38,6 +38,12 @@ def name(row: dict[str, Any]) -> str:
     return model + " x ".join(str(size) for size in row["shape"][:-1]) + f" -> {row['shape'][-1]}"
 
 
+def machine(where: dict[str, Any]) -> str:
+    """Name the GPU where there was one, else the CPU and its instructions."""
+    cpu = f"{where['cpu']} ({where['lstm_ext']['cpu_instruction_set']})"
+    return where.get("gpu") or cpu
+
+
 def summary(rows: Rows) -> str:
     """Geometric mean, worst and losing shapes of one group."""
     rated = [row for row in rows if "ratio" in row]
@@ -85,15 +91,18 @@ def table(rows: Rows, markdown: bool) -> list[str]:
     ]
 
 
-def print_table(path: Path, markdown: bool = False) -> None:
+def print_table(path: Path, markdown: bool = False, short: bool = False) -> None:
     content = load(path)
     where = content["environment"]
     print(
-        f"{content['title']} on {where['cpu']} ({where['lstm_ext']['cpu_instruction_set']}), "
-        f"torch {where['torch']}, revision {where['git']}"
+        f"{content['title']} on {machine(where)}, torch {where['torch']}, revision {where['git']}"
     )
     for (mode, threads), rows in groups(content["rows"]).items():
-        print(f"\n{'### ' if markdown else ''}{mode}, {threads} thread(s): {summary(rows)}\n")
+        head = f"{mode}, {threads} thread(s): {summary(rows)}"
+        if short:
+            print(head)
+            continue
+        print(f"\n{'### ' if markdown else ''}{head}\n")
         print("\n".join(table(rows, markdown)))
 
 
@@ -142,7 +151,7 @@ def draw(path: Path) -> Path:
     where = content["environment"]
     figure.suptitle(
         f"{content['title']}: speed against the faster of {content.get('rivals', RIVALS)}\n"
-        f"{where['cpu']}, {where['lstm_ext']['cpu_instruction_set']}, torch {where['torch']}"
+        f"{machine(where)}, torch {where['torch']}"
     )
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=110)
@@ -157,8 +166,9 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--png", action="store_true")
     parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--short", action="store_true", help="a line a mode")
     options = parser.parse_args()
-    print_table(options.results, options.markdown)
+    print_table(options.results, options.markdown, options.short)
     if options.png:
         print(f"\nchart: {draw(options.results)}")
 

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_check
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -119,3 +121,46 @@ def test_shapes_are_checked():
     result = run(BENCHMARKS / "bench_cell.py", "--shapes", "3x2")
     assert result.returncode == 2
     assert "'3x2' is not batch x input x hidden" in result.stderr
+
+
+def test_cuda_benchmark(tmp_path):
+    """The script itself, on the CPU: what runs on a GPU is made of the same rows."""
+    out = tmp_path / "cuda.json"
+    script = [BENCHMARKS / "bench_cuda.py", "--quick", "--rounds", 1, "--out", out]
+    dtypes = ["--dtypes", "float32", "bfloat16"]
+    result = run(*script, "--device", "cpu", *dtypes)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["rows"]
+    kinds = {"cell": "nn.LSTMCell", "layer": "nn.LSTM", "packed layer": "nn.LSTM"}
+    assert {row["mode"] for row in rows} == {
+        f"{kind} {mode}, eager" for kind in kinds for mode in ("inference", "training")
+    }
+    for row in rows:
+        rival = kinds[row["mode"].split(" inference")[0].split(" training")[0]]
+        times = row["microseconds"]
+        assert set(times) == {"lstm_ext", rival}
+        assert row["ratio"] == pytest.approx(times[rival] / times["lstm_ext"])
+    short = run(BENCHMARKS / "report.py", out, "--short", "--png").stdout
+    assert len([line for line in short.splitlines() if "geometric mean" in line]) == 6
+    # What there was no time for is said.
+    hurried = run(*script, "--device", "cpu", *dtypes, "--seconds", 0)
+    assert "11 of 12 cases left out" in hurried.stdout
+    if not torch.cuda.is_available():
+        refused = run(*script)
+        assert refused.returncode == 2
+        assert "no CUDA device" in refused.stderr
+
+
+def test_gpu_check_tells_failures(tmp_path, capsys):
+    check = gpu_check.Check(tmp_path / "out", "cpu")
+    python = [sys.executable, "-c"]
+    assert not check.run("good", [*python, "print('all right')"], 60).failed
+    bad = check.run("bad part", [*python, "import sys; print('why'); sys.exit(3)"], 60)
+    assert (bad.status, bad.said) == ("failed (3)", "why")
+    assert "why" in capsys.readouterr().out
+    slow = check.run("slow", [*python, "import time; time.sleep(60)"], 1)
+    assert slow.failed
+    assert "cut off after 1 s" in slow.status
+    assert slow.seconds < 30
+    assert [part.failed for part in check.parts] == [False, True, True]
+    assert (tmp_path / "out" / "bad_part.log").read_text() == "why\n"

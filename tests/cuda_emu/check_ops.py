@@ -1,6 +1,7 @@
 """The CUDA operators on CPU tensors, their kernels emulated, against torch's modules.
 
-    python check_ops.py LIBRARY        (built and run by tests/test_cuda_emu.py)
+    python check_ops.py LIBRARY            (built and run by tests/test_cuda_emu.py)
+    python check_ops.py LIBRARY cuda       the package's own library, on a GPU (make gpu-check)
 
 The environment variable LSTM_EXT_EMU_SHARED narrows the shared memory of the emulated GPU, so that
 layers go by the launch that spreads units over blocks, or step by step.
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 torch.ops.load_library(sys.argv[1])
+torch.set_default_device(sys.argv[2] if len(sys.argv) > 2 else "cpu")
 ops = torch.ops.lstm_ext
 checks = 0
 
@@ -66,7 +68,7 @@ def by_cell(module, x, h, c, sizes, reset, reverse):
 
 def layer(L, N, I, H, dtype, packed, reverse, with_reset):
     module = nn.LSTMCell(I, H, dtype=torch.float64).to(dtype).to(torch.float64)
-    lengths = torch.randint(1, L + 1, (N,)).sort(descending=True).values
+    lengths = torch.randint(1, L + 1, (N,), device="cpu").sort(descending=True).values
     lengths[0] = L
     if not packed:
         lengths[:] = L
