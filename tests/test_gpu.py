@@ -142,12 +142,17 @@ def test_not_the_first_device():
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_tf32_where_torch_allows_it(allowed, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+def test_tf32_where_torch_allows_it(allowed):
     call, inputs, weights = layer_case(hidden=256)
     exact = nn.LSTM(I, 256, dtype=torch.float64)
     exact.load_state_dict(dict(zip(exact.state_dict(), (w.double() for w in weights), strict=True)))
     x, h, c = (t.double().cpu() for t in inputs)
     expected = exact(x, (h[None], c[None]))[0]
-    error = (call(*inputs)[0].double().cpu() - expected).abs().max()
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        found = call(*inputs)[0]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    error = (found.double().cpu() - expected).abs().max()
     assert (1e-6 if allowed else 0) < error < (1e-2 if allowed else 1e-5)
