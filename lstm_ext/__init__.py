@@ -2,24 +2,26 @@
 
 ``LSTMCell`` and ``LSTM`` are the modules, ``lstm_cell`` and ``lstm`` their functional forms;
 ``convert`` puts them in the place of torch's modules, ``freeze`` packs their weights for inference;
-``LSTMCellFunction`` is the autograd Function, ``reference`` the same in plain torch operations,
-``build_info`` what was compiled.
+``trace_gates`` looks inside, ``plot`` draws what it finds; ``LSTMCellFunction`` is the autograd
+Function, ``reference`` the same in plain torch operations, ``build_info`` what was compiled.
 """
 
 from __future__ import annotations
 
 from lstm_ext import _vmap as _vmap
-from lstm_ext import reference
+from lstm_ext import plot, reference
 from lstm_ext._info import __version__, build_info
 from lstm_ext.autograd import LSTMCellFunction
 from lstm_ext.cell import LSTMCell
 from lstm_ext.convert import convert, revert
 from lstm_ext.frozen import freeze, unfreeze
 from lstm_ext.functional import LayerWeights, lstm, lstm_cell
+from lstm_ext.gates import GateTrace, trace_gates
 from lstm_ext.layer import LSTM
 
 __all__ = [
     "LSTM",
+    "GateTrace",
     "LSTMCell",
     "LSTMCellFunction",
     "LayerWeights",
@@ -29,7 +31,9 @@ __all__ = [
     "freeze",
     "lstm",
     "lstm_cell",
+    "plot",
     "reference",
     "revert",
+    "trace_gates",
     "unfreeze",
 ]

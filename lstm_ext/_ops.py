@@ -58,6 +58,7 @@ _C = load()
 lstm_cell = torch.ops.lstm_ext.lstm_cell
 lstm = torch.ops.lstm_ext.lstm
 lstm_layer = torch.ops.lstm_ext.lstm_layer
+lstm_layer_forward = torch.ops.lstm_ext.lstm_layer_forward
 lstm_packed = torch.ops.lstm_ext.lstm_packed
 lstm_layer_pack = torch.ops.lstm_ext.lstm_layer_pack
 lstm_layer_packed = torch.ops.lstm_ext.lstm_layer_packed

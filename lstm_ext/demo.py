@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import benchmark
 
 import lstm_ext
-from lstm_ext import lecture
-
-# Batch, input size, hidden size.
-SHAPES = [(1, 3, 2), (16, 128, 128), (64, 512, 512)]
+from lstm_ext import bench, lecture
 
 
-def run(epochs: int, picture: Path) -> bool:
+def run(epochs: int, picture: Path, save: Path | None = None) -> dict[str, Any]:
     """Run the demo and print what it finds.
 
     Args:
         epochs: passes over the text, for each of the two cells and two layers.
         picture: where to save the chart.
+        save: where to write the trained model of a layer, if anywhere.
 
     Returns:
-        Whether every number agreed.
+        ``agreed``, whether every number did; ``losses`` after training by module; ``speed``, the
+        rows of :func:`lstm_ext.bench.measure`.
 
     Raises:
         ImportError: if tqdm or matplotlib is missing (``pip install lstm_ext[demo]``).
@@ -47,6 +46,10 @@ def run(epochs: int, picture: Path) -> bool:
             model = build(kind)
             start = time.perf_counter()
             losses[name] = lecture.train(model, tqdm(range(epochs), desc=f"training {name}"))
+            if save is not None and kind is lstm_ext.LSTM:
+                torch.save(
+                    {"state_dict": model.state_dict(), "vocabulary": lecture.VOCABULARY}, save
+                )
             seconds.append(time.perf_counter() - start)
             final.append(losses[name][-1])
             guess = lecture.next_characters(model, "abaBabaB")
@@ -56,10 +59,22 @@ def run(epochs: int, picture: Path) -> bool:
         agreed &= report("loss after training", abs(final[0] - final[1]) < 0.01 * final[1])
     print()
 
-    speed = compare_speed()
+    threads = torch.get_num_threads()
+    print(f"Speed, microseconds per call on {threads} thread(s), ours and torch's:")
+    speed = bench.measure(bench.CELLS)
+    for row in speed:
+        print(bench.line(row))
     draw(losses, speed, picture)
     print(f"\nPicture: {picture}")
-    return agreed
+    if save is not None:
+        print(
+            f"Model: {save}; look inside: python -m lstm_ext gates --checkpoint {save} --text abaB"
+        )
+    return {
+        "agreed": agreed,
+        "losses": {name: curve[-1] for name, curve in losses.items()},
+        "speed": speed,
+    }
 
 
 def report(what: str, right: bool) -> bool:
@@ -100,34 +115,9 @@ def show(name: str, state: Tensor) -> str:
     return f"{name} = ({', '.join(f'{value:.4f}' for value in state.flatten().tolist())})"
 
 
-def compare_speed() -> dict[str, dict[str, tuple[float, float]]]:
-    """Time both cells on a few shapes; microseconds of (ours, torch's) by mode and shape."""
-    threads = torch.get_num_threads()
-    print(f"Speed, microseconds per call on {threads} thread(s), ours and torch's:")
-    speed: dict[str, dict[str, tuple[float, float]]] = {"inference": {}, "training step": {}}
-    for N, I, H in SHAPES:
-        x, h, c, grad = (torch.randn(N, size) for size in (I, H, H, H))
-        for mode in speed:
-            times = []
-            for cell in (lstm_ext.LSTMCell(I, H), nn.LSTMCell(I, H)):
-                names = {"cell": cell, "x": x, "hx": (h, c), "grads": (grad, grad), "torch": torch}
-                statement = "cell(x, hx)"
-                if mode == "training step":
-                    statement = "torch.autograd.backward(cell(x, hx), grads)"
-                with torch.set_grad_enabled(mode == "training step"):
-                    timer = benchmark.Timer(statement, globals=names, num_threads=threads)
-                    times.append(timer.blocked_autorange(min_run_time=0.3).median * 1e6)
-            speed[mode][f"{N} x {I} -> {H}"] = (times[0], times[1])
-            print(
-                f"  {mode:13} {N:3} x {I:3} -> {H:3}: {times[0]:9.1f} {times[1]:9.1f}   "
-                f"{times[1] / times[0]:.1f} times as fast"
-            )
-    return speed
-
-
 def draw(
     losses: dict[str, list[float]],
-    speed: dict[str, dict[str, tuple[float, float]]],
+    speed: list[dict[str, Any]],
     picture: Path,
 ) -> None:
     """Save the loss curves and the speed-up bars."""
@@ -142,14 +132,14 @@ def draw(
     left.set(title="Loss on the lecture's text", xlabel="epoch", ylabel="cross-entropy")
     left.legend()
     width = 0.4
-    for k, (mode, rows) in enumerate(speed.items()):
-        ratios = [torchs / ours for ours, torchs in rows.values()]
+    for k, mode in enumerate(bench.MODES):
+        ratios = [row["ratio"] for row in speed if row["mode"] == mode]
         bars = right.bar(
-            [i + (k - 0.5) * width for i in range(len(rows))], ratios, width, label=mode
+            [i + (k - 0.5) * width for i in range(len(ratios))], ratios, width, label=mode
         )
         right.bar_label(bars, fmt="%.1f")
     right.axhline(1, color="black", linewidth=0.8)
-    right.set_xticks(range(len(SHAPES)), [f"{N} x {I} -> {H}" for N, I, H in SHAPES])
+    right.set_xticks(range(len(bench.CELLS)), [bench.name(shape) for shape in bench.CELLS])
     right.set(title="Speed relative to torch.nn.LSTMCell (= 1)", xlabel="batch x input -> hidden")
     right.legend()
     figure.savefig(picture, dpi=120)

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from lstm_ext import _ops
 from lstm_ext.cell import LSTMCell
-from lstm_ext.layer import LSTM, States
+from lstm_ext.layer import LSTM, States, layer_weights
 
 Module = TypeVar("Module", bound=nn.Module)
 _FUSED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -183,8 +183,8 @@ class FrozenLSTM(_Frozen, LSTM):
 
     def _pack_original(self, where: str) -> list[Tensor | None]:
         packed: list[Tensor | None] = []
-        for names in self.original._all_weights:
-            packed += _pack(where, *self.original._layer_weights(names)[:4])
+        for weights in layer_weights(self.original):
+            packed += _pack(where, *weights[:4])
         return packed
 
     def _run_directly(

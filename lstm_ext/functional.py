@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lstm_ext import _ops
-from lstm_ext.reference import gates
+from lstm_ext.reference import gates, states
 
 
 def lstm_cell(
@@ -170,7 +170,7 @@ def _layer(
     if checkpoint_every is not None:
         return _checkpointed_layer(input, h, c, w, batch_sizes, reset, reverse, checkpoint_every)
     if w.w_hr is not None:
-        return _projected_layer(input, h, c, w, batch_sizes, reset, reverse)
+        return layer_in_steps(input, h, c, w, batch_sizes, reset, reverse)
     output, h_n, c_n = _ops.lstm_layer(
         input, h, c, w.w_ih, w.w_hh, w.b_ih, w.b_hh, batch_sizes, reset, reverse
     )
@@ -210,7 +210,7 @@ def _checkpointed_layer(
     return torch.cat(outputs[::-1] if reverse else outputs), h, c
 
 
-def _projected_layer(
+def layer_in_steps(
     input: Tensor,
     h: Tensor,
     c: Tensor,
@@ -218,9 +218,12 @@ def _projected_layer(
     batch_sizes: Tensor | None,
     reset: Tensor | None,
     reverse: bool,
+    keep: Callable[[int, tuple[Tensor, ...]], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer whose h is projected (Sak, Senior & Beaufays 2014), step by step: h' = W_hr m."""
-    assert w.w_hr is not None
+    """Run one layer in tensor operations, projections included: h' = W_hr (o * tanh(c')).
+
+    (Sak, Senior & Beaufays 2014.) What a step makes, ``keep`` is told: t and (i, f, g, o, c', h').
+    """
     L = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     sizes = [h.shape[0]] * L if batch_sizes is None else batch_sizes.tolist()
     if reset is not None and reset.shape != (L, h.shape[0]):
@@ -235,9 +238,12 @@ def _projected_layer(
         if reset is not None:
             zero = reset[t, :n].unsqueeze(1)
             h_t, c_t = h_t.masked_fill(zero, 0), c_t.masked_fill(zero, 0)
-        i, f, g, o = gates(steps[t], h_t, w.w_ih, w.w_hh, w.b_ih, w.b_hh)
-        c_t = f * c_t + i * g
-        h_t = torch.nn.functional.linear(o * torch.tanh(c_t), w.w_hr)
+        activated = gates(steps[t], h_t, w.w_ih, w.w_hh, w.b_ih, w.b_hh)
+        h_t, c_t = states(activated, c_t)
+        if w.w_hr is not None:
+            h_t = torch.nn.functional.linear(h_t, w.w_hr)
+        if keep is not None:
+            keep(t, (*activated, c_t, h_t))
         steps[t] = h_t
         # Sequences that have ended, or in reverse not begun, keep their states.
         h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])

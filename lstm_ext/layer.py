@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,63 +79,28 @@ class LSTM(nn.RNNBase):
         reset: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, States]:
         """Run the sequence; see the class."""
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, reset)
+        packed = isinstance(input, PackedSequence)
         if reset is None and not torch.compiler.is_compiling():
-            out = self._run_directly(input, hx)
+            out = self._run_packed_directly(input, hx) if packed else self._run_directly(input, hx)
             if out is not None:
                 output, h, c = out
                 return output, (h, c)
-        if input.dim() not in (2, 3):
-            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        is_batched = input.dim() == 3
-        batch_dim = 0 if self.batch_first else 1
-        if not is_batched:
-            input = input.unsqueeze(batch_dim)
-            reset = None if reset is None else reset.unsqueeze(batch_dim)
-        if hx is None:
-            hx = self._zero_states(input, input.size(batch_dim))
-        else:
-            _check_rank(hx, is_batched)
-            if not is_batched:
-                hx = hx[0].unsqueeze(1), hx[1].unsqueeze(1)
-        self.check_forward_args(input, hx, None)
-        if self.batch_first:
-            input = input.transpose(0, 1)
-            reset = None if reset is None else reset.transpose(0, 1)
-        output, h, c = self._run(input, hx, None, reset)
-        if self.batch_first:
-            output = output.transpose(0, 1)
-        if not is_batched:
-            return output.squeeze(batch_dim), (h.squeeze(1), c.squeeze(1))
-        return output, (h, c)
+        ready = prepare(self, input, hx, reset)
+        output, h, c = self._run(ready.input, ready.hx, ready.batch_sizes, ready.reset)
+        return ready.as_asked(output), ready.states_as_asked((h, c))
 
-    def _forward_packed(
-        self, packed: PackedSequence, hx: States | None, reset: Tensor | None
-    ) -> tuple[PackedSequence, States]:
+    def _run_packed_directly(
+        self, packed: Any, hx: Any
+    ) -> tuple[PackedSequence, Tensor, Tensor] | None:
         input, batch_sizes, sorted_indices, unsorted_indices = packed
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
-        out = None
-        if reset is None and not torch.compiler.is_compiling():
-            out = self._run_directly(input, hx, batch_sizes)
+        out = self._run_directly(input, hx, batch_sizes)
         if out is None:
-            if hx is None:
-                hx = self._zero_states(input, int(batch_sizes[0]))
-            self.check_forward_args(input, hx, batch_sizes)
-            if reset is not None and sorted_indices is not None:
-                reset = reset.index_select(1, sorted_indices)
-            out = self._run(input, hx, batch_sizes, reset)
+            return None
         output, h, c = out
-        return (
-            PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
-            self.permute_hidden((h, c), unsorted_indices),
-        )
-
-    def _zero_states(self, input: Tensor, N: int) -> States:
-        layers = self.num_layers * (2 if self.bidirectional else 1)
-        h = input.new_zeros(layers, N, self.proj_size or self.hidden_size)
-        return h, input.new_zeros(layers, N, self.hidden_size)
+        h, c = self.permute_hidden((h, c), unsorted_indices)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), h, c
 
     def _run_directly(
         self, input: Any, hx: Any, batch_sizes: Tensor | None = None
@@ -177,11 +142,10 @@ class LSTM(nn.RNNBase):
     def _run(
         self, input: Tensor, hx: States, batch_sizes: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = [self._layer_weights(names) for names in self._all_weights]
         return lstm(
             input,
             hx,
-            weights,
+            layer_weights(self),
             bidirectional=self.bidirectional,
             dropout=self.dropout if self.training else 0.0,
             batch_sizes=batch_sizes,
@@ -189,12 +153,89 @@ class LSTM(nn.RNNBase):
             checkpoint_every=self.checkpoint_every,
         )
 
-    def _layer_weights(self, names: list[str]) -> LayerWeights:
-        # In the order of _all_weights: w_ih, w_hh, then b_ih and b_hh, then w_hr, where they exist.
-        p = self._parameters
-        found: list[Any] = [p[name] if name in p else getattr(self, name) for name in names]
-        b_ih, b_hh = (found[2], found[3]) if self.bias else (None, None)
-        return LayerWeights(found[0], found[1], b_ih, b_hh, found[-1] if self.proj_size else None)
+
+class Prepared(NamedTuple):
+    """What a module was called with, checked, the time first, and how to give results back."""
+
+    module: nn.RNNBase
+    input: Tensor  # (L, N, I), or the data (S, I) of a packed sequence
+    hx: States  # (K, N, P) and (K, N, H)
+    batch_sizes: Tensor | None
+    reset: Tensor | None  # (L, N)
+    is_batched: bool
+    packed: PackedSequence | None
+
+    def as_asked(self, output: Tensor) -> Any:
+        """Lay out an output as the module's own is."""
+        if self.packed is not None:
+            _, batch_sizes, sorted_indices, unsorted_indices = self.packed
+            return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        if self.module.batch_first:
+            output = output.transpose(0, 1)
+        return output if self.is_batched else output.squeeze(0 if self.module.batch_first else 1)
+
+    def states_as_asked(self, states: States) -> States:
+        """Lay out the last states as the module's own are."""
+        h, c = states
+        if self.packed is not None:
+            order = self.packed.unsorted_indices
+            return states if order is None else (h.index_select(1, order), c.index_select(1, order))
+        return states if self.is_batched else (h.squeeze(1), c.squeeze(1))
+
+
+def prepare(
+    module: Any, input: Tensor | PackedSequence, hx: States | None, reset: Tensor | None
+) -> Prepared:
+    """Check what an LSTM, ours or torch's, is called with, in torch's words."""
+    if hx is not None and len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+    if isinstance(input, PackedSequence):
+        data, batch_sizes, order, _ = input
+        if hx is not None:
+            hx = module.permute_hidden(hx, order)
+        else:
+            hx = _zero_states(module, data, int(batch_sizes[0]))
+        module.check_forward_args(data, hx, batch_sizes)
+        if reset is not None and order is not None:
+            reset = reset.index_select(1, order)
+        return Prepared(module, data, hx, batch_sizes, reset, True, input)
+    if input.dim() not in (2, 3):
+        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    is_batched = input.dim() == 3
+    batch_dim = 0 if module.batch_first else 1
+    if not is_batched:
+        input = input.unsqueeze(batch_dim)
+        reset = None if reset is None else reset.unsqueeze(batch_dim)
+    if hx is None:
+        hx = _zero_states(module, input, input.size(batch_dim))
+    else:
+        _check_rank(hx, is_batched)
+        if not is_batched:
+            hx = hx[0].unsqueeze(1), hx[1].unsqueeze(1)
+    module.check_forward_args(input, hx, None)
+    if module.batch_first:
+        input = input.transpose(0, 1)
+        reset = None if reset is None else reset.transpose(0, 1)
+    return Prepared(module, input, hx, None, reset, is_batched, None)
+
+
+def _zero_states(module: nn.RNNBase, input: Tensor, N: int) -> States:
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    h = input.new_zeros(layers, N, module.proj_size or module.hidden_size)
+    return h, input.new_zeros(layers, N, module.hidden_size)
+
+
+def layer_weights(module: nn.RNNBase) -> list[LayerWeights]:
+    """Return an LSTM's weights, layer by layer, in each forward first; nn.LSTM's too."""
+    # In the order of _all_weights: w_ih, w_hh, then b_ih and b_hh, then w_hr, where they exist.
+    p = module._parameters
+    weights = []
+    for names in module._all_weights:
+        found: list[Any] = [p[name] if name in p else getattr(module, name) for name in names]
+        b_ih, b_hh = (found[2], found[3]) if module.bias else (None, None)
+        w_hr = found[-1] if module.proj_size else None
+        weights.append(LayerWeights(found[0], found[1], b_ih, b_hh, w_hr))
+    return weights
 
 
 def _check_rank(hx: States, is_batched: bool) -> None:

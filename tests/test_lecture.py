@@ -121,3 +121,14 @@ def test_layer_after_1000_epochs(kind):
     near(c[0], [0.3592, -0.9373])
     near(output[-8], [0.9976, -0.3439])
     near(output[-7], [0.0049, -0.8799])
+    # The trace shows both: every step from zero, and the states as they were.
+    for trace, of_step in (
+        (lstm_ext.trace_gates(model.lstm, x, reset=torch.ones(len(x), dtype=torch.bool)), h),
+        (lstm_ext.trace_gates(model.lstm, x.unsqueeze(0)), h),  # as 399 sequences of length 1
+        (lstm_ext.trace_gates(model.lstm, x), output),
+    ):
+        torch.testing.assert_close(trace.h.view(-1, 2), of_step, rtol=1e-5, atol=1e-6)
+        if of_step is h:
+            for name, wanted in (("i", i), ("f", f), ("g", g), ("c", c)):
+                found = getattr(trace, name).reshape(-1, 2)
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

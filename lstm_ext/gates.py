@@ -1,0 +1,358 @@
+"""Look inside an LSTM: the gates and states of every step, layer and direction."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from lstm_ext import _ops
+from lstm_ext.cell import LSTMCell
+from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell
+from lstm_ext.functional import LayerWeights, layer_in_steps
+from lstm_ext.layer import LSTM, States, layer_weights, prepare
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAMES = ("i", "f", "g", "o", "c", "h")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GateTrace:
+    """What an LSTM's gates and states were, step by step; made by :func:`trace_gates`.
+
+    Layers times directions K (each layer's forward direction first), time L, batch N.
+
+    Attributes:
+        i: (K, L, N, H), the input gate: how much of g is written. In (0, 1), like f and o.
+        f: (K, L, N, H), the forget gate: how much of c is kept.
+        g: (K, L, N, H), what is written. In (-1, 1).
+        o: (K, L, N, H), the output gate: how much of tanh(c) is shown.
+        c: (K, L, N, H), the cell state after the step.
+        h: (K, L, N, P), the hidden state after the step, the layer's output. P = H unless the LSTM
+            projects.
+        lengths: int64 (N), of a packed sequence; beyond them everything is zero. Else None.
+        bidirectional: whether every second of K reads the sequence from its end.
+    """
+
+    i: Tensor
+    f: Tensor
+    g: Tensor
+    o: Tensor
+    c: Tensor
+    h: Tensor
+    lengths: Tensor | None = None
+    bidirectional: bool = False
+
+    def __repr__(self) -> str:
+        K, L, N, H = self.i.shape
+        directions = 2 if self.bidirectional else 1
+        return (
+            f"GateTrace(layers={K // directions}, directions={directions}, L={L}, N={N}, H={H}, "
+            f"{str(self.i.dtype).removeprefix('torch.')}, {self.i.device})"
+        )
+
+    def select(self, layer: int = 0, direction: int = 0) -> GateTrace:
+        """Return the trace of one layer in one direction, K = 1, without a copy.
+
+        Args:
+            layer: 0 for the first; -1 for the last.
+            direction: 0 for forward, 1 for backward.
+
+        Raises:
+            IndexError: there is no such layer or direction.
+        """
+        directions = 2 if self.bidirectional else 1
+        layers = self.i.shape[0] // directions
+        if not -layers <= layer < layers:
+            raise IndexError(f"layer {layer} of {layers}")
+        if not 0 <= direction < directions:
+            raise IndexError(f"direction {direction} of {directions}")
+        k = layer % layers * directions + direction
+        return replace(self._map(lambda t: t[k : k + 1]), bidirectional=False)
+
+    def valid(self) -> Tensor:
+        """Return which steps are not padding, bool (L, N)."""
+        L, N = self.i.shape[1:3]
+        if self.lengths is None:
+            return torch.ones(L, N, dtype=torch.bool, device=self.i.device)
+        steps = torch.arange(L, device=self.i.device)
+        return steps.unsqueeze(1) < self.lengths.to(self.i.device)
+
+    def saturation(self, margin: float = 0.1) -> dict[str, float]:
+        """Count the share of gates that are nearly shut or open, and of g and h near -1 or 1.
+
+        Args:
+            margin: what counts as near.
+
+        Returns:
+            Shares in [0, 1], of all layers, steps and samples together: ``"i < 0.1"``,
+            ``"i > 0.9"``, the same of f and o; ``"|g| > 0.9"``, ``"|h| > 0.9"``.
+        """
+        valid = self.valid()
+        near, far = f"{margin:g}", f"{1 - margin:g}"
+        shares = {}
+        for name in ("i", "f", "o"):
+            gate = getattr(self, name)[:, valid]
+            shares[f"{name} < {near}"] = (gate < margin).double().mean().item()
+            shares[f"{name} > {far}"] = (gate > 1 - margin).double().mean().item()
+        for name in ("g", "h"):
+            state = getattr(self, name)[:, valid]
+            shares[f"|{name}| > {far}"] = (state.abs() > 1 - margin).double().mean().item()
+        return shares
+
+    def half_life(self) -> Tensor:
+        """Return after how many steps half of what a unit holds is forgotten, float64 (K, H).
+
+        Of what c holds, a step keeps the part f: over all steps and samples, on average (of
+        ln f), half is left after ln(1/2) / mean(ln f) steps. Infinite where f is 1.
+        """
+        logs = self.f[:, self.valid()].detach().double().log().mean(1)
+        return math.log(2) / logs.abs()
+
+    def numpy(self) -> dict[str, Any]:
+        """Return all fields as NumPy arrays by name; bfloat16, which NumPy lacks, as float32."""
+        arrays = {name: _array(tensor) for name, tensor in self._tensors()}
+        return {**arrays, "bidirectional": self.bidirectional}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all fields to a compressed .npz file: whole, or, if that fails, not at all.
+
+        Args:
+            path: the file, whose name is taken as it is.
+        """
+        import numpy as np
+
+        target = Path(path)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez_compressed(file, **self.numpy())
+            os.replace(name, target)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> GateTrace:
+        """Read what :meth:`save` wrote. Nothing in the file is run.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ValueError: it lacks a field of a trace.
+        """
+        import numpy as np
+
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = [name for name in (*NAMES, "bidirectional") if name not in arrays]
+            if missing:
+                raise ValueError(f"{path} is no gate trace: it lacks {', '.join(missing)}")
+            tensors = {
+                field.name: torch.from_numpy(arrays[field.name])
+                for field in fields(cls)
+                if field.name in arrays and field.name != "bidirectional"
+            }
+            return cls(**tensors, bidirectional=bool(arrays["bidirectional"]))
+
+    def plot(self, **options: Any) -> Figure:
+        """Draw the two heat maps of :func:`lstm_ext.plot.gates`, whose options these are."""
+        from lstm_ext import plot
+
+        return plot.gates(self, **options)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in (*NAMES, "lengths"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                yield name, tensor
+
+    def _map(self, function: Any) -> GateTrace:
+        return replace(self, **{name: function(getattr(self, name)) for name in NAMES})
+
+
+def _array(tensor: Tensor) -> Any:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def trace_gates(
+    module: nn.Module,
+    input: Tensor | PackedSequence,
+    hx: States | None = None,
+    *,
+    reset: Tensor | None = None,
+    differentiable: bool = False,
+) -> GateTrace:
+    """Run an LSTM and return its gates and states of every step.
+
+    The fused operation keeps the gates for backward anyway, so that a trace costs little more than
+    a training forward. The last layer's ``h`` is the module's own output.
+
+    Args:
+        module: :class:`lstm_ext.LSTM`, ``torch.nn.LSTM``, :class:`lstm_ext.LSTMCell` or
+            ``torch.nn.LSTMCell``; of a frozen one, the original. Hooks are not run; a subclass is
+            taken for what it derives from. In training mode, dropout between layers is drawn anew.
+        input: as the module takes it: (L, N, I), (N, L, I) with ``batch_first``, (L, I), or packed.
+            For a cell (N, I) or (I), one step; or (L, N, I), that it is taken through.
+        hx: h and c before the first step, as the module takes them. Zeros when left out.
+        reset: bool, shaped like input without I ((L, N) for packed input): states are zero before
+            these steps. All true, every step is as if it were the first.
+        differentiable: keep the graph, so that a loss of the trace has gradients; in tensor
+            operations, step by step.
+
+    Returns:
+        The trace. Time comes first whatever ``batch_first`` says, a single sequence is a batch of
+        one, a packed sequence is padded and in the order of its lengths.
+
+    Raises:
+        TypeError: the module is no LSTM.
+        ValueError, RuntimeError: what the module raises for the same wrong input.
+
+    Example::
+
+        trace = lstm_ext.trace_gates(lstm, x)
+        trace.f.mean(), trace.half_life(), trace.plot()
+    """
+    if isinstance(module, (FrozenLSTM, FrozenLSTMCell)):
+        module = module.original
+    if isinstance(module, nn.LSTMCell):
+        return _trace_cell(module, input, hx, reset, differentiable)
+    if not isinstance(module, (nn.LSTM, LSTM)):
+        raise TypeError(
+            f"trace_gates: expected an LSTM or LSTMCell, of torch.nn or lstm_ext, "
+            f"got {type(module).__name__}"
+        )
+    ready = prepare(module, input, hx, reset)
+    if 0 in ready.input.shape:
+        module(input, hx)  # raises torch's own error, if that is one
+    data, sizes, weights = ready.input, ready.batch_sizes, layer_weights(module)
+    directions = 2 if module.bidirectional else 1
+    layers: list[tuple[Tensor, ...]] = []
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        for k in range(0, len(weights), directions):
+            if k > 0 and module.dropout > 0 and module.training:
+                data = torch.dropout(data, module.dropout, True)
+            outputs = []
+            for d in range(directions):
+                state = ready.hx[0][k + d], ready.hx[1][k + d]
+                run = _Run(weights[k + d], sizes, ready.reset, d == 1)
+                output, tensors = (
+                    run.in_steps(data, *state) if differentiable else run(data, *state)
+                )
+                outputs.append(output)
+                layers.append(tensors)
+            data = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+    lengths = None
+    if ready.packed is not None:
+        order = ready.packed.unsorted_indices
+        _, lengths = pad_packed_sequence(PackedSequence(data, sizes, None, order))
+        if order is not None:
+            layers = [tuple(t.index_select(1, order) for t in tensors) for tensors in layers]
+    i, f, g, o, c, h = (
+        parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+        for parts in zip(*layers, strict=True)
+    )
+    return GateTrace(i, f, g, o, c, h, lengths, module.bidirectional)
+
+
+def _trace_cell(
+    cell: nn.LSTMCell, input: Any, hx: Any, reset: Tensor | None, differentiable: bool
+) -> GateTrace:
+    sequence = isinstance(input, Tensor) and input.dim() == 3
+    if not sequence or len(input):
+        # For its checks, and torch's own words.
+        (LSTMCell if isinstance(cell, LSTMCell) else nn.LSTMCell).forward(
+            cell, input[0] if sequence else input, hx
+        )
+    if not sequence:
+        input = input.unsqueeze(0)
+        reset = None if reset is None else reset.unsqueeze(0)
+    if input.dim() == 2:
+        input = input.unsqueeze(1)
+        hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+        reset = None if reset is None else reset.unsqueeze(-1)
+    if hx is None:
+        hx = (input.new_zeros(input.shape[1], cell.hidden_size),) * 2
+    weights = LayerWeights(cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+    run = _Run(weights, None, reset, False)
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        _, tensors = run.in_steps(input, *hx) if differentiable else run(input, *hx)
+    i, f, g, o, c, h = (t.unsqueeze(0) for t in tensors)
+    return GateTrace(i, f, g, o, c, h)
+
+
+@dataclass
+class _Run:
+    """One layer in one direction: called, it returns the output, and (i, f, g, o, c, h)."""
+
+    w: LayerWeights
+    batch_sizes: Tensor | None
+    reset: Tensor | None
+    reverse: bool
+
+    def __call__(self, input: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run fused."""
+        if self.w.w_hr is not None:
+            return self.in_steps(input, h, c)
+        output, _, c_n, gates, c_before = _ops.lstm_layer_forward(
+            input, h, c, *self.w[:4], self.batch_sizes, self.reset, self.reverse
+        )
+        L = len(input) if self.batch_sizes is None else len(self.batch_sizes)
+        padded_gates, c_before, padded_h = (
+            self._pad(t.reshape(L, -1, t.shape[-1]) if self.batch_sizes is None else t)
+            for t in (gates, c_before, output)
+        )
+        i, f, g, o = padded_gates.chunk(4, -1)
+        return output, (i, f, g, o, self._c_after(c_before, c_n, i, f, g), padded_h)
+
+    def _c_after(self, before: Tensor, last: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Tensor:
+        """Return the c after each step, (L, N, H): what the next one starts from."""
+        if len(before) == 0:
+            return before
+        if self.reverse:
+            after = torch.cat([last.unsqueeze(0), before[:-1]])
+        else:
+            after = torch.cat([before[1:], last.unsqueeze(0)])
+        if self.batch_sizes is not None:
+            N = last.shape[0]
+            lengths = torch.tensor([int((self.batch_sizes > n).sum()) for n in range(N)])
+            if not self.reverse:
+                after[lengths - 1, torch.arange(N)] = last
+            steps = torch.arange(len(after)).unsqueeze(1)
+            after[(steps >= lengths).to(after.device)] = 0
+        if self.reset is not None:
+            # There the next step starts from zero.
+            none = torch.zeros_like(self.reset[:1])
+            parts = [none, self.reset[:-1]] if self.reverse else [self.reset[1:], none]
+            after = torch.where(torch.cat(parts).unsqueeze(-1), f * before + i * g, after)
+        return after
+
+    def in_steps(self, input: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run in tensor operations, differentiable any number of times."""
+        L, N = len(input) if self.batch_sizes is None else len(self.batch_sizes), h.shape[0]
+        kept: list[tuple[Tensor, ...]] = [()] * L
+
+        def keep(t: int, tensors: tuple[Tensor, ...]) -> None:
+            kept[t] = tuple(nn.functional.pad(x, (0, 0, 0, N - x.shape[0])) for x in tensors)
+
+        output, _, _ = layer_in_steps(
+            input, h, c, self.w, self.batch_sizes, self.reset, self.reverse, keep
+        )
+        i, f, g, o, c, h = (torch.stack(parts) for parts in zip(*kept, strict=True))
+        return output, (i, f, g, o, c, h)
+
+    def _pad(self, rows: Tensor) -> Tensor:
+        if self.batch_sizes is None:
+            return rows
+        return pad_packed_sequence(PackedSequence(rows, self.batch_sizes))[0]
