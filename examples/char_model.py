@@ -2,6 +2,8 @@
 
     python examples/char_model.py                       some two minutes on two cores
     python examples/char_model.py --steps 2000 --layers 2 --prompt "def "
+    python examples/char_model.py --save model.pt       and then look inside:
+    python -m lstm_ext gates --checkpoint model.pt --text "def main():"
 
 Trains the same model with ``torch.nn.LSTM`` and ``lstm_ext.LSTM``, step by step in turn, from the
 same seed on the same text, by truncated backpropagation: the states go on from piece to piece, the
@@ -129,6 +131,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32, help="places of the text, side by side")
     parser.add_argument("--length", type=int, default=64, help="characters of a piece")
     parser.add_argument("--prompt", default="class ", help="what the text begins with (ASCII)")
+    parser.add_argument("--save", type=Path, help="write the model here: python -m lstm_ext gates")
     parser.add_argument("--write", type=int, default=400, help="characters to write")
     options = parser.parse_args()
 
@@ -154,6 +157,9 @@ def main() -> int:
         print(f"  {name}  {first:.3f} -> {last:.3f}   {tokens / trainer.seconds:10,.0f}")
     print(f"  {torchs.seconds / ours.seconds:.2f} times as fast, the rest of the model included")
 
+    if options.save is not None:
+        state = models[1].state_dict()
+        torch.save({"state_dict": state, "vocabulary": CHARACTERS}, options.save)
     _, torchs_rate = write(models[0].eval(), options.prompt, options.write, seed=1)
     lstm_ext.freeze(models[1].eval())
     written, rate = write(models[1], options.prompt, options.write, seed=1)

@@ -171,7 +171,8 @@ def _build(tensors: Mapping[str, Tensor], prefix: str) -> LSTM:
     try:
         lstm.load_state_dict(own)
     except RuntimeError as error:
-        raise ValueError(f"the LSTM's weights do not fit together: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the LSTM's weights do not fit together: {reason}") from None
     return lstm
 
 

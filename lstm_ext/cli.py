@@ -191,12 +191,10 @@ def _gates(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     except (ValueError, IndexError, OSError) as error:
         raise CommandError(str(error)) from None
 
-    # Labels of every class while there is room for them.
-    classes = list(model.vocabulary) if len(model.vocabulary) <= 8 else None
     where = {"layer": options.layer, "direction": options.direction}
     pictures = {
         "gates": plot.gates(
-            trace, **where, last=last, tokens=list(text), yhat=yhat, classes=classes
+            trace, **where, last=last, tokens=text, yhat=yhat, classes=list(model.vocabulary)
         ),
         "histogram": plot.histogram(trace, **where),
         "saturation": plot.saturation(trace),

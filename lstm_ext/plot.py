@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from lstm_ext.gates import GateTrace
 
-COLUMNS = 32  # of a gate, beyond which units are drawn together
+COLUMNS = 128  # of a gate, beyond which units are drawn together
+CLASSES = 12  # of a prediction, beyond which the likeliest are drawn
 STEPS = 60  # beyond which not every step has a label
 MEANINGS = {
     "i": "i, input gate",
@@ -55,8 +56,9 @@ def gates(
 ) -> Figure:
     """Draw two heat maps, a row a step: the gates i, f, o, and g, c, h beside the prediction.
 
-    Blue is -1, white 0, red 1. More than 32 units are drawn together in 32 columns: of each group,
-    a gate's mean, and of g, c and h the value farthest from zero.
+    Blue is -1, white 0, red 1. Beyond 128, units are drawn together in as many columns at most: of
+    each group of neighbours a gate's mean, and of g, c and h the value farthest from zero. Of more
+    than 12 classes, the 12 that are likeliest in some step are drawn.
 
     Args:
         trace: of :func:`lstm_ext.trace_gates`.
@@ -66,7 +68,7 @@ def gates(
         last: draw this many steps from the end. All by default.
         tokens: one label a step, the input's; as many as steps of the trace (or of the sample).
         yhat: (L, V), probabilities to draw beside h.
-        classes: V labels for yhat.
+        classes: V labels for yhat; their numbers by default.
         title: above both.
 
     Raises:
@@ -95,58 +97,57 @@ def gates(
         name: getattr(part, name)[0, first:L, sample].detach().float().cpu() for name in "ifogch"
     }
     if yhat is not None:
-        values["yhat"] = yhat[first:L].detach().float().cpu()
+        chances = yhat[first:L].detach().float().cpu()
+        likeliest = chances.amax(0).topk(min(CLASSES, chances.shape[1])).indices.sort().values
+        values["yhat"] = chances[:, likeliest]
+        classes = [str(k if classes is None else classes[k]) for k in likeliest.tolist()]
     labels = [f"{t}" if tokens is None else f"{t}  {tokens[t]!r}"[:24] for t in rows]
-    figure = _figure(13, max(3.5, min(0.28 * len(rows) + 2, 16)))
-    left, right = figure.subplots(1, 2, sharey=True)
-    _heat_map(left, {name: values[name] for name in "ifo"}, labels, None)
-    image = _heat_map(
-        right, {k: values[k] for k in ("g", "c", "h", "yhat") if k in values}, labels, classes
-    )
-    left.set_ylabel("time step" + ("" if tokens is None else " and input"))
-    above = 36 if max(v.shape[1] for v in values.values()) > COLUMNS else 22  # the groups' names
-    left.set_title("gates", pad=above)
-    right.set_title("states" if yhat is None else "states and prediction", pad=above)
-    beyond = float(values["c"].abs().max()) > 1 if len(rows) else False
-    figure.colorbar(image, ax=[left, right], shrink=0.8, extend="both" if beyond else "neither")
+    figure = _figure(14, max(3.2, min(0.28 * len(rows) + 1.6, 16)))
+    units = values["c"].shape[1]
+    widths = dict.fromkeys(values, 1.0)
+    if yhat is not None:
+        widths["yhat"] = min(1.5, max(0.4, values["yhat"].shape[1] / units))
+    # A gap between the two maps.
+    ratios = [
+        *(widths[name] for name in "ifo"),
+        0.15,
+        *(widths[n] for n in values if n not in "ifo"),
+    ]
+    grid = figure.add_gridspec(1, len(ratios), width_ratios=ratios, wspace=0.03)
+    axes: list[Axes] = []
+    for place, name in zip([k for k in range(len(ratios)) if k != 3], values, strict=True):
+        axis = figure.add_subplot(grid[place], sharey=axes[0] if axes else None, label=name)
+        image = _heat_map(axis, name, values[name], classes or ())
+        axis.tick_params(labelleft=not axes)
+        axes.append(axis)
+    every = max(1, -(-len(labels) // STEPS))
+    axes[0].set_yticks(range(0, len(labels), every), labels[::every], fontsize="small")
+    axes[0].set_ylabel("time step" + ("" if tokens is None else " and input"))
+    beyond = len(rows) > 0 and float(values["c"].abs().max()) > 1
+    figure.colorbar(image, ax=axes, shrink=0.9, pad=0.01, extend="both" if beyond else "neither")
     if title is not None:
         figure.suptitle(title)
     return figure
 
 
-def _heat_map(
-    axis: Axes, groups: dict[str, Tensor], labels: list[str], classes: Sequence[str] | None
-) -> Any:
-    """Draw groups of units side by side, each under its name."""
-    drawn, ticks, names = [], [], []
-    at = 0
-    for name, values in groups.items():
-        pooled = values if name == "yhat" else pool(values, COLUMNS, signed=name in "gch")
-        units, width = values.shape[1], pooled.shape[1]
-        drawn.append(pooled)
-        heading = MEANINGS[name]
-        if width < units:
-            heading += f"\n{units} units, {-(-units // width)} a column"
-        axis.text(
-            at + width / 2 - 0.5, 1.01, heading, ha="center", va="bottom", fontsize="small",
-            transform=axis.get_xaxis_transform(),
-        )  # fmt: skip
-        if at > 0:
-            axis.axvline(at - 0.5, color="black", linewidth=1)
-        each = max(1, -(-width // (8 if units <= 100 else 4)))  # room for the numbers
-        for k in range(0, width, each):
-            ticks.append(at + k)
-            unit = k * -(-units // width)
-            names.append(str(unit) if name != "yhat" or classes is None else str(classes[k]))
-        at += width
+def _heat_map(axis: Axes, name: str, values: Tensor, classes: Sequence[str]) -> Any:
+    """Draw one gate or state, (L, H), or the prediction; a column a unit or a group of them."""
+    units = values.shape[1]
+    pooled = values if name == "yhat" else pool(values, COLUMNS, signed=name in "gch")
+    width = pooled.shape[1]
+    together = -(-units // width)
     image = axis.imshow(
-        torch.cat(drawn, 1).numpy(), cmap="bwr", vmin=-1, vmax=1, aspect="auto",
-        interpolation="nearest",
-    )  # fmt: skip
-    axis.set_xticks(ticks, names, fontsize="small")
-    axis.set_xlabel("unit" if "yhat" not in groups else "unit, class")
-    every = max(1, -(-len(labels) // STEPS))
-    axis.set_yticks(range(0, len(labels), every), labels[::every], fontsize="small")
+        pooled.numpy(), cmap="bwr", vmin=-1, vmax=1, aspect="auto", interpolation="nearest"
+    )
+    axis.set_title(MEANINGS[name], fontsize="medium")
+    if name == "yhat":
+        axis.set_xticks(range(width), list(classes), fontsize="small")
+        axis.set_xlabel("next")
+    else:
+        each = max(1, -(-width // (8 if units <= 100 else 4)))  # room for the numbers
+        ticks = range(0, width, each)
+        axis.set_xticks(ticks, [str(k * together) for k in ticks], fontsize="small")
+        axis.set_xlabel("unit" if together == 1 else f"unit, {together} a column")
     return image
 
 
@@ -241,7 +242,9 @@ def half_life(trace: GateTrace) -> Figure:
         yscale="log",
     )
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(
+        lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else ""  # the others have no room
+    )
     if trace.i.shape[0] > 1:
         axis.legend()
     return figure

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import lstm_ext
-from lstm_ext import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,19 +39,6 @@ def test_info_command():
     result = run(sys.executable, "-m", "lstm_ext", "info")
     for name, value in lstm_ext.build_info().items():
         assert f"{name:22} {value}" in result.stdout
-
-
-@pytest.mark.parametrize("command", [[], ["nonsense"], ["demo", "--epochs", "0"]])
-def test_command_line_rejects(command, capsys):
-    with pytest.raises(SystemExit) as error:
-        cli.main(command)
-    assert error.value.code == 2
-    assert "usage:" in capsys.readouterr().err
-
-
-def test_demo_needs_a_folder_for_its_picture(capsys, tmp_path):
-    assert cli.main(["demo", "--picture", str(tmp_path / "none" / "demo.png")]) == 1
-    assert "no such folder" in capsys.readouterr().out
 
 
 def copy_of_the_package(folder):

@@ -18,60 +18,81 @@ def trace_of(H=2, L=5, N=2, **options):
     return lstm_ext.trace_gates(nn.LSTM(3, H, **options), torch.randn(L, N, 3))
 
 
-def image(axis):
-    return np.asarray(axis.get_images()[0].get_array())
+def axis_of(figure, name):
+    (axis,) = (axis for axis in figure.axes if axis.get_label() == name)
+    return axis
 
 
-def test_gates_are_the_lectures_two_maps():
+def image(figure, name):
+    return np.asarray(axis_of(figure, name).get_images()[0].get_array())
+
+
+def texts(labels):
+    return [label.get_text() for label in labels]
+
+
+def test_gates_are_the_lectures_maps():
     trace = trace_of()
     yhat = torch.rand(5, 3).softmax(1)
     figure = trace.plot(sample=1, tokens="hello", yhat=yhat, classes="abB", title="hello")
-    left, right, bar = figure.axes
-    values = {name: getattr(trace, name)[0, :, 1].numpy() for name in "ifogch"}
-    np.testing.assert_array_equal(image(left), np.hstack([values[k] for k in "ifo"]))
-    np.testing.assert_array_equal(image(right), np.hstack([*(values[k] for k in "gch"), yhat]))
-    for axis in (left, right):
-        drawn = axis.get_images()[0]
-        assert drawn.get_cmap().name == "bwr"
-        assert drawn.get_clim() == (-1, 1)
-    assert [label.get_text() for label in left.get_yticklabels()] == [
-        f"{t}  {token!r}" for t, token in enumerate("hello")
-    ]
-    assert [label.get_text() for label in right.get_xticklabels()][-3:] == list("abB")
-    assert [text.get_text().split(",")[0] for text in left.texts] == ["i", "f", "o"]
-    assert [text.get_text().split(",")[0] for text in right.texts] == ["g", "c", "h", "ŷ"]
+    for name in "ifogch":
+        np.testing.assert_array_equal(image(figure, name), getattr(trace, name)[0, :, 1].numpy())
+    np.testing.assert_array_equal(image(figure, "yhat"), yhat.numpy())
+    drawn = [axis.get_label() for axis in figure.axes[:-1]]
+    assert drawn == [*"ifogch", "yhat"]
+    for name in drawn:
+        picture = axis_of(figure, name).get_images()[0]
+        assert picture.get_cmap().name == "bwr"
+        assert picture.get_clim() == (-1, 1)
+        assert axis_of(figure, name).get_title().startswith(name if name != "yhat" else "ŷ")
+    left = axis_of(figure, "i")
+    assert texts(left.get_yticklabels()) == [f"{t}  {c!r}" for t, c in enumerate("hello")]
+    assert texts(axis_of(figure, "yhat").get_xticklabels()) == list("abB")
+    assert texts(axis_of(figure, "h").get_xticklabels()) == ["0", "1"]
     assert left.get_ylabel() == "time step and input"
     assert figure.get_suptitle() == "hello"
-    assert bar.get_ylim() == (-1, 1)
+    assert figure.axes[-1].get_ylim() == (-1, 1)
 
 
 def test_last_steps_layers_and_directions():
     trace = trace_of(num_layers=2, bidirectional=True)
     figure = plot.gates(trace, layer=0, direction=1, last=2, tokens="hello")
-    left = figure.axes[0]
-    np.testing.assert_array_equal(image(left)[:, 2:4], trace.f[1, 3:, 0].numpy())
-    assert [label.get_text() for label in left.get_yticklabels()] == ["3  'l'", "4  'o'"]
-    assert len(image(plot.gates(trace, last=100).axes[0])) == 5
+    np.testing.assert_array_equal(image(figure, "f"), trace.f[1, 3:, 0].numpy())
+    assert texts(axis_of(figure, "i").get_yticklabels()) == ["3  'l'", "4  'o'"]
+    assert len(image(plot.gates(trace, last=100), "i")) == 5
 
 
 def test_wide_layers_are_pooled():
     trace = trace_of(H=512, L=3)
-    left, right, _ = plot.gates(trace).axes
-    assert image(left).shape == image(right).shape == (3, 96)
-    f, h = trace.f[0, :, 0].view(3, 32, 16), trace.h[0, :, 0].view(3, 32, 16)
-    np.testing.assert_allclose(image(left)[:, 32:64], f.mean(2).numpy(), rtol=1e-6)
+    figure = plot.gates(trace)
+    f, h = trace.f[0, :, 0].view(3, 128, 4), trace.h[0, :, 0].view(3, 128, 4)
+    np.testing.assert_allclose(image(figure, "f"), f.mean(2).numpy(), rtol=1e-6)
     farthest = torch.where(h.amax(2) > -h.amin(2), h.amax(2), h.amin(2))
-    np.testing.assert_array_equal(image(right)[:, 64:], farthest.numpy())
-    assert "512 units, 16 a column" in left.texts[0].get_text()
+    np.testing.assert_array_equal(image(figure, "h"), farthest.numpy())
+    assert axis_of(figure, "f").get_xlabel() == "unit, 4 a column"
 
 
-@pytest.mark.parametrize("H", [1, 31, 32, 33, 65, 1000])
+def test_many_classes():
+    """The likeliest of them, under their own names."""
+    trace, yhat = trace_of(), torch.full((5, 90), 1e-3)
+    yhat[torch.arange(5), torch.tensor([7, 3, 88, 7, 50])] = 0.9
+    yhat[2, 20:29] = 0.01
+    names = [chr(33 + k) for k in range(90)]
+    shown = [3, 7, *range(20, 29), 50, 88]
+    figure = plot.gates(trace, yhat=yhat, classes=names)
+    labels = texts(axis_of(figure, "yhat").get_xticklabels())
+    assert len(labels) == 12
+    assert {"$", "(", "S", "y"} <= set(labels) <= {names[k] for k in shown}
+    np.testing.assert_array_equal(image(figure, "yhat")[:, -1], yhat[:, 88].numpy())
+    assert texts(axis_of(plot.gates(trace, yhat=yhat), "yhat").get_xticklabels())[-1] == "88"
+
+
+@pytest.mark.parametrize("H", [1, 127, 128, 129, 257, 1000])
 def test_any_width(H):
-    pooled = plot.pool(torch.randn(4, H), 32, signed=True)
+    pooled = plot.pool(torch.randn(4, H), 128, signed=True)
     assert pooled.shape[0] == 4
-    assert min(H, 17) <= pooled.shape[1] <= 32
-    left, _, _ = plot.gates(trace_of(H=H)).axes
-    assert image(left).shape[1] == 3 * pooled.shape[1]
+    assert min(H, 65) <= pooled.shape[1] <= 128
+    assert image(plot.gates(trace_of(H=H)), "o").shape[1] == pooled.shape[1]
 
 
 def test_long_sequences_have_room_for_their_labels():
@@ -83,14 +104,15 @@ def test_long_sequences_have_room_for_their_labels():
 def test_packed_sequences_are_drawn_as_long_as_they_are():
     packed = pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([2, 5]), enforce_sorted=False)
     trace = lstm_ext.trace_gates(nn.LSTM(3, 2), packed)
-    assert len(image(plot.gates(trace, sample=0).axes[0])) == 2
-    assert len(image(plot.gates(trace, sample=1).axes[0])) == 5
+    assert len(image(plot.gates(trace, sample=0), "c")) == 2
+    assert len(image(plot.gates(trace, sample=1), "c")) == 5
 
 
 def test_projected_and_half():
-    assert image(trace_of(H=6, proj_size=2).plot().axes[1]).shape[1] == 6 + 6 + 2
+    figure = trace_of(H=6, proj_size=2).plot()
+    assert (image(figure, "c").shape[1], image(figure, "h").shape[1]) == (6, 2)
     half = lstm_ext.trace_gates(nn.LSTM(3, 2).bfloat16(), torch.randn(4, 1, 3).bfloat16())
-    assert image(half.plot().axes[0]).shape == (4, 6)
+    assert image(half.plot(), "g").shape == (4, 2)
 
 
 def test_wrong_options():
