@@ -194,7 +194,13 @@ def _gates(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     where = {"layer": options.layer, "direction": options.direction}
     pictures = {
         "gates": plot.gates(
-            trace, **where, last=last, tokens=text, yhat=yhat, classes=list(model.vocabulary)
+            trace,
+            **where,
+            last=last,
+            tokens=text,
+            yhat=yhat,
+            # Spaces and the like would not be seen.
+            classes=[c if c.isprintable() and c != " " else repr(c) for c in model.vocabulary],
         ),
         "histogram": plot.histogram(trace, **where),
         "saturation": plot.saturation(trace),

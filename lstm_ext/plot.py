@@ -106,7 +106,7 @@ def gates(
     units = values["c"].shape[1]
     widths = dict.fromkeys(values, 1.0)
     if yhat is not None:
-        widths["yhat"] = min(1.5, max(0.4, values["yhat"].shape[1] / units))
+        widths["yhat"] = min(1.5, max(0.6, values["yhat"].shape[1] / units))
     # A gap between the two maps.
     ratios = [
         *(widths[name] for name in "ifo"),
