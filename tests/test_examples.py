@@ -1,5 +1,7 @@
 """The examples run and do what they say."""
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import char_model
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import why_lstm
 
 import lstm_ext
 
@@ -84,3 +87,57 @@ def test_two_processes(options, tmp_path):
     torch.testing.assert_close(found[0](x), found[1](x))
     untrained = char_model.seeded_model(lstm_ext.LSTM, 32, 2)
     assert not torch.allclose(untrained(x)[0], found[1](x)[0], atol=0.1)
+
+
+def test_lecture_script():
+    """The notebook's twin: its own assertions hold the lecture's numbers."""
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "lecture.py"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "right: 100.0% with its memory, 74.9% without" in result.stdout
+
+
+def test_recall_needs_the_first_symbol_alone():
+    x, y = why_lstm.recall(7, 50, torch.Generator().manual_seed(1))
+    assert x.shape == (8, 50, why_lstm.SYMBOLS + 1)
+    assert torch.equal(x[0].argmax(1), y)
+    assert x[:-1].sum(2).eq(1).all()
+    assert x[:-1, :, -1].eq(0).all()
+    assert x[-1].tolist() == [[0] * why_lstm.SYMBOLS + [1]] * 50
+    assert {len(set(x[t].argmax(1).tolist())) for t in range(7)} == {why_lstm.SYMBOLS}
+
+
+def test_the_wide_rnn_has_the_lstms_parameters():
+    kinds = why_lstm.kinds(5, 32)
+    sizes = {
+        name: sum(p.numel() for p in kind(5, size).parameters())
+        for name, (kind, size) in kinds.items()
+    }
+    assert sizes["LSTM"] <= sizes["RNN, wide"] < 1.1 * sizes["LSTM"]
+    assert kinds["RNN"][1] == kinds["LSTM"][1] == 32
+
+
+def test_why_lstm(tmp_path):
+    out = tmp_path / "why"
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "why_lstm.py", "--quick", "--out", out],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    runs = json.loads(out.with_suffix(".json").read_text())["runs"]
+    assert len(runs) == 3 * 2 * (1 + 2)
+    rows = [line for line in result.stdout.splitlines() if line.startswith(("| text", "| recall"))]
+    assert len(rows) == 9
+    first = sorted(run["accuracy"] for run in runs[:2])
+    assert f"{sum(first) / 2:.1%} ({first[0]:.0%} - {first[1]:.0%})" in rows[0]
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_saturation_and_its_correlation():
+    assert why_lstm.saturated(torch.tensor([0.95, -0.95, 0.5, -0.1])) == 0.5
+    runs = [{"saturated": s, "loss": loss} for s, loss in ((0.1, 3.0), (0.5, 2.0), (0.9, 0.1))]
+    assert why_lstm.correlation(runs) == pytest.approx(-1)
+    assert math.isnan(why_lstm.correlation(runs[:2]))
