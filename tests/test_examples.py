@@ -128,9 +128,9 @@ def test_why_lstm(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     runs = json.loads(out.with_suffix(".json").read_text())["runs"]
-    assert len(runs) == 3 * 2 * (1 + 2)
+    assert len(runs) == 4 * 2 * (1 + 2)
     rows = [line for line in result.stdout.splitlines() if line.startswith(("| text", "| recall"))]
-    assert len(rows) == 9
+    assert len(rows) == 12
     first = sorted(run["accuracy"] for run in runs[:2])
     assert f"{sum(first) / 2:.1%} ({first[0]:.0%} - {first[1]:.0%})" in rows[0]
     assert out.with_suffix(".png").stat().st_size > 10_000
