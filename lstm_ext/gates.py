@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -133,13 +133,13 @@ class GateTrace:
         import numpy as np
 
         target = Path(path)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+        beside = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with beside.open("xb") as file:
                 np.savez_compressed(file, **self.numpy())
-            os.replace(name, target)
+            os.replace(beside, target)
         except BaseException:
-            os.unlink(name)
+            beside.unlink(missing_ok=True)
             raise
 
     @classmethod

@@ -375,3 +375,9 @@ def test_saving_loses_nothing(tmp_path, monkeypatch):
     np.savez(tmp_path / "other.npz", i=np.zeros(3))
     with pytest.raises(ValueError, match="lacks f, g, o, c, h, bidirectional"):
         lstm_ext.GateTrace.load(tmp_path / "other.npz")
+
+
+def test_a_saved_file_is_as_readable_as_others(tmp_path):
+    lstm_ext.trace_gates(nn.LSTM(I, H), torch.randn(L, N, I)).save(tmp_path / "trace.npz")
+    (tmp_path / "other").write_bytes(b"")
+    assert (tmp_path / "trace.npz").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -1,5 +1,10 @@
 """The reference against torch, and its hand-written backward against autograd."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from measure import case, torchs
@@ -43,3 +48,46 @@ def test_sequence_is_nn_lstms(device, length):
     expected, (h_n, c_n) = layer(x, tuple(s[None] for s in hx))
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close((h, c), (h_n[0], c_n[0]))
+
+
+def test_second_derivative_of_the_documents():
+    """The lines of docs/maths.md, "Second derivatives", against autograd."""
+    i, f, o = (torch.rand(4, 3, dtype=torch.float64) for _ in range(3))
+    g, c, dh, dc_next = (torch.randn(4, 3, dtype=torch.float64) for _ in range(4))
+    g = g.tanh()
+    inputs = [t.requires_grad_() for t in (i, f, g, o, c, dh, dc_next)]
+    p, dc = reference.gate_gradients((i, f, g, o), c, dh, dc_next)
+    outputs = [*p.chunk(4, 1), dc]
+    grads = [torch.randn(4, 3, dtype=torch.float64) for _ in outputs]
+    expected = torch.autograd.grad(outputs, inputs, grads)
+    with torch.no_grad():
+        pi, pf, pg, po, pc = grads
+        t = torch.tanh(f * c + i * g)
+        s = dc_next + dh * o * (1 - t**2)
+        to_s = pi * g * i * (1 - i) + pf * c * f * (1 - f) + pg * i * (1 - g**2) + pc * f
+        to_t = po * dh * o * (1 - o) - 2 * to_s * dh * o * t
+        to_c_next = to_t * (1 - t**2)
+        found = [
+            pi * s * g * (1 - 2 * i) + pg * s * (1 - g**2) + to_c_next * g,
+            pf * s * c * (1 - 2 * f) + pc * s + to_c_next * c,
+            pi * s * i * (1 - i) - 2 * pg * s * i * g + to_c_next * i,
+            po * dh * t * (1 - 2 * o) + to_s * dh * (1 - t**2),
+            pf * s * f * (1 - f) + to_c_next * f,
+            to_s * o * (1 - t**2) + po * t * o * (1 - o),
+            to_s,
+        ]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_documents_picture_is_its_scripts(tmp_path):
+    """docs/cell.svg is what docs/draw_cell.py draws: the same words in the same order."""
+    docs = Path(__file__).parent.parent / "docs"
+    drawn = tmp_path / "cell.svg"
+    subprocess.run([sys.executable, docs / "draw_cell.py", drawn], check=True)
+
+    def comments(file):
+        return re.findall("<!-- (.*?) -->", file.read_text())
+
+    assert len(comments(drawn)) > 15
+    assert comments(drawn) == comments(docs / "cell.svg")
