@@ -15,8 +15,9 @@ SOURCES := setup.py build_backend.py pyproject.toml $(shell find csrc -type f)
 demo: $(MARK)
 	$(BIN)/python -m lstm_ext demo
 
+# Two files at a time: the tests themselves compute on all cores, some of the time.
 test: $(MARK)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Builds the package in every way it can be installed, each in an environment of its own.
 test-packaging: $(MARK)

@@ -9,22 +9,48 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "ops.h"
 
 namespace lstm_ext {
 namespace composite {
+namespace {
+
+// Python's None comes as an undefined tensor, where the schema has a Tensor.
+void check_given(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.defined(), "Expected a proper Tensor but got None for argument ", name);
+}
+
+void check_given(const CellInputs& in) {
+  check_given(in.input, "input");
+  check_given(in.hx, "hx");
+  check_given(in.cx, "cx");
+  check_given(in.w_ih, "w_ih");
+  check_given(in.w_hh, "w_hh");
+  check_meta(in);
+}
+
+// Of [N, 4H]: four times [N, H].
+std::vector<at::Tensor> quarters(const at::Tensor& gates) {
+  TORCH_CHECK(gates.dim() == 2 && gates.sym_size(1) % 4 == 0,
+              "the gates' columns must be a multiple of 4, got shape ", gates.sym_sizes());
+  return gates.chunk(4, 1);
+}
+
+}  // namespace
 
 at::Tensor cell_gates(const CellInputs& in) {
-  const at::Tensor pre =
-      at::linear(in.input, in.w_ih, in.b_ih) + at::linear(in.hx, in.w_hh, in.b_hh);
-  const auto quarter = pre.chunk(4, 1);
+  check_given(in);
+  const auto quarter =
+      quarters(at::linear(in.input, in.w_ih, in.b_ih) + at::linear(in.hx, in.w_hh, in.b_hh));
   return at::cat(
       {quarter[0].sigmoid(), quarter[1].sigmoid(), quarter[2].tanh(), quarter[3].sigmoid()}, 1);
 }
 
 CellTrainingOutputs cell_forward(const CellInputs& in) {
   at::Tensor gates = cell_gates(in);
-  const auto quarter = gates.chunk(4, 1);
+  const auto quarter = quarters(gates);
   const at::Tensor &i = quarter[0], &f = quarter[1], &g = quarter[2], &o = quarter[3];
   at::Tensor cy = f * in.cx + i * g;
   at::Tensor hy = o * cy.tanh();
@@ -34,7 +60,9 @@ CellTrainingOutputs cell_forward(const CellInputs& in) {
 CellGradients cell_backward(const std::optional<at::Tensor>& grad_hy,
                             const std::optional<at::Tensor>& grad_cy, const CellInputs& in,
                             const at::Tensor& gates, CellGradientMask mask) {
-  const auto quarter = gates.chunk(4, 1);
+  check_given(in);
+  check_given(gates, "gates");
+  const auto quarter = quarters(gates);
   const at::Tensor &i = quarter[0], &f = quarter[1], &g = quarter[2], &o = quarter[3];
   const at::Tensor tanh_c = (f * in.cx + i * g).tanh();
   const at::Tensor grad_h = defined(grad_hy) ? *grad_hy : at::zeros_like(tanh_c);

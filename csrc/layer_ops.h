@@ -45,6 +45,10 @@ struct LayerResults {
 
 // Whether the fused kernels take these tensors.
 bool layer_fusable(const LayerInputs& in);
+inline void check_allocated(const LayerInputs& in) {
+  check_all_allocated(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.batch_sizes,
+                      in.reset);
+}
 // Raises an error that says what is wrong with batch_sizes or reset.
 void check_sequence(const LayerInputs& in);
 // The rows before each step, and at last of all steps: L + 1 numbers.

@@ -1,6 +1,7 @@
 // Operator schemas, the check at the door, and the way out for what is not fusable.
 #include "ops.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/lstm_cell.h>
 #include <torch/library.h>
@@ -33,6 +34,18 @@ bool fusable(const CellInputs& in) {
          bias_matches(in.b_hh, in.input, gates);
 }
 
+void check_allocated(const at::Tensor& tensor) {
+  if (!tensor.defined() || tensor.numel() == 0) return;
+  const auto end =
+      tensor.is_contiguous()
+          ? static_cast<size_t>(tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+          : at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(),
+                                             tensor.element_size(), tensor.storage_offset());
+  TORCH_CHECK(tensor.storage().nbytes() >= end,
+              "The tensor has a non-zero number of elements, but its data is not allocated: shape ",
+              tensor.sizes(), " in a storage of ", tensor.storage().nbytes(), " bytes");
+}
+
 void check_cell_backward(const std::optional<at::Tensor>& grad_hy,
                          const std::optional<at::Tensor>& grad_cy, const CellInputs& in,
                          const at::Tensor& gates) {
@@ -47,7 +60,19 @@ void check_cell_backward(const std::optional<at::Tensor>& grad_hy,
                 " and dtype ", hx.scalar_type());
 }
 
+void check_meta(const CellInputs& in) {
+  const auto check = [&](const at::Tensor& tensor) {
+    TORCH_CHECK(!tensor.defined() || !in.hx.defined() || tensor.is_meta() == in.hx.is_meta(),
+                "Expected all tensors to be on the same device, but found at least two devices, ",
+                in.hx.device(), " and ", tensor.device(), "!");
+  };
+  for (const at::Tensor* tensor : {&in.input, &in.cx, &in.w_ih, &in.w_hh}) check(*tensor);
+  for (const auto* bias : {&in.b_ih, &in.b_hh})
+    if (defined(*bias)) check(**bias);
+}
+
 CellOutputs torch_lstm_cell(const CellInputs& in) {
+  check_meta(in);
   // Where torch would speak of a dimension out of range.
   TORCH_CHECK_INDEX(in.input.dim() > 1, "input must be 2-D (batch, input_size), got ",
                     in.input.dim(), "-D");
@@ -55,6 +80,15 @@ CellOutputs torch_lstm_cell(const CellInputs& in) {
                     in.w_ih.dim(), "-D");
   TORCH_CHECK_INDEX(in.w_hh.dim() > 1, "weight_hh must be 2-D (4 * hidden_size, hidden_size), got ",
                     in.w_hh.dim(), "-D");
+  // Where torch (2.13) reads beyond its four gates: one row, and states of three dimensions.
+  const auto two = [](const at::Tensor& tensor, const char* name) {
+    TORCH_CHECK(tensor.dim() <= 2, name, " must be 2-D, got ", tensor.dim(), "-D");
+  };
+  two(in.input, "input");
+  two(in.hx, "hidden0");
+  two(in.cx, "hidden1");
+  two(in.w_ih, "weight_ih");
+  two(in.w_hh, "weight_hh");
   return at::lstm_cell(in.input, {in.hx, in.cx}, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
 }
 

@@ -47,10 +47,28 @@ bool bias_matches(const std::optional<at::Tensor>& bias, const at::Tensor& like,
 // float, double, bfloat16 and half, strided, and every size as it should be.
 bool fusable(const CellInputs& in);
 
+// Raises torch's error for a tensor whose memory is gone or too small: a storage can be resized
+// behind a tensor's back, between forward and backward too.
+void check_allocated(const at::Tensor& tensor);
+inline void check_allocated(const std::optional<at::Tensor>& tensor) {
+  if (defined(tensor)) check_allocated(*tensor);
+}
+template <class... Tensors>
+void check_all_allocated(const Tensors&... tensors) {
+  (check_allocated(tensors), ...);
+}
+inline void check_allocated(const CellInputs& in) {
+  check_all_allocated(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
+}
+
 // Raises an error unless the gradients and the gates fit the states, which fit each other.
 void check_cell_backward(const std::optional<at::Tensor>& grad_hy,
                          const std::optional<at::Tensor>& grad_cy, const CellInputs& in,
                          const at::Tensor& gates);
+
+// Raises torch's error for some tensors on meta and others not: operations of both would compute
+// with memory that nobody has written to.
+void check_meta(const CellInputs& in);
 
 // torch's own cell: it answers for whatever is not fusable, with its result where it has one
 // (complex numbers, sparse input, mixed dtypes) and with its error where it has none.

@@ -233,7 +233,7 @@ def draw(runs: Results, picture: Path) -> None:
             )
         axis.set(xlabel="steps between symbol and question", ylabel=label, ylim=(0, 1.03))
     axes[0].axhline(1 / SYMBOLS, color="black", linewidth=0.8, linestyle=":", label="guessing")
-    axes[0].legend()
+    axes[0].legend(loc="lower left")
     figure.suptitle("Recall of the first symbol: median and range over the seeds")
     figure.savefig(picture, dpi=110)
     plt.close(figure)

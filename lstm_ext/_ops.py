@@ -6,7 +6,7 @@ N batch, I input, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -68,7 +68,38 @@ fast_lstm_cell_packed: Callable[..., tuple[Tensor, Tensor] | None] = _C.lstm_cel
 fast_lstm_packed: Callable[..., tuple[Tensor, Tensor, Tensor] | None] = _C.lstm_packed
 
 
-@torch.library.register_fake("lstm_ext::lstm_cell")
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a rule of the shapes of ``lstm_ext::name``, for tensors of one device."""
+
+    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*arguments: Any, **named: Any) -> Any:
+            devices = {str(t.device) for t in _tensors((*arguments, *named.values()))}
+            if len(devices) > 1:
+                # torch's words. A rule would answer with memory that nobody has written to.
+                raise RuntimeError(
+                    "Expected all tensors to be on the same device, but found at least two "
+                    f"devices, {' and '.join(sorted(devices))}!"
+                )
+            return rule(*arguments, **named)
+
+        torch.library.register_fake(f"lstm_ext::{name}", checked)
+        return rule
+
+    return register
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            yield from _tensors(argument)
+        # Batch sizes are int64, and on the CPU whatever the others are on.
+        elif isinstance(argument, Tensor) and not (
+            argument.dtype == torch.int64 and argument.device.type == "cpu"
+        ):
+            yield argument
+
+
+@_fake("lstm_cell")
 def _(
     input: Tensor,
     hx: Tensor,
@@ -83,7 +114,7 @@ def _(
     return hy, cy
 
 
-@torch.library.register_fake("lstm_ext::lstm_cell_forward")
+@_fake("lstm_cell_forward")
 def _(
     input: Tensor,
     hx: Tensor,
@@ -97,7 +128,7 @@ def _(
     return hy, cy, hy.new_empty(hy.shape[0], 4 * hy.shape[1])
 
 
-@torch.library.register_fake("lstm_ext::lstm_cell_backward")
+@_fake("lstm_cell_backward")
 def _(
     grad_hy: Tensor | None,
     grad_cy: Tensor | None,
@@ -119,7 +150,7 @@ def _(
     )
 
 
-@torch.library.register_fake("lstm_ext::lstm_cell_backward_accumulate")
+@_fake("lstm_cell_backward_accumulate")
 def _(
     grad_hy: Tensor | None,
     grad_cy: Tensor | None,
@@ -153,15 +184,15 @@ def _layer_results(
     return output, *states, input.new_empty(rows, 4 * H), input.new_empty(rows, H)
 
 
-torch.library.register_fake("lstm_ext::lstm_layer_forward", _layer_results)
+_fake("lstm_layer_forward")(_layer_results)
 
 
-@torch.library.register_fake("lstm_ext::lstm_layer")
+@_fake("lstm_layer")
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     return _layer_results(*arguments)[:3]
 
 
-@torch.library.register_fake("lstm_ext::lstm_layer_backward")
+@_fake("lstm_layer_backward")
 def _(
     grad_output: Tensor | None,
     grad_hy: Tensor | None,
@@ -189,7 +220,7 @@ def _(
     )
 
 
-@torch.library.register_fake("lstm_ext::lstm_layer_packed")
+@_fake("lstm_layer_packed")
 def _(
     input: Tensor,
     hx: Tensor,

@@ -47,6 +47,7 @@ CellOutputs lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, c
                       const std::optional<Tensor>& b_hh) {
   const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
   if (!fusable(in)) return torch_lstm_cell(in);
+  check_allocated(in);
   Tensor hy, cy;
   forward(in, hy, cy, nullptr);
   return {std::move(hy), std::move(cy)};
@@ -61,6 +62,7 @@ CellTrainingOutputs lstm_cell_forward(const Tensor& input, const Tensor& hx, con
     torch_lstm_cell(in);  // raises torch's error, if torch rejects them
     return composite::cell_forward(in);
   }
+  check_allocated(in);
   Tensor hy, cy, gates;
   forward(in, hy, cy, &gates);
   return {std::move(hy), std::move(cy), std::move(gates)};
@@ -122,6 +124,7 @@ CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
   const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
   if (!fusable(in)) return composite::cell_backward(grad_hy, grad_cy, in, gates, mask);
   check_cell_backward(grad_hy, grad_cy, in, gates);
+  check_all_allocated(input, hx, cx, w_ih, w_hh, grad_hy, grad_cy, gates);
   const auto bias = [&](bool wanted) -> Target {
     return {wanted ? empty({w_hh.size(0)}, w_hh.scalar_type()) : Tensor(), false};
   };
@@ -149,6 +152,31 @@ CellStateGradients lstm_cell_backward_accumulate(
   TORCH_CHECK(fusable(in),
               "lstm_cell_backward_accumulate: the tensors must be those of lstm_cell_forward");
   check_cell_backward(grad_hy, grad_cy, in, gates);
+  check_all_allocated(input, hx, cx, w_ih, w_hh, grad_hy, grad_cy, gates, grad_w_ih, grad_w_hh,
+                      grad_b_ih, grad_b_hh);
+  // By addresses: two storages can lie in the same memory, by way of NumPy.
+  const auto apart = [](const Tensor& grad, const Tensor& other) {
+    const auto memory = [](const Tensor& tensor) {
+      const auto* begin = static_cast<const char*>(tensor.storage().data());
+      return std::pair(begin, begin + tensor.storage().nbytes());
+    };
+    const auto [begin, end] = memory(grad);
+    const auto [other_begin, other_end] = memory(other);
+    TORCH_CHECK(end <= other_begin || other_end <= begin,
+                "lstm_cell_backward_accumulate: a gradient to add to must share memory with no "
+                "other tensor");
+  };
+  const std::array<const std::optional<Tensor>*, kCellParameters> sums = {&grad_w_ih, &grad_w_hh,
+                                                                          &grad_b_ih, &grad_b_hh};
+  for (int k = 0; k < kCellParameters; ++k) {
+    if (!defined(*sums[k])) continue;
+    const Tensor& grad = **sums[k];
+    for (const Tensor* other : {&input, &hx, &cx, &w_ih, &w_hh, &gates}) apart(grad, *other);
+    for (const auto* other : {&grad_hy, &grad_cy, &b_ih, &b_hh})
+      if (defined(*other)) apart(grad, **other);
+    for (int other = 0; other < k; ++other)
+      if (defined(*sums[other])) apart(grad, **sums[other]);
+  }
   const auto check = [&](const std::optional<Tensor>& grad, at::IntArrayRef sizes) {
     TORCH_CHECK(!defined(grad) || (grad->sizes() == sizes && grad->is_contiguous() &&
                                    grad->scalar_type() == hx.scalar_type() && grad->is_cpu()),

@@ -187,6 +187,8 @@ CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Option
   const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
   const LayerOutputGradients grads = {grad_output, grad_hy, grad_cy};
   if (!layer_fusable(in)) return composite::layer_backward(grads, in, mask);
+  check_all_allocated(input, hx, cx, w_ih, w_hh, batch_sizes, reset, grad_output, grad_hy, grad_cy,
+                      output, gates, c_before);
   check_sequence(in);
   return backward(grads, in, {output, gates, c_before}, mask);
 }

@@ -252,6 +252,7 @@ LayerOutputs lstm_layer(const Tensor& input, const Tensor& hx, const Tensor& cx,
     auto [output, hy, cy, gates, c_before] = composite::layer_forward(in);
     return {std::move(output), std::move(hy), std::move(cy)};
   }
+  check_allocated(in);
   Outputs out = forward(in, false);
   return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
 }
@@ -262,6 +263,7 @@ LayerTrainingOutputs lstm_layer_forward(const Tensor& input, const Tensor& hx, c
                                         bool reverse) {
   const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
   if (!layer_fusable(in)) return composite::layer_forward(in);
+  check_allocated(in);
   Outputs out = forward(in, true);
   return {std::move(out.output), std::move(out.hy), std::move(out.cy), std::move(out.gates),
           std::move(out.c_before)};
@@ -297,6 +299,7 @@ PackedLayer packed_layer(const Tensor& w_ih, const Tensor& w_hh) {
 
 Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh) {
   PackedLayer layer = packed_layer(w_ih, w_hh);
+  check_all_allocated(w_ih, w_hh);
   const Tensor packed = empty({layer.bytes()}, kPackedType);
   std::memcpy(packed.mutable_data_ptr(), &layer.header, sizeof(layer.header));
   layer.ih.lie_at(advance(packed.mutable_data_ptr(), sizeof(layer.header)));
@@ -322,6 +325,7 @@ LayerOutputs lstm_layer_packed(const Tensor& input, const Tensor& hx, const Tens
   const Tensor none;
   const LayerInputs in = {input, hx, cx, none, none, b_ih, b_hh, batch_sizes, reset, reverse};
   check_packed_inputs(in);
+  check_all_allocated(input, hx, cx, packed, b_ih, b_hh, batch_sizes, reset);
   const at::ScalarType dtype = hx.scalar_type();
   const int64_t I = input.size(-1), H = hx.size(1);
   PackedHeader found(dtype, I, H, 0);

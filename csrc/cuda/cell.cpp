@@ -56,6 +56,7 @@ CellOutputs lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, c
                       const std::optional<Tensor>& b_hh) {
   const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
   if (!has_kernel(in)) return torch_lstm_cell(in);
+  check_allocated(in);
   Tensor hy, cy;
   forward(in, hy, cy, nullptr);
   return {std::move(hy), std::move(cy)};
@@ -70,6 +71,7 @@ CellTrainingOutputs lstm_cell_forward(const Tensor& input, const Tensor& hx, con
     torch_lstm_cell(in);  // raises torch's error, if torch rejects them
     return composite::cell_forward(in);
   }
+  check_allocated(in);
   Tensor hy, cy, gates;
   forward(in, hy, cy, &gates);
   return {std::move(hy), std::move(cy), std::move(gates)};
@@ -84,6 +86,7 @@ CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
   const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
   if (!has_kernel(in)) return composite::cell_backward(grad_hy, grad_cy, in, gates, mask);
   check_cell_backward(grad_hy, grad_cy, in, gates);
+  check_all_allocated(input, hx, cx, w_ih, w_hh, grad_hy, grad_cy, gates);
   const OnDevice guard(hx);
   const int64_t N = hx.size(0), H = hx.size(1);
   const auto [want_input, want_hx, want_cx, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = mask;

@@ -251,6 +251,7 @@ LayerOutputs lstm_layer(const Tensor& input, const Tensor& hx, const Tensor& cx,
     auto [output, hy, cy, gates, before] = composite::layer_forward(in);
     return {std::move(output), std::move(hy), std::move(cy)};
   }
+  check_allocated(in);
   Results out = forward(in, false);
   return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
 }
@@ -261,6 +262,7 @@ LayerTrainingOutputs lstm_layer_forward(const Tensor& input, const Tensor& hx, c
                                         bool reverse) {
   const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
   if (!has_kernel(in)) return composite::layer_forward(in);
+  check_allocated(in);
   Results out = forward(in, true);
   return {std::move(out.output), std::move(out.hy), std::move(out.cy), std::move(out.gates),
           std::move(out.c_before)};
@@ -274,6 +276,8 @@ CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Option
                                   CellGradientMask mask) {
   const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
   if (!has_kernel(in)) return composite::layer_backward({grad_output, grad_hy, grad_cy}, in, mask);
+  check_all_allocated(input, hx, cx, w_ih, w_hh, batch_sizes, reset, grad_output, grad_hy, grad_cy,
+                      output, gates, c_before);
   check_sequence(in);
   const OnDevice guard(hx);
   const Steps steps = {step_offsets(in)};

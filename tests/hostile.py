@@ -1,0 +1,325 @@
+"""Calls that no one should make, at the operators and at _C: run by tests/test_hostile.py.
+
+    python tests/hostile.py COUNT [SEED]
+
+Draws calls with right arguments, spoils one or two of each, and makes them. A Python exception is
+right, and so is the result that dense copies of the same values give. Anything else is printed and
+fails; a crash is seen by whoever started the process. Prints the counts as JSON.
+"""
+
+import collections
+import faulthandler
+import json
+import random
+import sys
+import warnings
+
+import torch
+
+import lstm_ext
+import lstm_ext._C as C
+
+OPS = torch.ops.lstm_ext
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def floats(draw, *shape, dtype=torch.float32):
+    return (torch.randn(shape, generator=draw.tensors) * 0.5).to(dtype)
+
+
+class Draw(random.Random):
+    """Random choices, and tensors from the same seed."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.tensors = torch.Generator().manual_seed(seed)
+
+
+def cell_arguments(draw, N, I, H, dtype):
+    weights = [floats(draw, 4 * H, I, dtype=dtype), floats(draw, 4 * H, H, dtype=dtype)]
+    weights += [floats(draw, 4 * H, dtype=dtype) if draw.random() < 0.8 else None for _ in "ab"]
+    return [floats(draw, N, I, dtype=dtype), *(floats(draw, N, H, dtype=dtype) for _ in "hc"),
+            *weights]  # fmt: skip
+
+
+def layer_arguments(draw, L, N, I, H, dtype):
+    x, h, c, *weights = cell_arguments(draw, N, I, H, dtype)
+    sizes = None
+    x = floats(draw, L, N, I, dtype=dtype)
+    if draw.random() < 0.5:
+        sizes = torch.tensor(sorted((draw.randint(1, N) for _ in range(L)), reverse=True))
+        sizes[0] = N
+        x = floats(draw, int(sizes.sum()), I, dtype=dtype)
+    reset = None
+    if draw.random() < 0.4:
+        reset = torch.rand(L, N, generator=draw.tensors) < 0.3
+    return [x, h, c, *weights], [sizes, reset, draw.random() < 0.5]
+
+
+def grads(draw, *tensors):
+    return [floats(draw, *t.shape, dtype=t.dtype) if draw.random() < 0.8 else None for t in tensors]
+
+
+def mask(draw, count):
+    return [draw.random() < 0.7 for _ in range(count)]
+
+
+def right_call(draw):
+    """Return the name of a function, the function, and arguments that it takes."""
+    L, N, I, H = (draw.choice([1, 2, 3, 5, 9]) for _ in range(4))
+    dtype = draw.choice(DTYPES)
+    cell = cell_arguments(draw, N, I, H, dtype)
+    layer, options = layer_arguments(draw, L, N, I, H, dtype)
+    kind = draw.choice(
+        ["lstm_cell", "lstm_cell_forward", "lstm_cell_backward", "lstm_cell_backward_accumulate",
+         "lstm_layer", "lstm_layer_forward", "lstm_layer_backward", "lstm", "lstm_layer_pack",
+         "lstm_layer_packed", "lstm_packed", "_C.lstm_cell", "_C.lstm", "_C.lstm_cell_packed",
+         "_C.lstm_packed"]
+    )  # fmt: skip
+    if kind.startswith("_C."):
+        function = getattr(C, kind.removeprefix("_C."))
+        packed = [OPS.lstm_layer_pack(layer[3], layer[4]), *layer[5:]]
+        if kind == "_C.lstm_cell":
+            return kind, function, cell
+        if kind == "_C.lstm_cell_packed":
+            packed = OPS.lstm_layer_pack(cell[3], cell[4])
+            return kind, function, [*cell[:3], packed, *cell[5:], I, H]
+        weights = tuple(layer[3:]) if kind == "_C.lstm" else tuple(packed)
+        states = [t.unsqueeze(0) for t in layer[1:3]] if draw.random() < 0.7 else [None, None]
+        return kind, function, [layer[0], *states, weights, I, H, False, False, options[0]]
+    function = getattr(OPS, kind)
+    if kind in ("lstm_cell", "lstm_cell_forward"):
+        return kind, function, cell
+    if kind.startswith("lstm_cell_backward"):
+        h, c, gates = OPS.lstm_cell_forward(*cell)
+        arguments = [*grads(draw, h, c), *cell, gates]
+        if kind == "lstm_cell_backward":
+            return kind, function, [*arguments, mask(draw, 7)]
+        sums = [None if w is None else torch.zeros_like(w) for w in cell[3:]]
+        return kind, function, [*arguments, *sums, mask(draw, 3)]
+    if kind in ("lstm_layer", "lstm_layer_forward"):
+        return kind, function, [*layer, *options]
+    if kind == "lstm_layer_backward":
+        output, h, c, gates, before = OPS.lstm_layer_forward(*layer, *options)
+        return kind, function, [
+            *grads(draw, output, h, c), *layer, *options, output, gates, before, mask(draw, 7),
+        ]  # fmt: skip
+    if kind == "lstm_layer_pack":
+        return kind, function, layer[3:5]
+    if kind == "lstm_layer_packed":
+        return kind, function, [
+            *layer[:3], OPS.lstm_layer_pack(layer[3], layer[4]), *layer[5:], *options
+        ]  # fmt: skip
+    states = [t.unsqueeze(0) for t in layer[1:3]]
+    if kind == "lstm_packed":
+        packed = [OPS.lstm_layer_pack(layer[3], layer[4]), *layer[5:]]
+        return kind, function, [layer[0], *states, packed, False, *options[:2]]
+    return kind, function, [layer[0], *states, layer[3:], False, 0.0, *options[:2]]
+
+
+def resized(t, _):
+    """Its memory gone. (Half of it gone, torch itself reads on: tests/test_hostile.py.)"""
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def read_only(t, _):
+    if t.dtype == torch.bfloat16:
+        return t
+    array = t.numpy()
+    array.flags.writeable = False
+    return torch.from_numpy(array)
+
+
+def huge(t, draw):
+    """More numbers than any memory holds, all of them one."""
+    return t.flatten()[:1].expand(*[draw.choice([2**20, 2**31, 2**40]) for _ in t.shape])
+
+
+def strided(t, _):
+    wide = torch.zeros(*t.shape[:-1], 2 * t.shape[-1] + 1, dtype=t.dtype)
+    wide[..., 1::2] = t
+    return wide[..., 1::2]
+
+
+def offset(t, _):
+    flat = torch.zeros(t.numel() + 3, dtype=t.dtype)
+    flat[3:] = t.flatten()
+    return flat[3:].view(t.shape)
+
+
+# What leaves the values as they are: a call may go well, with the same result.
+HARMLESS = {
+    "strided": strided,
+    "offset": offset,
+    "transposed memory": lambda t, _: t.t().contiguous().t() if t.dim() == 2 else t,
+    "expanded": lambda t, _: t[:1].expand_as(t),
+    "needs a gradient": lambda t, _: t.requires_grad_() if t.is_floating_point() else t,
+    "read-only": read_only,
+    "a parameter": lambda t, _: torch.nn.Parameter(t, requires_grad=t.is_floating_point()),
+    "not a number": lambda t, draw: t.masked_fill(
+        torch.rand(t.shape, generator=draw.tensors) < 0.2, float("nan")
+    ) if t.is_floating_point() else t,
+    "infinite": lambda t, _: t.masked_fill(t > 0.5, float("inf")) if t.is_floating_point() else t,
+}  # fmt: skip
+HOSTILE = {
+    "one dimension more": lambda t, _: t.unsqueeze(0),
+    "one dimension less": lambda t, _: t[0] if t.dim() else t,
+    "no dimension": lambda t, _: t.flatten()[0],
+    "one row more": lambda t, _: torch.cat([t, t[:1]]) if t.dim() else t,
+    "one row less": lambda t, _: t[1:] if t.dim() else t,
+    "one column more": lambda t, _: torch.cat([t, t[..., :1]], -1) if t.dim() else t,
+    "no rows": lambda t, _: t[:0] if t.dim() else t,
+    "no columns": lambda t, _: t[..., :0] if t.dim() else t,
+    "another dtype": lambda t, draw: t.to(draw.choice(DTYPES)),
+    "integers": lambda t, draw: t.to(draw.choice([torch.int8, torch.int32, torch.int64])),
+    "complex": lambda t, _: t.to(torch.complex64),
+    "conjugate": lambda t, _: t.to(torch.complex64).conj(),
+    "negative view": lambda t, _: t.to(torch.complex64).conj().imag,
+    "bool": lambda t, _: t.bool(),
+    "meta": lambda t, _: t.to("meta"),
+    "sparse": lambda t, _: t.to_sparse(),
+    "sparse rows": lambda t, _: t.to_sparse_csr() if t.dim() == 2 else t.to_sparse(),
+    "quantized": lambda t, _: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "oneDNN's": lambda t, _: t.float().to_mkldnn(),
+    "nested": lambda t, _: torch.nested.nested_tensor([t, t]),
+    "none": lambda *_: None,
+    "a number": lambda *_: 3,
+    "a string": lambda *_: "tensor",
+    "a list": lambda t, _: t.tolist(),
+    "an array": lambda t, _: t.float().numpy(),
+    "an object": lambda *_: object(),
+    "a subclass": lambda t, _: t.as_subclass(type("Mine", (torch.Tensor,), {})),
+}
+# With anything else beside them, torch itself may go wrong: it prints the tensors of a call that it
+# refuses.
+ALONE = {"huge": huge, "resized": resized}
+OTHER = [None, -1, 2**40, 2**70, 1.5, "x", True, [], [True], [None] * 7, object(), torch.ones(2)]
+
+
+def spoil(draw, arguments, inside=False):
+    """Spoil some arguments; return the names of what was done."""
+    done = []
+    count = min(draw.choice([1, 1, 1, 2, 3]), len(arguments))
+    # From the last on, so that those before stay in their places.
+    for k in sorted(draw.sample(range(len(arguments)), count), reverse=True):
+        value = arguments[k]
+        if isinstance(value, (tuple, list)) and value and draw.random() < 0.8:
+            inner = list(value)
+            done += spoil(draw, inner, inside=True)
+            arguments[k] = type(value)(inner)
+        elif isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            kinds = {**HARMLESS, **HOSTILE, **(ALONE if count == 1 and not inside else {})}
+            name = draw.choice(list(kinds))
+            done.append(name)
+            try:
+                arguments[k] = kinds[name](value, draw)
+            except Exception:  # not everything can be done to everything
+                continue
+        elif draw.random() < 0.1:
+            done.append("an argument more or less")
+            if draw.random() < 0.5 and len(arguments) > 1:
+                arguments.pop(k)
+            else:
+                arguments.insert(k, draw.choice(OTHER))
+        elif draw.random() < 0.3 and k and arguments[k - 1] is not None:
+            done.append("its neighbour in its place")
+            arguments[k] = arguments[k - 1]
+        else:
+            done.append("something else")
+            arguments[k] = draw.choice(OTHER)
+    return done
+
+
+def dense(value):
+    """Copy values into memory of their own."""
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
+            return value
+        if value.numel() > 1e6 or (value.numel() and not value.untyped_storage().nbytes()):
+            return value
+        copy = value.detach().resolve_conj().resolve_neg()
+        copy = copy.clone(memory_format=torch.contiguous_format)
+        return copy.requires_grad_(value.requires_grad)
+    if isinstance(value, (tuple, list)):
+        return type(value)(dense(v) for v in value)
+    return value
+
+
+def tensors(result):
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if isinstance(result, (tuple, list)):
+        return [t for r in result for t in tensors(r)]
+    return []
+
+
+def same(a, b):
+    if a.layout != torch.strided or a.is_meta or a.is_nested or a.is_quantized:
+        return a.layout == b.layout and a.shape == b.shape
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64, torch.complex64) else 2e-2
+    return torch.allclose(
+        a.detach().to(torch.complex128), b.detach().to(torch.complex128),
+        rtol=tolerance, atol=tolerance, equal_nan=True,
+    )  # fmt: skip
+
+
+def one(seed):
+    """Make one call; return how it ended and, where that is wrong, what was done."""
+    draw = Draw(seed)
+    name, function, arguments = right_call(draw)
+    done = spoil(draw, arguments)
+    accumulates = name.endswith("accumulate")
+    before = dense(arguments)
+    grad = draw.random() < 0.5
+    with torch.set_grad_enabled(grad):
+        try:
+            result = function(*arguments)
+        except Exception as error:
+            # The interpreter's own, and PyTorch's internal assertions, tell of a hole in a check.
+            # (But torch's own fallback for negative views, which takes no operator that writes.)
+            bad = isinstance(error, SystemError) or "INTERNAL ASSERT" in str(error)
+            bad = bad and "cloned_mutable_input" not in str(error)
+            return name, "wrong error" if bad else "error", f"{done}: {str(error)[:300]}"
+    if result is None:  # of _C: left to the operator
+        return name, "declined", ""
+    # The numbers of the same values in memory of their own.
+    try:
+        with torch.set_grad_enabled(grad):
+            expected = function(*before)
+    except Exception as error:
+        return name, "wrong result", f"{done}: dense copies give {str(error)[:300]}"
+    found, wanted = tensors(result), tensors(expected)
+    if accumulates:
+        found, wanted = found + tensors(arguments[10:14]), wanted + tensors(before[10:14])
+    right = len(found) == len(wanted) and all(
+        same(a, b) for a, b in zip(found, wanted, strict=True)
+    )
+    return name, "result" if right else "wrong result", str(done)
+
+
+def main():
+    faulthandler.enable()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    count, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    ends = collections.Counter()
+    calls = collections.Counter()
+    for k in range(seed, seed + count):
+        # So that after a crash the last line tells which call it was.
+        print(k, end="\r", file=sys.stderr, flush=True)
+        name, end, what = one(k)
+        ends[end] += 1
+        calls[name] += 1
+        if end.startswith("wrong"):
+            print(f"seed {k}: {name}: {end}: {what}", file=sys.stderr)
+    print(json.dumps({"calls": sum(calls.values()), "ends": ends, "functions": calls}))
+    assert lstm_ext.LSTM(3, 2)(torch.zeros(4, 1, 3))[0].isfinite().all()  # still of use
+    return 1 if any(end.startswith("wrong") for end in ends) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
