@@ -1,7 +1,11 @@
-"""Fixtures shared by all tests: the device, and a fixed seed."""
+"""What all tests share: the device, a fixed seed, and how long to fuzz."""
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=None, help="cases for tests/test_fuzz.py to draw")
 
 
 @pytest.fixture(params=["cpu", "cuda"])
