@@ -1,12 +1,15 @@
-"""The CPU kernels alone, without PyTorch: under sanitizers, with clang, and on 64-bit Arm."""
+"""The CPU kernels: alone, under sanitizers, with clang and on 64-bit Arm; and their threads."""
 
 import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+import torch.utils.cpp_extension
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [
@@ -48,3 +51,93 @@ def test_kernels(build, tmp_path):
     result = subprocess.run([*emulator, str(program)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " 0 failures" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """Build a library of the CPU's operators whose threads ThreadSanitizer follows.
+
+    Returns a function: of a header and what to replace in it, if anything, to the library.
+    """
+    objects = sorted(ROOT.glob(f"build/cp3{sys.version_info.minor}-torch{torch.__version__}-*"))
+    runtime = subprocess.run(
+        ["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not objects or not Path(runtime).is_absolute():
+        pytest.skip("the package was not built in this checkout, or no ThreadSanitizer")
+    unwatched = [
+        o for o in objects[0].glob("csrc/*.o") if o.stem not in ("bindings", "direct_calls")
+    ]
+    folder = tmp_path_factory.mktemp("threads")
+
+    def compile_one(source, csrc, to):
+        options = ["-std=c++20", "-O1", "-g", "-fPIC", "-fsanitize=thread", "-Wno-unknown-pragmas"]
+        options += [f"-I{csrc}", f"-I{ROOT / 'tests' / 'native' / 'threads'}"]
+        for path in torch.utils.cpp_extension.include_paths():
+            options += ["-isystem", path]
+        result = to / f"{source.stem}.o"
+        subprocess.run(["g++", *options, "-c", str(source), "-o", str(result)], check=True)
+        return result
+
+    made = {}
+
+    def build(header=None, old="", new=""):
+        csrc, to = ROOT / "csrc", folder / (header or "right").replace("/", "_")
+        to.mkdir()
+        sources = sorted((csrc / "cpu").glob("*.cpp"))
+        if header is not None:
+            csrc = to / "csrc"
+            shutil.copytree(ROOT / "csrc", csrc)
+            text = (csrc / header).read_text()
+            assert text.count(old) == 1
+            (csrc / header).write_text(text.replace(old, new))
+            sources = [csrc / "cpu" / name for name in ("layer_forward.cpp", "layer_backward.cpp")]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = pool.map(lambda source: compile_one(source, csrc, to), sources)
+            found = made | {o.name: o for o in results}
+        if header is None:
+            made.update(found)
+        library = to / "operators.so"
+        paths = [f"-L{p}" for p in torch.utils.cpp_extension.library_paths()]
+        linked = [
+            *map(str, (*found.values(), *unwatched)),
+            *paths,
+            "-ltorch",
+            "-ltorch_cpu",
+            "-lc10",
+        ]
+        command = ["g++", "-shared", "-fsanitize=thread", "-fopenmp", *linked, "-o", str(library)]
+        subprocess.run(command, check=True)
+        return library
+
+    def run(library):
+        return subprocess.run(
+            [sys.executable, ROOT / "tests" / "native" / "check_threads.py", library],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+            env={
+                **os.environ,
+                "LD_PRELOAD": runtime,
+                "TSAN_OPTIONS": "halt_on_error=1 ignore_noninstrumented_modules=1",
+            },
+        )
+
+    build()
+    return build, run, folder / "right" / "operators.so"
+
+
+def test_threads(watched):
+    """The time loops themselves, by four threads, forward and backward: right, and no race."""
+    _, run, library = watched
+    result = run(library)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert int(result.stdout.split()[0]) > 200
+
+
+def test_a_barrier_left_out_is_seen(watched):
+    build, run, _ = watched
+    result = run(build("cpu/team.h", "    if (shares == shares_) return;\n", "    return;\n"))
+    assert result.returncode != 0
+    assert "data race" in result.stderr
