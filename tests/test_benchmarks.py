@@ -1,5 +1,6 @@
 """The benchmark runs, checks its peers before it times them, and its report draws."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -164,3 +165,18 @@ def test_gpu_check_tells_failures(tmp_path, capsys):
     assert slow.seconds < 30
     assert [part.failed for part in check.parts] == [False, True, True]
     assert (tmp_path / "out" / "bad_part.log").read_text() == "why\n"
+
+
+def test_decay_benchmark(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench_decay = importlib.import_module("bench_decay")
+    monkeypatch.setattr(bench_decay, "SHAPES", [(1, 3, 2)])
+    monkeypatch.setattr(bench_decay.protocol, "ROUND_SECONDS", 0.001)
+    bench_decay.main()
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[:2] for line in lines] == [
+        [kind, package] for kind in ("cell", "layer") for package in ("lstm_ext", "torch.nn")
+    ]
+    for line in lines:
+        ordinary, tiny, ratio = map(float, line.split()[-3:])
+        assert ratio == pytest.approx(tiny / ordinary, abs=0.01)
