@@ -30,6 +30,7 @@ class Case:
     dtype: torch.dtype
     bias: bool
     layers: int
+    projection: int
     bidirectional: bool
     batch_first: bool
     single: bool  # one sequence or row, without a batch
@@ -59,13 +60,14 @@ def cases(draw):
         kind, L, N, I, H, dtype,
         bias=draw(st.booleans()),
         layers=draw(st.integers(1, 3)),
+        projection=draw(st.integers(0, 4)) if draw(st.integers(0, 4)) == 0 else 0,
         bidirectional=draw(st.booleans()),
         batch_first=draw(st.booleans()),
         single=single,
         lengths=lengths,
         states=draw(st.booleans()),
         layouts=draw(st.lists(st.sampled_from(LAYOUTS), min_size=3, max_size=3)),
-        wanted=draw(st.lists(st.booleans(), min_size=3 + 24, max_size=3 + 24)),
+        wanted=draw(st.lists(st.booleans(), min_size=3 + 30, max_size=3 + 30)),
         outputs=draw(st.lists(st.booleans(), min_size=3, max_size=3)),
         second=second,
         seed=draw(st.integers(0, 1000)),
@@ -100,8 +102,9 @@ def drawn(case):
             shape, state = (case.L, case.I), (case.layers * D, case.H)
     if case.kind == "cell" and case.single:
         shape, state = shape[1:], state[1:]
+    of_h = (*state[:-1], case.projection) if case.projection and case.kind == "layer" else state
     values = []
-    for size, layout in zip((shape, state, state), case.layouts, strict=True):
+    for size, layout in zip((shape, of_h, state), case.layouts, strict=True):
         value = torch.randn(size, generator=generator, dtype=torch.float64).to(case.dtype)
         if layout == "expanded" and value.dim() > 1 and len(value):
             value = value[:1].expand_as(value)
@@ -115,19 +118,19 @@ def build(case, package, dtype):
         module = package.LSTMCell(case.I, case.H, bias=case.bias)
     else:
         module = package.LSTM(
-            case.I, case.H, num_layers=case.layers, bias=case.bias,
+            case.I, case.H, num_layers=case.layers, bias=case.bias, proj_size=case.projection,
             bidirectional=case.bidirectional, batch_first=case.batch_first,
         )  # fmt: skip
     # The weights as the case's dtype rounds them.
     return module.to(case.dtype).to(dtype)
 
 
-def results(case, package, dtype):
+def results(case, package, dtype, device):
     """Outputs, then gradients, then second derivatives; or the exception."""
     try:
-        module = build(case, package, dtype)
+        module = build(case, package, dtype).to(device)
         leaves = [
-            laid_out(value.to(dtype), layout).detach().requires_grad_(wanted)
+            laid_out(value.to(dtype), layout).to(device).detach().requires_grad_(wanted)
             for value, layout, wanted in zip(drawn(case), case.layouts, case.wanted, strict=False)
         ]
         for parameter, wanted in zip(module.parameters(), case.wanted[3:], strict=False):
@@ -146,7 +149,7 @@ def results(case, package, dtype):
         generator = torch.Generator().manual_seed(case.seed + 1)
         grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in outputs]
         used = [
-            (t, g.to(case.dtype).to(dtype))
+            (t, g.to(case.dtype).to(device, dtype))
             for t, g, wanted in zip(outputs, grads, case.outputs, strict=False)
             if wanted and t.requires_grad
         ]
@@ -162,7 +165,7 @@ def results(case, package, dtype):
                 squares = [g.square().sum() for g in first if g is not None and g.requires_grad]
                 if squares:
                     found += torch.autograd.grad(sum(squares), wanted, allow_unused=True)
-        return [t if t is None else t.detach() for t in found]
+        return [t if t is None else t.detach().cpu() for t in found]
     except Exception as error:
         return error
 
@@ -171,8 +174,8 @@ def rms(error):
     return error.square().mean().sqrt().item() if error.numel() else 0.0
 
 
-def check(case):
-    theirs, ours = (results(case, package, case.dtype) for package in (nn, lstm_ext))
+def check(case, device="cpu"):
+    theirs, ours = (results(case, package, case.dtype, device) for package in (nn, lstm_ext))
     if isinstance(theirs, Exception):
         assert isinstance(ours, Exception), f"torch says {theirs!r}, we nothing"
         assert type(ours) is type(theirs), (ours, theirs)
@@ -180,7 +183,7 @@ def check(case):
         return
     if isinstance(ours, Exception):
         raise ours
-    truth = results(case, nn, torch.float64)
+    truth = results(case, nn, torch.float64, "cpu")
     assert len(ours) == len(theirs) == len(truth)
     eps = torch.finfo(case.dtype).eps
     for mine, other, exact in zip(ours, theirs, truth, strict=True):
@@ -198,7 +201,7 @@ def check(case):
         assert error <= allowed or math.isclose(error, 0, abs_tol=1e-300), (error, allowed)
 
 
-def test_against_torch(request):
+def test_against_torch(device, request):
     count = request.config.getoption("--fuzz")
 
     @settings(
@@ -211,7 +214,7 @@ def test_against_torch(request):
     )
     @given(case=cases())
     def run(case):
-        check(case)
+        check(case, device)
 
     run()
 
