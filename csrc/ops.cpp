@@ -72,7 +72,6 @@ void check_meta(const CellInputs& in) {
 }
 
 CellOutputs torch_lstm_cell(const CellInputs& in) {
-  check_meta(in);
   // Where torch would speak of a dimension out of range.
   TORCH_CHECK_INDEX(in.input.dim() > 1, "input must be 2-D (batch, input_size), got ",
                     in.input.dim(), "-D");
@@ -80,16 +79,21 @@ CellOutputs torch_lstm_cell(const CellInputs& in) {
                     in.w_ih.dim(), "-D");
   TORCH_CHECK_INDEX(in.w_hh.dim() > 1, "weight_hh must be 2-D (4 * hidden_size, hidden_size), got ",
                     in.w_hh.dim(), "-D");
-  // Where torch (2.13) reads beyond its four gates: one row, and states of three dimensions.
-  const auto two = [](const at::Tensor& tensor, const char* name) {
-    TORCH_CHECK(tensor.dim() <= 2, name, " must be 2-D, got ", tensor.dim(), "-D");
+  // Where torch's own checks pass, but its cell (2.13) would read beyond its four gates.
+  const auto passes = [&](const at::Tensor& tensor, const at::Tensor& weight) {
+    return tensor.dim() > 1 && tensor.sym_size(1) == weight.sym_size(1);
   };
-  two(in.input, "input");
-  two(in.hx, "hidden0");
-  two(in.cx, "hidden1");
-  two(in.w_ih, "weight_ih");
-  two(in.w_hh, "weight_hh");
-  return at::lstm_cell(in.input, {in.hx, in.cx}, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
+  const auto refuse = [](bool passed, const at::Tensor& tensor, const char* name) {
+    TORCH_CHECK(!passed || tensor.dim() <= 2, name, " must be 2-D, got ", tensor.dim(), "-D");
+  };
+  refuse(passes(in.input, in.w_ih), in.input, "input");
+  refuse(passes(in.input, in.w_ih), in.w_ih, "weight_ih");
+  refuse(passes(in.hx, in.w_hh), in.hx, "hidden0");
+  refuse(passes(in.hx, in.w_hh), in.w_hh, "weight_hh");
+  refuse(passes(in.cx, in.w_hh), in.cx, "hidden1");
+  CellOutputs out = at::lstm_cell(in.input, {in.hx, in.cx}, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
+  check_meta(in);  // torch's own error first, where it has one
+  return out;
 }
 
 CellOutputs call_lstm_cell(const CellInputs& in) {

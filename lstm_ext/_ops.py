@@ -73,14 +73,15 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def register(rule: Callable[..., Any]) -> Callable[..., Any]:
         def checked(*arguments: Any, **named: Any) -> Any:
+            result = rule(*arguments, **named)  # with torch's own error, where it has one
             devices = {str(t.device) for t in _tensors((*arguments, *named.values()))}
             if len(devices) > 1:
-                # torch's words. A rule would answer with memory that nobody has written to.
+                # Memory that nobody has written to is no answer.
                 raise RuntimeError(
                     "Expected all tensors to be on the same device, but found at least two "
                     f"devices, {' and '.join(sorted(devices))}!"
                 )
-            return rule(*arguments, **named)
+            return result
 
         torch.library.register_fake(f"lstm_ext::{name}", checked)
         return rule

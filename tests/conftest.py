@@ -8,6 +8,14 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=None, help="cases for tests/test_fuzz.py to draw")
 
 
+# They take minutes each: begun first, so that with two workers neither waits for them in the end.
+LONG = ["test_cuda_emu", "test_native", "test_cpu_paths", "test_cuda_compile", "test_build"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     """Every test that takes it runs on the CPU, and on a GPU or is shown as skipped."""

@@ -154,11 +154,12 @@ CellStateGradients lstm_cell_backward_accumulate(
   check_cell_backward(grad_hy, grad_cy, in, gates);
   check_all_allocated(input, hx, cx, w_ih, w_hh, grad_hy, grad_cy, gates, grad_w_ih, grad_w_hh,
                       grad_b_ih, grad_b_hh);
-  // By addresses: two storages can lie in the same memory, by way of NumPy.
+  // By addresses: one storage may hold several apart, and two lie in the same memory (NumPy).
   const auto apart = [](const Tensor& grad, const Tensor& other) {
     const auto memory = [](const Tensor& tensor) {
-      const auto* begin = static_cast<const char*>(tensor.storage().data());
-      return std::pair(begin, begin + tensor.storage().nbytes());
+      const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
+      return std::pair(begin, begin + at::detail::computeStorageNbytes(
+                                          tensor.sizes(), tensor.strides(), tensor.element_size()));
     };
     const auto [begin, end] = memory(grad);
     const auto [other_begin, other_end] = memory(other);
