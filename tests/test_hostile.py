@@ -87,7 +87,7 @@ def test_meta_beside_the_cpu_is_an_error():
             for grad in (False, True):
                 with (
                     torch.set_grad_enabled(grad),
-                    pytest.raises(RuntimeError, match="same device|expected device"),
+                    pytest.raises(RuntimeError, match=r"same device|expected device"),
                 ):
                     call(mixed)
 
