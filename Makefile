@@ -17,7 +17,7 @@ demo: $(MARK)
 
 # Two files at a time: the tests themselves compute on all cores, some of the time.
 test: $(MARK)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Builds the package in every way it can be installed, each in an environment of its own.
 test-packaging: $(MARK)
