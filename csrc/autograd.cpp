@@ -37,13 +37,6 @@ bool plain_cpu_tensor(const Tensor& tensor) {
   return backend == c10::DispatchKeySet(c10::DispatchKey::CPU);
 }
 
-// Whether two dense tensors share memory.
-bool overlap(const Tensor& a, const Tensor& b) {
-  const auto* a_begin = static_cast<const char*>(a.const_data_ptr());
-  const auto* b_begin = static_cast<const char*>(b.const_data_ptr());
-  return a_begin < b_begin + b.nbytes() && b_begin < a_begin + a.nbytes();
-}
-
 // The .grad tensors of the four parameters, where .backward() would add to them and do nothing
 // else: all exist, no hook wants to see the gradient first, none is asked for by name, and no
 // graph of the backward is recorded.
@@ -71,7 +64,8 @@ class ExistingGradients {
         return;
       // One parameter in two places, or two with one .grad, would be written twice at a time.
       for (int other = 0; other < k; ++other)
-        if (defined(tensors_[other]) && (nodes_[other] == node || overlap(*tensors_[other], grad)))
+        if (defined(tensors_[other]) &&
+            (nodes_[other] == node || memory_of(*tensors_[other]).overlaps(memory_of(grad))))
           return;
       tensors_[k] = grad;
       nodes_[k] = node;
@@ -81,11 +75,12 @@ class ExistingGradients {
 
   bool usable() const { return usable_; }
 
-  // No kernel may read what another writes: not usable with a tensor in the same storage.
+  // No kernel may read what another writes: not usable with a tensor in the same memory.
   void keep_apart_from(const Tensor& read) {
     if (!usable_ || !read.defined() || !read.has_storage()) return;
+    const MemoryRange memory = memory_of(read);
     for (const auto& tensor : tensors_)
-      if (defined(tensor) && tensor->is_alias_of(read)) usable_ = false;
+      if (defined(tensor) && memory.overlaps(memory_of(*tensor))) usable_ = false;
   }
   const CellParameterGradients& tensors() const { return tensors_; }
 

@@ -34,13 +34,25 @@ bool fusable(const CellInputs& in) {
          bias_matches(in.b_hh, in.input, gates);
 }
 
+namespace {
+
+// Bytes from a tensor's first number to its last.
+size_t extent(const at::Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor.nbytes()
+                                : at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(),
+                                                                   tensor.element_size());
+}
+
+}  // namespace
+
+MemoryRange memory_of(const at::Tensor& tensor) {
+  const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
+  return {begin, begin + extent(tensor)};
+}
+
 void check_allocated(const at::Tensor& tensor) {
   if (!tensor.defined() || tensor.numel() == 0) return;
-  const auto end =
-      tensor.is_contiguous()
-          ? static_cast<size_t>(tensor.storage_offset() + tensor.numel()) * tensor.element_size()
-          : at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(),
-                                             tensor.element_size(), tensor.storage_offset());
+  const size_t end = tensor.storage_offset() * tensor.element_size() + extent(tensor);
   TORCH_CHECK(tensor.storage().nbytes() >= end,
               "The tensor has a non-zero number of elements, but its data is not allocated: shape ",
               tensor.sizes(), " in a storage of ", tensor.storage().nbytes(), " bytes");

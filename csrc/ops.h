@@ -61,6 +61,14 @@ inline void check_allocated(const CellInputs& in) {
   check_all_allocated(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
 }
 
+// The memory that a strided tensor reaches: by addresses, for one storage may hold several tensors
+// apart, and two storages may lie in the same memory (by way of NumPy).
+struct MemoryRange {
+  const char *begin, *end;
+  bool overlaps(const MemoryRange& other) const { return begin < other.end && other.begin < end; }
+};
+MemoryRange memory_of(const at::Tensor& tensor);
+
 // Raises an error unless the gradients and the gates fit the states, which fit each other.
 void check_cell_backward(const std::optional<at::Tensor>& grad_hy,
                          const std::optional<at::Tensor>& grad_cy, const CellInputs& in,

@@ -44,9 +44,10 @@ class Part:
 class Check:
     """Runs parts one after another, each in a time of its own, and keeps their logs."""
 
-    def __init__(self, out: Path, device: str) -> None:
+    def __init__(self, out: Path, device: str, seconds: float = 520) -> None:
         self.out = out
         self.device = device
+        self.seconds = seconds
         self.parts: list[Part] = []
         self.begin = time.monotonic()
         out.mkdir(parents=True, exist_ok=True)
@@ -54,6 +55,10 @@ class Check:
     def elapsed(self) -> float:
         """Return the seconds since the start."""
         return time.monotonic() - self.begin
+
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return self.seconds - self.elapsed()
 
     def run(
         self, name: str, command: list[str], limit: float, env: dict[str, str] | None = None
@@ -163,13 +168,12 @@ def main() -> int:
     name = torch.cuda.get_device_name() if options.device == "cuda" else "the CPU"
     print(f"on {name}, torch {torch.__version__}")
 
-    check = Check(options.out, options.device)
-    left = lambda: options.seconds - check.elapsed()  # noqa: E731
+    check = Check(options.out, options.device, options.seconds)
     table = ""
     if not check.build().failed:
-        check.tests(options.which, 0.45 * left())
-        check.sanitize(0.4 * left())
-        table = check.benchmark(left(), options.quick)
+        check.tests(options.which, 0.45 * check.left())
+        check.sanitize(0.4 * check.left())
+        table = check.benchmark(check.left(), options.quick)
     print(f"\n{table}\non {name}, torch {torch.__version__}, {check.elapsed():.0f} s\n")
     for part in check.parts:
         print(f"{part.name:24} {part.seconds:5.0f} s  {part.status:20} {part.said[:100]}")

@@ -154,29 +154,20 @@ CellStateGradients lstm_cell_backward_accumulate(
   check_cell_backward(grad_hy, grad_cy, in, gates);
   check_all_allocated(input, hx, cx, w_ih, w_hh, grad_hy, grad_cy, gates, grad_w_ih, grad_w_hh,
                       grad_b_ih, grad_b_hh);
-  // By addresses: one storage may hold several apart, and two lie in the same memory (NumPy).
-  const auto apart = [](const Tensor& grad, const Tensor& other) {
-    const auto memory = [](const Tensor& tensor) {
-      const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
-      return std::pair(begin, begin + at::detail::computeStorageNbytes(
-                                          tensor.sizes(), tensor.strides(), tensor.element_size()));
-    };
-    const auto [begin, end] = memory(grad);
-    const auto [other_begin, other_end] = memory(other);
-    TORCH_CHECK(end <= other_begin || other_end <= begin,
-                "lstm_cell_backward_accumulate: a gradient to add to must share memory with no "
-                "other tensor");
-  };
-  const std::array<const std::optional<Tensor>*, kCellParameters> sums = {&grad_w_ih, &grad_w_hh,
-                                                                          &grad_b_ih, &grad_b_hh};
-  for (int k = 0; k < kCellParameters; ++k) {
-    if (!defined(*sums[k])) continue;
-    const Tensor& grad = **sums[k];
-    for (const Tensor* other : {&input, &hx, &cx, &w_ih, &w_hh, &gates}) apart(grad, *other);
-    for (const auto* other : {&grad_hy, &grad_cy, &b_ih, &b_hh})
-      if (defined(*other)) apart(grad, **other);
-    for (int other = 0; other < k; ++other)
-      if (defined(*sums[other])) apart(grad, **sums[other]);
+  // Of each, once: what is read, and what is written to so far.
+  c10::SmallVector<MemoryRange, 12> used;
+  for (const Tensor* read : {&input, &hx, &cx, &w_ih, &w_hh, &gates})
+    used.push_back(memory_of(*read));
+  for (const auto* read : {&grad_hy, &grad_cy})
+    if (defined(*read)) used.push_back(memory_of(**read));
+  for (const auto* sum : {&grad_w_ih, &grad_w_hh, &grad_b_ih, &grad_b_hh}) {
+    if (!defined(*sum)) continue;
+    const MemoryRange written = memory_of(**sum);
+    for (const MemoryRange& other : used)
+      TORCH_CHECK(!written.overlaps(other),
+                  "lstm_cell_backward_accumulate: a gradient to add to must share memory with no "
+                  "tensor that is read, and no other gradient");
+    used.push_back(written);
   }
   const auto check = [&](const std::optional<Tensor>& grad, at::IntArrayRef sizes) {
     TORCH_CHECK(!defined(grad) || (grad->sizes() == sizes && grad->is_contiguous() &&

@@ -36,6 +36,8 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#include "stacks.h"
+
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
@@ -67,7 +69,6 @@ inline bool runs = true;
 // Functions of the emulator itself, which ThreadSanitizer is not to look into.
 #define CUDA_EMU_INTERNAL __attribute__((noinline, no_sanitize("thread")))
 
-constexpr size_t kStack = 64 * 1024;  // small: ASan clears its notes of a stack at every switch
 constexpr unsigned kWarp = 32;
 constexpr size_t kSlot = 64;  // bytes that a lane can show to its warp at once
 
@@ -82,41 +83,6 @@ struct WarpMeeting {  // of the lanes of a mask
   // Two sets: a lane may show its next value while another still reads the last one.
   unsigned char slots[2][kWarp][kSlot];
 };
-
-// What a thread needs to run on, used again by others after it: to make one takes long.
-struct Stack {
-  std::unique_ptr<char[]> memory;
-  void* tsan = nullptr;
-};
-
-class Stacks {
- public:
-  std::vector<Stack> take(size_t count) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    std::vector<Stack> taken(count);
-    for (Stack& stack : taken) {
-      if (!free_.empty()) {
-        stack = std::move(free_.back());
-        free_.pop_back();
-        continue;
-      }
-      stack.memory.reset(new char[kStack]);
-#if defined(__SANITIZE_THREAD__)
-      stack.tsan = __tsan_create_fiber(0);
-#endif
-    }
-    return taken;
-  }
-  void give_back(std::vector<Stack> taken) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (Stack& stack : taken) free_.push_back(std::move(stack));
-  }
-
- private:
-  std::mutex mutex_;
-  std::vector<Stack> free_;
-};
-inline Stacks stacks;
 
 struct Fiber {
   ucontext_t context;
