@@ -145,6 +145,10 @@ def test_accumulating_into_gradients_that_share_memory():
         x = torch.randn(4, 4, dtype=torch.double)
         if shared == "input":
             x = cell.weight_ih.grad.detach()
+        elif shared == "input, through NumPy":  # the same memory in another storage
+            x = torch.from_numpy(cell.weight_ih.grad.numpy())
+        elif shared == "another's bias":  # which backward does not read
+            cell.bias_hh.grad = cell.bias_ih.detach()
         elif shared == "biases":
             cell.bias_hh.grad = cell.bias_ih.grad
         elif shared == "flat":
@@ -155,7 +159,7 @@ def test_accumulating_into_gradients_that_share_memory():
         sum(out.square().sum() for out in cell(x)).backward()
         return [p.grad for p in cell.parameters()]
 
-    for shared in ("input", "biases", "flat"):
+    for shared in ("input", "input, through NumPy", "another's bias", "biases", "flat"):
         torch.testing.assert_close(
             grads(lstm_ext.LSTMCell, shared), grads(torch.nn.LSTMCell, shared)
         )
