@@ -228,8 +228,10 @@ CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
                               torch::autograd::compute_requires_grad(grad_hy, grad_cy) ||
                               has_forward_grad(in) || torch::autograd::isFwGradDefined(grad_hy) ||
                               torch::autograd::isFwGradDefined(grad_cy);
-  if (differentiable)
+  if (differentiable) {
+    check_backward_sizes(grad_hy, grad_cy, hx, gates);
     return composite::cell_backward(grad_hy, grad_cy, in, composite::cell_gates(in), mask);
+  }
   at::AutoDispatchBelowADInplaceOrView guard;
   return call_lstm_cell_backward(grad_hy, grad_cy, in, gates, mask);
 }

@@ -22,26 +22,29 @@ void check_given(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_TYPE(tensor.defined(), "Expected a proper Tensor but got None for argument ", name);
 }
 
-void check_given(const CellInputs& in) {
+// All there, all on meta or none, and no size that operations would broadcast or find too late.
+void check_inputs(const CellInputs& in) {
   check_given(in.input, "input");
   check_given(in.hx, "hx");
   check_given(in.cx, "cx");
   check_given(in.w_ih, "w_ih");
   check_given(in.w_hh, "w_hh");
   check_meta(in);
+  TORCH_CHECK(sizes_fit(in),
+              "expected an input (N, I), states (N, H), weights (4H, I) and (4H, H), and biases "
+              "(4H) or None; got an input of shape ",
+              in.input.sym_sizes(), ", states of ", in.hx.sym_sizes(), " and ", in.cx.sym_sizes(),
+              ", weights of ", in.w_ih.sym_sizes(), " and ", in.w_hh.sym_sizes(),
+              defined(in.b_ih) || defined(in.b_hh) ? ", with biases" : ", without biases");
 }
 
 // Of [N, 4H]: four times [N, H].
-std::vector<at::Tensor> quarters(const at::Tensor& gates) {
-  TORCH_CHECK(gates.dim() == 2 && gates.sym_size(1) % 4 == 0,
-              "the gates' columns must be a multiple of 4, got shape ", gates.sym_sizes());
-  return gates.chunk(4, 1);
-}
+std::vector<at::Tensor> quarters(const at::Tensor& gates) { return gates.chunk(4, 1); }
 
 }  // namespace
 
 at::Tensor cell_gates(const CellInputs& in) {
-  check_given(in);
+  check_inputs(in);
   const auto quarter =
       quarters(at::linear(in.input, in.w_ih, in.b_ih) + at::linear(in.hx, in.w_hh, in.b_hh));
   return at::cat(
@@ -60,8 +63,9 @@ CellTrainingOutputs cell_forward(const CellInputs& in) {
 CellGradients cell_backward(const std::optional<at::Tensor>& grad_hy,
                             const std::optional<at::Tensor>& grad_cy, const CellInputs& in,
                             const at::Tensor& gates, CellGradientMask mask) {
-  check_given(in);
+  check_inputs(in);
   check_given(gates, "gates");
+  check_backward_sizes(grad_hy, grad_cy, in.hx, gates);
   const auto quarter = quarters(gates);
   const at::Tensor &i = quarter[0], &f = quarter[1], &g = quarter[2], &o = quarter[3];
   const at::Tensor tanh_c = (f * in.cx + i * g).tanh();

@@ -116,6 +116,10 @@ PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
       batch_sizes ? *batch_sizes->const_data_ptr<int64_t>() : input.size(batch_first ? 0 : 1);
   const int64_t h_sizes[] = {weight_count / WeightsPerLayer, N, H};
   if (N < 0) Py_RETURN_NONE;
+  // No states of a size that no weights have.
+  constexpr int64_t kRecurrent = WeightsPerLayer == kPackedLayerWeights ? 0 : 1;
+  if (weight_count < WeightsPerLayer || !weights[kRecurrent] || weights[kRecurrent]->numel() < H)
+    Py_RETURN_NONE;
   if (!h) h = c = at::zeros(h_sizes, input.options());
   if (!usual(input, I, *h, *c, h_sizes)) Py_RETURN_NONE;
   for (Py_ssize_t k = 0; k < weight_count; ++k) {

@@ -106,9 +106,10 @@ CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Option
       requires_grad(in) || torch::autograd::compute_requires_grad(grad_output, grad_hy, grad_cy) ||
       has_forward_grad(in) || isFwGradDefined(grad_output) || isFwGradDefined(grad_hy) ||
       isFwGradDefined(grad_cy);
-  if (differentiable) return composite::layer_backward(grads, in, mask);
+  const LayerResults results = {output, gates, c_before};
+  if (differentiable) return composite::layer_backward(grads, in, results, mask);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return call_lstm_layer_backward(grads, in, {output, gates, c_before}, mask);
+  return call_lstm_layer_backward(grads, in, results, mask);
 }
 
 Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh) {

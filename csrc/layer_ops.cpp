@@ -27,11 +27,27 @@ bool layer_fusable(const LayerInputs& in) {
          (packed || in.input.sym_size(1) == in.hx.sym_size(0));
 }
 
+namespace {
+
+// Whether the input is a batch, padded or packed, of as many sequences as there are states.
+bool states_fit(const LayerInputs& in) {
+  const bool packed = defined(in.batch_sizes);
+  return in.input.dim() == (packed ? 2 : 3) && in.hx.dim() == 2 && in.cx.dim() == 2 &&
+         in.hx.sizes() == in.cx.sizes() && (packed || in.input.size(1) == in.hx.size(0));
+}
+
+}  // namespace
+
 void check_sequence(const LayerInputs& in) {
+  TORCH_CHECK(states_fit(in), "input and states do not fit each other: got an input of shape ",
+              in.input.sizes(), ", states of ", in.hx.sizes(), " and ", in.cx.sizes());
   if (defined(in.batch_sizes)) {
     const at::Tensor& sizes = *in.batch_sizes;
     TORCH_CHECK(sizes.dim() == 1 && sizes.scalar_type() == at::kLong && sizes.is_cpu(),
                 "batch_sizes should be a 1-D int64 tensor on the CPU");
+    TORCH_CHECK(sizes.numel() <= in.input.size(0),
+                "a packed input must have as many rows as batch_sizes adds up to, at least ",
+                sizes.numel(), ", got shape ", in.input.sizes());
     const at::Tensor dense = sizes.contiguous();
     const auto* size = dense.const_data_ptr<int64_t>();
     int64_t sum = 0;
@@ -49,24 +65,58 @@ void check_sequence(const LayerInputs& in) {
   if (defined(in.reset)) {
     const int64_t L = defined(in.batch_sizes) ? in.batch_sizes->size(0) : in.input.size(0);
     TORCH_CHECK(in.reset->scalar_type() == at::kBool && in.reset->dim() == 2 &&
-                    in.reset->size(0) == L && in.reset->size(1) == in.hx.size(0),
-                "reset must be a bool tensor of shape (L, N) = (", L, ", ", in.hx.size(0),
-                "), got ", in.reset->scalar_type(), " of shape ", in.reset->sizes());
+                    in.reset->size(0) == L && in.reset->size(1) == in.hx.size(0) &&
+                    in.reset->device() == in.hx.device() && in.reset->layout() == at::kStrided,
+                "reset must be a bool tensor of shape (L, N) = (", L, ", ", in.hx.size(0), ") on ",
+                in.hx.device(), ", got ", in.reset->scalar_type(), " of shape ", in.reset->sizes(),
+                " on ", in.reset->device());
   }
 }
 
 void check_packed_inputs(const LayerInputs& in) {
   const at::Tensor &input = in.input, &hx = in.hx, &cx = in.cx;
-  bool fits = fused_dtype(input.scalar_type()) &&
-              input.dim() == (defined(in.batch_sizes) ? 2 : 3) && hx.dim() == 2 && cx.dim() == 2 &&
-              hx.sizes() == cx.sizes() && (defined(in.batch_sizes) || input.size(1) == hx.size(0));
-  for (const at::Tensor* t : {&input, &hx, &cx})
-    fits = fits && t->layout() == at::kStrided && t->scalar_type() == input.scalar_type() &&
-           t->device() == input.device();
+  bool fits = fused_dtype(input.scalar_type()) && states_fit(in);
+  for (const at::Tensor* t : {&input, &hx, &cx}) fits = fits && alike(*t, input);
   TORCH_CHECK(fits && bias_matches(in.b_ih, input, 4 * hx.size(1)) &&
                   bias_matches(in.b_hh, input, 4 * hx.size(1)),
               "lstm_layer_packed: input, states and biases do not fit each other: got an input of ",
               "shape ", input.sizes(), ", states of ", hx.sizes(), " and ", cx.sizes());
+}
+
+void check_backward_sizes(const LayerOutputGradients& grads, const LayerInputs& in,
+                          const LayerResults& results) {
+  std::vector<int64_t> output = in.input.sizes().vec();
+  output.back() = in.hx.size(1);
+  const auto check = [](const std::optional<at::Tensor>& grad, at::IntArrayRef sizes) {
+    TORCH_CHECK(!defined(grad) || grad->sizes() == sizes,
+                "lstm_layer_backward: a gradient must have its tensor's shape ", sizes);
+  };
+  check(grads.output, output);
+  check(grads.hy, in.hx.sizes());
+  check(grads.cy, in.cx.sizes());
+  const int64_t H = in.hx.size(1),
+                S = in.input.size(0) * (defined(in.batch_sizes) ? 1 : in.input.size(1));
+  const auto has = [](const at::Tensor& tensor, int64_t rows, int64_t columns) {
+    return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns;
+  };
+  TORCH_CHECK(has(results.gates, S, 4 * H) && has(results.c_before, S, H) &&
+                  results.output.sizes() == output,
+              "lstm_layer_backward: output, gates and c_before must be those of "
+              "lstm_layer_forward");
+}
+
+void check_layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                          const LayerResults& results) {
+  check_sequence(in);
+  check_backward_sizes(grads, in, results);
+  for (const auto* grad : {&grads.output, &grads.hy, &grads.cy})
+    TORCH_CHECK(!defined(*grad) || alike(**grad, in.hx),
+                "lstm_layer_backward: a gradient must have the states' dtype ", in.hx.scalar_type(),
+                " and device ", in.hx.device());
+  for (const at::Tensor* result : {&results.output, &results.gates, &results.c_before})
+    TORCH_CHECK(alike(*result, in.hx),
+                "lstm_layer_backward: output, gates and c_before must be those of "
+                "lstm_layer_forward");
 }
 
 std::vector<int64_t> step_offsets(const LayerInputs& in) {
@@ -151,7 +201,9 @@ LayerTrainingOutputs layer_forward(const LayerInputs& in) {
 }
 
 CellGradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
-                             CellGradientMask mask) {
+                             const LayerResults& results, CellGradientMask mask) {
+  check_sequence(in);
+  check_backward_sizes(grads, in, results);
   const Steps steps = run(in);
   const int64_t L = steps.L();
   at::Tensor grad_h = defined(grads.hy) ? *grads.hy : at::zeros_like(in.hx);
@@ -208,10 +260,11 @@ CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Option
                                   const at::Tensor& cx, const at::Tensor& w_ih,
                                   const at::Tensor& w_hh, Optional b_ih, Optional b_hh,
                                   Optional batch_sizes, Optional reset, bool reverse,
-                                  const at::Tensor& /*output*/, const at::Tensor& /*gates*/,
-                                  const at::Tensor& /*c_before*/, CellGradientMask mask) {
+                                  const at::Tensor& output, const at::Tensor& gates,
+                                  const at::Tensor& c_before, CellGradientMask mask) {
   return layer_backward({grad_output, grad_hy, grad_cy},
-                        {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse}, mask);
+                        {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse},
+                        {output, gates, c_before}, mask);
 }
 
 }  // namespace

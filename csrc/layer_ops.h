@@ -51,6 +51,12 @@ inline void check_allocated(const LayerInputs& in) {
 }
 // Raises an error that says what is wrong with batch_sizes or reset.
 void check_sequence(const LayerInputs& in);
+// Raises an error unless the gradients and the forward's results have the sizes that the inputs
+// give; and, for the kernels, are like the states.
+void check_backward_sizes(const LayerOutputGradients& grads, const LayerInputs& in,
+                          const LayerResults& results);
+void check_layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                          const LayerResults& results);
 // The rows before each step, and at last of all steps: L + 1 numbers.
 std::vector<int64_t> step_offsets(const LayerInputs& in);
 // Raises an error unless everything but the weights fits the kernels of packed weights.
@@ -62,9 +68,10 @@ namespace composite {
 LayerTrainingOutputs layer_forward(const LayerInputs& in);
 // The first rows of h or c, with zeros in those that time t starts anew.
 at::Tensor reset_to_zero(const at::Tensor& state, const LayerInputs& in, int64_t t);
-// Gradients of the first seven. The forward is run anew, so that they are differentiable too.
+// Gradients of the first seven. The forward is run anew, so that they are differentiable too: the
+// results are only checked.
 CellGradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
-                             CellGradientMask mask);
+                             const LayerResults& results, CellGradientMask mask);
 
 }  // namespace composite
 

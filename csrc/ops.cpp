@@ -13,25 +13,36 @@ bool fused_dtype(at::ScalarType dtype) {
          dtype == at::kHalf;
 }
 
+bool alike(const at::Tensor& tensor, const at::Tensor& other) {
+  return tensor.scalar_type() == other.scalar_type() && tensor.device() == other.device() &&
+         tensor.layout() == at::kStrided;
+}
+
 bool bias_matches(const std::optional<at::Tensor>& bias, const at::Tensor& like,
                   const c10::SymInt& size) {
-  return !defined(bias) || (bias->dim() == 1 && bias->sym_size(0) == size &&
-                            bias->scalar_type() == like.scalar_type() &&
-                            bias->device() == like.device() && bias->layout() == at::kStrided);
+  return !defined(bias) || (bias->dim() == 1 && bias->sym_size(0) == size && alike(*bias, like));
+}
+
+bool sizes_fit(const CellInputs& in) {
+  for (const at::Tensor* t : {&in.input, &in.hx, &in.cx, &in.w_ih, &in.w_hh})
+    if (t->dim() != 2) return false;
+  const c10::SymInt N = in.input.sym_size(0), I = in.input.sym_size(1), H = in.w_hh.sym_size(1);
+  const c10::SymInt gates = H * 4;
+  const auto bias_fits = [&](const std::optional<at::Tensor>& bias) {
+    return !defined(bias) || (bias->dim() == 1 && bias->sym_size(0) == gates);
+  };
+  return in.hx.sym_size(0) == N && in.hx.sym_size(1) == H && in.cx.sym_size(0) == N &&
+         in.cx.sym_size(1) == H && in.w_ih.sym_size(0) == gates && in.w_ih.sym_size(1) == I &&
+         in.w_hh.sym_size(0) == gates && bias_fits(in.b_ih) && bias_fits(in.b_hh);
 }
 
 bool fusable(const CellInputs& in) {
   if (!fused_dtype(in.input.scalar_type())) return false;
   for (const at::Tensor* t : {&in.input, &in.hx, &in.cx, &in.w_ih, &in.w_hh})
-    if (t->dim() != 2 || t->scalar_type() != in.input.scalar_type() ||
-        t->device() != in.input.device() || t->layout() != at::kStrided)
-      return false;
-  const c10::SymInt N = in.input.sym_size(0), I = in.input.sym_size(1), H = in.w_hh.sym_size(1);
-  const c10::SymInt gates = H * 4;
-  return in.hx.sym_size(0) == N && in.hx.sym_size(1) == H && in.cx.sym_size(0) == N &&
-         in.cx.sym_size(1) == H && in.w_ih.sym_size(0) == gates && in.w_ih.sym_size(1) == I &&
-         in.w_hh.sym_size(0) == gates && bias_matches(in.b_ih, in.input, gates) &&
-         bias_matches(in.b_hh, in.input, gates);
+    if (!alike(*t, in.input)) return false;
+  for (const auto* bias : {&in.b_ih, &in.b_hh})
+    if (defined(*bias) && !alike(**bias, in.input)) return false;
+  return sizes_fit(in);
 }
 
 namespace {
@@ -58,18 +69,27 @@ void check_allocated(const at::Tensor& tensor) {
               tensor.sizes(), " in a storage of ", tensor.storage().nbytes(), " bytes");
 }
 
-void check_cell_backward(const std::optional<at::Tensor>& grad_hy,
-                         const std::optional<at::Tensor>& grad_cy, const CellInputs& in,
-                         const at::Tensor& gates) {
-  const at::Tensor& hx = in.hx;
-  TORCH_CHECK(gates.dim() == 2 && gates.size(0) == hx.size(0) && gates.size(1) == 4 * hx.size(1) &&
-                  gates.scalar_type() == hx.scalar_type(),
+void check_backward_sizes(const std::optional<at::Tensor>& grad_hy,
+                          const std::optional<at::Tensor>& grad_cy, const at::Tensor& hx,
+                          const at::Tensor& gates) {
+  TORCH_CHECK(gates.dim() == 2 && gates.sym_size(0) == hx.sym_size(0) &&
+                  gates.sym_size(1) == hx.sym_size(1) * 4,
               "lstm_cell_backward: gates must be the third result of lstm_cell_forward");
   for (const auto* grad : {&grad_hy, &grad_cy})
-    TORCH_CHECK(!defined(*grad) ||
-                    ((*grad)->sizes() == hx.sizes() && (*grad)->scalar_type() == hx.scalar_type()),
-                "lstm_cell_backward: a gradient must have the state's shape ", hx.sizes(),
-                " and dtype ", hx.scalar_type());
+    TORCH_CHECK(!defined(*grad) || (*grad)->sym_sizes() == hx.sym_sizes(),
+                "lstm_cell_backward: a gradient must have the state's shape ", hx.sym_sizes());
+}
+
+void check_cell_backward(const std::optional<at::Tensor>& grad_hy,
+                         const std::optional<at::Tensor>& grad_cy, const at::Tensor& hx,
+                         const at::Tensor& gates) {
+  check_backward_sizes(grad_hy, grad_cy, hx, gates);
+  TORCH_CHECK(alike(gates, hx),
+              "lstm_cell_backward: gates must be the third result of lstm_cell_forward");
+  for (const auto* grad : {&grad_hy, &grad_cy})
+    TORCH_CHECK(!defined(*grad) || alike(**grad, hx),
+                "lstm_cell_backward: a gradient must be strided, of the state's dtype ",
+                hx.scalar_type(), " and device ", hx.device());
 }
 
 void check_meta(const CellInputs& in) {

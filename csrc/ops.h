@@ -39,12 +39,16 @@ inline bool defined(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() && tensor->defined();
 }
 
-// A dtype that the fused kernels compute in, and a bias [size] like the other tensors, or none.
+// A dtype that the fused kernels compute in; a strided tensor of the other's dtype on its device;
+// and a bias [size] like the other tensors, or none.
 bool fused_dtype(at::ScalarType dtype);
+bool alike(const at::Tensor& tensor, const at::Tensor& other);
 bool bias_matches(const std::optional<at::Tensor>& bias, const at::Tensor& like,
                   const c10::SymInt& size);
+// Whether every tensor has the number of dimensions and the size that CellInputs gives.
+bool sizes_fit(const CellInputs& in);
 // Whether the fused kernels take these tensors: one device, one dtype out of
-// float, double, bfloat16 and half, strided, and every size as it should be.
+// float, double, bfloat16 and half, strided, and sizes that fit.
 bool fusable(const CellInputs& in);
 
 // Raises torch's error for a tensor whose memory is gone or too small: a storage can be resized
@@ -69,9 +73,13 @@ struct MemoryRange {
 };
 MemoryRange memory_of(const at::Tensor& tensor);
 
-// Raises an error unless the gradients and the gates fit the states, which fit each other.
+// Raises an error unless the gradients and the gates have the sizes of the states; and, for the
+// kernels, are like them.
+void check_backward_sizes(const std::optional<at::Tensor>& grad_hy,
+                          const std::optional<at::Tensor>& grad_cy, const at::Tensor& hx,
+                          const at::Tensor& gates);
 void check_cell_backward(const std::optional<at::Tensor>& grad_hy,
-                         const std::optional<at::Tensor>& grad_cy, const CellInputs& in,
+                         const std::optional<at::Tensor>& grad_cy, const at::Tensor& hx,
                          const at::Tensor& gates);
 
 // Raises torch's error for some tensors on meta and others not: operations of both would compute

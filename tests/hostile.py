@@ -11,6 +11,7 @@ import collections
 import faulthandler
 import json
 import random
+import resource
 import sys
 import warnings
 
@@ -247,6 +248,62 @@ def dense(value):
     return value
 
 
+CELL = ["N I", "N H", "N H", "4H I", "4H H", "4H", "4H"]
+LAYER = ["L N I", *CELL[1:], "L", "L N"]
+WEIGHTS = CELL[3:]
+SIZES = {
+    "lstm_cell": CELL,
+    "lstm_cell_forward": CELL,
+    "lstm_cell_backward": ["N H", "N H", *CELL, "N 4H"],
+    "lstm_cell_backward_accumulate": ["N H", "N H", *CELL, "N 4H", *WEIGHTS],
+    "lstm_layer": LAYER,
+    "lstm_layer_forward": LAYER,
+    "lstm_layer_backward": ["L N H", "N H", "N H", *LAYER, None, "L N H", "S 4H", "S H"],
+    "lstm_layer_pack": ["4H I", "4H H"],
+    "lstm_layer_packed": [*LAYER[:3], None, *LAYER[5:]],
+    "lstm": ["L N I", "1 N H", "1 N H", WEIGHTS, None, None, "L", "L N"],
+    "lstm_packed": ["L N I", "1 N H", "1 N H", [None, "4H", "4H"], None, "L", "L N"],
+    "_C.lstm_cell": CELL,
+    "_C.lstm_cell_packed": [*CELL[:3], None, *CELL[5:]],
+    "_C.lstm": ["L N I", "1 N H", "1 N H", WEIGHTS, None, None, None, None, "L"],
+    "_C.lstm_packed": ["L N I", "1 N H", "1 N H", [None, "4H", "4H"], *[None] * 4, "L"],
+}
+
+
+def fits(patterns, arguments, known):
+    """Whether the tensors have the sizes of one call: nothing is broadcast or left unread."""
+    for pattern, value in zip(patterns, arguments, strict=False):
+        if isinstance(pattern, list) and not fits(pattern, value, known):
+            return False
+        if not isinstance(pattern, str) or not isinstance(value, torch.Tensor):
+            continue
+        names = pattern.split()
+        if len(names) != value.dim():
+            return False
+        for name, size in zip(names, value.shape, strict=True):
+            each = 4 if name.startswith("4") else 1
+            name = name.removeprefix("4")
+            if size % each or known.setdefault(name, size // each) != size // each:
+                return False
+    return True
+
+
+def call_fits(name, arguments):
+    patterns = SIZES[name]
+    at = patterns.index("L") if "L" in patterns else None
+    packed = at is not None and at < len(arguments) and arguments[at] is not None
+    if packed:
+        patterns = [p.replace("L N ", "S ") if isinstance(p, str) else p for p in patterns]
+    known = {"1": 1}
+    if not fits(patterns, arguments, known):
+        return False
+    return packed or "S" not in known or known["S"] == known["L"] * known["N"]
+
+
+def torch_lstm_cell(x, h, c, *weights):
+    return torch.lstm_cell(x, (h, c), *weights)
+
+
 def tensors(result):
     if isinstance(result, torch.Tensor):
         return [result]
@@ -281,12 +338,18 @@ def one(seed):
         except Exception as error:
             # The interpreter's own, and PyTorch's internal assertions, tell of a hole in a check.
             # (But torch's own: of negative views for an operator that writes, and of quantizers.)
-            bad = isinstance(error, SystemError) or "INTERNAL ASSERT" in str(error)
+            # So does running out of memory: no right call is large.
+            holes = ("INTERNAL ASSERT", "can't allocate memory", "out of memory")
+            bad = isinstance(error, SystemError) or any(hole in str(error) for hole in holes)
             known = ("cloned_mutable_input", "Quantizer.cpp")
             bad = bad and not any(words in str(error) for words in known)
             return name, "wrong error" if bad else "error", f"{done}: {str(error)[:300]}"
     if result is None:  # of _C: left to the operator
         return name, "declined", ""
+    if not call_fits(name, arguments):
+        if not name.endswith("lstm_cell"):
+            return name, "wrong sizes", f"{done}: taken"
+        function = torch_lstm_cell  # it broadcasts biases
     # The numbers of the same values in memory of their own.
     try:
         with torch.set_grad_enabled(grad):
@@ -306,6 +369,7 @@ def main():
     faulthandler.enable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))  # before the machine ends
     count, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     ends = collections.Counter()
     calls = collections.Counter()

@@ -1,5 +1,6 @@
 """Ten thousand calls that no one should make: no crash, no hang, no wrong number (hostile.py)."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -113,3 +114,62 @@ def test_gradients_to_add_to_lie_apart():
         shared = [other if j == k else s for j, s in enumerate(sums)]
         with pytest.raises(RuntimeError, match="share memory with no"):
             OPS.lstm_cell_backward_accumulate(*everything, *shared, [True] * 3)
+
+
+def test_nothing_is_broadcast_or_left_unread():
+    """One row, one column or one more of anything is an error, not a result of some other size."""
+    x, h, c = torch.randn(5, 3), torch.randn(5, 4), torch.randn(5, 4)
+    right = [x, h, c, torch.randn(16, 3), torch.randn(16, 4), torch.randn(16), torch.randn(16)]
+    grads = [torch.randn(5, 4), torch.randn(5, 4)]
+    gates = OPS.lstm_cell_forward(*right)[2]
+    rest = (None, None, False)
+    kept = OPS.lstm_layer_forward(x[None], *right[1:], *rest)
+    kept = (kept[0], *kept[3:])
+    calls = {
+        OPS.lstm_cell_forward: lambda t: t,
+        OPS.lstm_layer: lambda t: [t[0][None], *t[1:], *rest],
+        OPS.lstm_layer_forward: lambda t: [t[0][None], *t[1:], *rest],
+        OPS.lstm_cell_backward: lambda t: [*grads, *t, gates, [True] * 7],
+        OPS.lstm_layer_backward: lambda t: [
+            grads[0][None], *grads, t[0][None], *t[1:], *rest, *kept, [True] * 7,
+        ],
+    }  # fmt: skip
+    others = [lambda t: t[:1], lambda t: torch.cat([t, t[:1]]), lambda t: t[..., :1]]
+    for (call, arguments), k, other, grad in itertools.product(
+        calls.items(), range(7), others, (False, True)
+    ):
+        wrong = [other(t) if j == k else t.clone() for j, t in enumerate(right)]
+        for t in wrong:
+            t.requires_grad_(grad)
+        with pytest.raises(RuntimeError):
+            call(*arguments(wrong))
+    call, tensors = OPS.lstm_cell_backward, (*right, gates)
+    for k, other in itertools.product((0, 1), others):
+        wrong = [other(g) if j == k else g for j, g in enumerate(grads)]
+        with pytest.raises(RuntimeError, match="gradient must have"):
+            call(*wrong, *tensors, [True] * 7)
+    # As many numbers, but in another order.
+    for leaf in (right[1], right[1].clone().requires_grad_()):
+        with pytest.raises(RuntimeError, match="gradient must have"):
+            OPS.lstm_layer_backward(
+                grads[0][:, None], *grads, x[None], leaf, *right[2:], *rest, *kept, [True] * 7
+            )
+
+
+def test_sizes_are_looked_at_before_memory_is_taken():
+    """Tensors of one number, as large as no memory: told from right ones without a copy."""
+    right = [torch.randn(s) for s in ((5, 3), (2, 4), (2, 4), (16, 3), (16, 4), (16,), (16,))]
+    many = torch.ones(1, dtype=torch.int64).expand(2**40)
+    with pytest.raises(RuntimeError, match="rows as batch_sizes adds up to"):
+        OPS.lstm_layer(*right, many, None, False)
+    right[0] = right[0][:2]
+    for k in range(7):
+        wrong = list(right)
+        wrong[k] = right[k].flatten()[:1].expand(*[2**31 for _ in right[k].shape])
+        for call in (OPS.lstm_cell, OPS.lstm_cell_forward):
+            with pytest.raises(RuntimeError, match=r"^(?!.*allocate)"):
+                call(*wrong)
+        wrong[0] = wrong[0][None]
+        for call in (OPS.lstm_layer, OPS.lstm_layer_forward):
+            with pytest.raises(RuntimeError, match=r"^(?!.*allocate)"):
+                call(*wrong, None, None, False)

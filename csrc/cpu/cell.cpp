@@ -123,7 +123,7 @@ CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
                                  CellGradientMask mask) {
   const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
   if (!fusable(in)) return composite::cell_backward(grad_hy, grad_cy, in, gates, mask);
-  check_cell_backward(grad_hy, grad_cy, in, gates);
+  check_cell_backward(grad_hy, grad_cy, hx, gates);
   check_all_allocated(input, hx, cx, w_ih, w_hh, grad_hy, grad_cy, gates);
   const auto bias = [&](bool wanted) -> Target {
     return {wanted ? empty({w_hh.size(0)}, w_hh.scalar_type()) : Tensor(), false};
@@ -151,7 +151,7 @@ CellStateGradients lstm_cell_backward_accumulate(
   const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
   TORCH_CHECK(fusable(in),
               "lstm_cell_backward_accumulate: the tensors must be those of lstm_cell_forward");
-  check_cell_backward(grad_hy, grad_cy, in, gates);
+  check_cell_backward(grad_hy, grad_cy, hx, gates);
   check_all_allocated(input, hx, cx, w_ih, w_hh, grad_hy, grad_cy, gates, grad_w_ih, grad_w_hh,
                       grad_b_ih, grad_b_hh);
   // Of each, once: what is read, and what is written to so far.

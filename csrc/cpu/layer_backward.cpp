@@ -107,22 +107,6 @@ CellGradients backward(const LayerOutputGradients& grads, const LayerInputs& in,
   const Sequence sequence(in);
   const int64_t N = sequence.N(), H = in.hx.size(1), I = in.input.size(-1), S = sequence.rows();
   const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
-  TORCH_CHECK(results.gates.dim() == 2 && results.gates.size(0) == S &&
-                  results.gates.size(1) == 4 * H && results.gates.scalar_type() == dtype &&
-                  results.c_before.dim() == 2 && results.c_before.size(0) == S &&
-                  results.c_before.size(1) == H && results.c_before.scalar_type() == dtype &&
-                  results.output.numel() == S * H && results.output.scalar_type() == dtype,
-              "lstm_layer_backward: output, gates and c_before must be those of "
-              "lstm_layer_forward");
-  const auto check = [&](Optional grad, at::IntArrayRef sizes) {
-    TORCH_CHECK(!defined(grad) || (grad->sizes() == sizes && grad->scalar_type() == dtype),
-                "lstm_layer_backward: a gradient must have its tensor's shape ", sizes,
-                " and dtype ", dtype);
-  };
-  check(grads.output, results.output.sizes());
-  check(grads.hy, in.hx.sizes());
-  check(grads.cy, in.cx.sizes());
-
   const Kernels& kernels = cpu::kernels(kernel_dtype(dtype));
   const auto bias = [&](bool wanted) -> Target {
     return {wanted ? empty({4 * H}, dtype) : Tensor(), false};
@@ -186,11 +170,12 @@ CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Option
                                   CellGradientMask mask) {
   const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
   const LayerOutputGradients grads = {grad_output, grad_hy, grad_cy};
-  if (!layer_fusable(in)) return composite::layer_backward(grads, in, mask);
+  const LayerResults results = {output, gates, c_before};
+  if (!layer_fusable(in)) return composite::layer_backward(grads, in, results, mask);
   check_all_allocated(input, hx, cx, w_ih, w_hh, batch_sizes, reset, grad_output, grad_hy, grad_cy,
                       output, gates, c_before);
-  check_sequence(in);
-  return backward(grads, in, {output, gates, c_before}, mask);
+  check_layer_backward(grads, in, results);
+  return backward(grads, in, results, mask);
 }
 
 }  // namespace

@@ -85,7 +85,7 @@ CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
                                  CellGradientMask mask) {
   const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
   if (!has_kernel(in)) return composite::cell_backward(grad_hy, grad_cy, in, gates, mask);
-  check_cell_backward(grad_hy, grad_cy, in, gates);
+  check_cell_backward(grad_hy, grad_cy, hx, gates);
   check_all_allocated(input, hx, cx, w_ih, w_hh, grad_hy, grad_cy, gates);
   const OnDevice guard(hx);
   const int64_t N = hx.size(0), H = hx.size(1);

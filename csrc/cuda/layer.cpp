@@ -275,17 +275,15 @@ CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Option
                                   const Tensor& output, const Tensor& gates, const Tensor& c_before,
                                   CellGradientMask mask) {
   const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
-  if (!has_kernel(in)) return composite::layer_backward({grad_output, grad_hy, grad_cy}, in, mask);
+  const LayerOutputGradients of_outputs = {grad_output, grad_hy, grad_cy};
+  const LayerResults results = {output, gates, c_before};
+  if (!has_kernel(in)) return composite::layer_backward(of_outputs, in, results, mask);
   check_all_allocated(input, hx, cx, w_ih, w_hh, batch_sizes, reset, grad_output, grad_hy, grad_cy,
                       output, gates, c_before);
-  check_sequence(in);
+  check_layer_backward(of_outputs, in, results);
   const OnDevice guard(hx);
   const Steps steps = {step_offsets(in)};
   const int64_t H = hx.size(1), S = steps.S();
-  TORCH_CHECK(gates.dim() == 2 && gates.size(0) == S && gates.size(1) == 4 * H &&
-                  c_before.dim() == 2 && c_before.size(0) == S && c_before.size(1) == H &&
-                  output.numel() == S * H,
-              "lstm_layer_backward: the results must be those of lstm_layer_forward");
   const auto [want_input, want_hx, want_cx, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = mask;
   Gradients grads;
   if (defined(grad_output)) grads.of_output = grad_output->reshape({S, H}).contiguous();
