@@ -1,6 +1,7 @@
 // The cell in plain tensor operations: for every device, differentiable any number of times.
 // The formulas are those of cell_math.h (and of lstm_ext/reference.py, which explains them).
 #include <ATen/TensorOperators.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
@@ -36,6 +37,14 @@ void check_inputs(const CellInputs& in) {
               in.input.sym_sizes(), ", states of ", in.hx.sym_sizes(), " and ", in.cx.sym_sizes(),
               ", weights of ", in.w_ih.sym_sizes(), " and ", in.w_hh.sym_sizes(),
               defined(in.b_ih) || defined(in.b_hh) ? ", with biases" : ", without biases");
+  // torch's operations would read on beyond a storage that has been made smaller.
+  const auto has_memory = [](const at::Tensor& t) {
+    return t.layout() == at::kStrided && !at::isTensorSubclassLike(t);
+  };
+  for (const at::Tensor* t : {&in.input, &in.hx, &in.cx, &in.w_ih, &in.w_hh})
+    if (has_memory(*t)) check_allocated(*t);
+  for (const auto* bias : {&in.b_ih, &in.b_hh})
+    if (defined(*bias) && has_memory(**bias)) check_allocated(**bias);
 }
 
 // Of [N, 4H]: four times [N, H].

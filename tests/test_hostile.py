@@ -33,7 +33,7 @@ def test_hostile_calls():
 
 
 @pytest.mark.parametrize("share", [0, 0.5])
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [None, "once", "with a graph"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_that_is_gone(share, backward, dtype):
     """A storage made smaller behind a tensor's back, before the forward or the backward."""
@@ -49,16 +49,18 @@ def test_memory_that_is_gone(share, backward, dtype):
         error = None
         try:
             if backward:
-                torch.autograd.grad([t.sum() for t in out], leaves)
+                graph = backward == "with a graph"
+                torch.autograd.grad([t.sum() for t in out], leaves, create_graph=graph)
             else:
                 function(*leaves, *rest)
         except RuntimeError as raised:  # no pytest.raises: torch dies where it prints such a tensor
             error = str(raised)
-        if backward and k >= 5:  # nothing of a bias is read again
+        if backward == "once" and k >= 5:  # nothing of a bias is read again
             assert error is None
         else:
             assert error is not None
-            assert "its data is not allocated" in error
+            # The latter torch's, of a view.
+            assert "its data is not allocated" in error or "out of bounds for storage" in error
 
 
 def test_changed_in_place_between_forward_and_backward():
