@@ -12,31 +12,28 @@
 
 namespace lstm_ext {
 
-bool layer_fusable(const LayerInputs& in) {
-  const bool packed = defined(in.batch_sizes);
-  const int64_t dim = packed ? 2 : 3;
-  if (in.input.dim() != dim || in.hx.dim() != 2 || in.w_hh.dim() != 2) return false;
-  // The cell's conditions for one step, with the sequence as a batch.
-  const c10::SymInt H = in.w_hh.sym_size(1);
-  const CellInputs weights = {in.hx, in.hx, in.cx, in.w_hh, in.w_hh, in.b_ih, in.b_hh};
-  return fusable(weights) && in.w_ih.dim() == 2 && in.w_ih.sym_size(0) == 4 * H &&
-         in.w_ih.sym_size(1) == in.input.sym_size(-1) && in.w_ih.layout() == at::kStrided &&
-         in.input.layout() == at::kStrided && in.w_ih.scalar_type() == in.hx.scalar_type() &&
-         in.input.scalar_type() == in.hx.scalar_type() && in.w_ih.device() == in.hx.device() &&
-         in.input.device() == in.hx.device() &&
-         (packed || in.input.sym_size(1) == in.hx.sym_size(0));
-}
-
 namespace {
 
 // Whether the input is a batch, padded or packed, of as many sequences as there are states.
 bool states_fit(const LayerInputs& in) {
   const bool packed = defined(in.batch_sizes);
   return in.input.dim() == (packed ? 2 : 3) && in.hx.dim() == 2 && in.cx.dim() == 2 &&
-         in.hx.sizes() == in.cx.sizes() && (packed || in.input.size(1) == in.hx.size(0));
+         in.hx.sym_sizes() == in.cx.sym_sizes() &&
+         (packed || in.input.sym_size(1) == in.hx.sym_size(0));
+}
+
+// And the weights and biases, whatever the number of steps.
+bool sizes_fit(const LayerInputs& in) {
+  const CellInputs recurrent = {in.hx, in.hx, in.cx, in.w_hh, in.w_hh, in.b_ih, in.b_hh};
+  return states_fit(in) && lstm_ext::sizes_fit(recurrent) && in.w_ih.dim() == 2 &&
+         in.w_ih.sym_size(0) == in.w_hh.sym_size(0) && in.w_ih.sym_size(1) == in.input.sym_size(-1);
 }
 
 }  // namespace
+
+bool layer_fusable(const LayerInputs& in) {
+  return all_alike({in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh}) && sizes_fit(in);
+}
 
 void check_sequence(const LayerInputs& in) {
   TORCH_CHECK(states_fit(in), "input and states do not fit each other: got an input of shape ",
@@ -158,6 +155,10 @@ at::Tensor over(const at::Tensor& first, const at::Tensor& whole) {
 
 Steps run(const LayerInputs& in) {
   check_sequence(in);
+  TORCH_CHECK(sizes_fit(in),
+              "expected weights (4H, I) and (4H, H), and biases (4H) or None, with H ",
+              in.hx.size(1), " and I ", in.input.size(-1), "; got weights of shape ",
+              in.w_ih.sizes(), " and ", in.w_hh.sizes());
   Steps steps;
   steps.offset = step_offsets(in);
   const auto L = static_cast<int64_t>(steps.offset.size()) - 1;

@@ -36,14 +36,16 @@ bool sizes_fit(const CellInputs& in) {
          in.w_hh.sym_size(0) == gates && bias_fits(in.b_ih) && bias_fits(in.b_hh);
 }
 
-bool fusable(const CellInputs& in) {
+bool all_alike(const CellInputs& in) {
   if (!fused_dtype(in.input.scalar_type())) return false;
   for (const at::Tensor* t : {&in.input, &in.hx, &in.cx, &in.w_ih, &in.w_hh})
     if (!alike(*t, in.input)) return false;
   for (const auto* bias : {&in.b_ih, &in.b_hh})
     if (defined(*bias) && !alike(**bias, in.input)) return false;
-  return sizes_fit(in);
+  return true;
 }
+
+bool fusable(const CellInputs& in) { return all_alike(in) && sizes_fit(in); }
 
 namespace {
 

@@ -47,8 +47,9 @@ bool bias_matches(const std::optional<at::Tensor>& bias, const at::Tensor& like,
                   const c10::SymInt& size);
 // Whether every tensor has the number of dimensions and the size that CellInputs gives.
 bool sizes_fit(const CellInputs& in);
-// Whether the fused kernels take these tensors: one device, one dtype out of
-// float, double, bfloat16 and half, strided, and sizes that fit.
+// Whether all are strided, on one device, of one dtype that the fused kernels compute in.
+bool all_alike(const CellInputs& in);
+// Whether the fused kernels take these tensors: both.
 bool fusable(const CellInputs& in);
 
 // Raises torch's error for a tensor whose memory is gone or too small: a storage can be resized

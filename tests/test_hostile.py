@@ -127,18 +127,19 @@ def test_nothing_is_broadcast_or_left_unread():
     rest = (None, None, False)
     kept = OPS.lstm_layer_forward(x[None], *right[1:], *rest)
     kept = (kept[0], *kept[3:])
-    calls = {
-        OPS.lstm_cell_forward: lambda t: t,
-        OPS.lstm_layer: lambda t: [t[0][None], *t[1:], *rest],
-        OPS.lstm_layer_forward: lambda t: [t[0][None], *t[1:], *rest],
-        OPS.lstm_cell_backward: lambda t: [*grads, *t, gates, [True] * 7],
-        OPS.lstm_layer_backward: lambda t: [
+    calls = [
+        (OPS.lstm_cell_forward, lambda t: t),
+        (OPS.lstm_layer, lambda t: [t[0][None], *t[1:], *rest]),
+        (OPS.lstm_layer, lambda t: [t[0][None][:0], *t[1:], *rest]),  # no step
+        (OPS.lstm_layer_forward, lambda t: [t[0][None], *t[1:], *rest]),
+        (OPS.lstm_cell_backward, lambda t: [*grads, *t, gates, [True] * 7]),
+        (OPS.lstm_layer_backward, lambda t: [
             grads[0][None], *grads, t[0][None], *t[1:], *rest, *kept, [True] * 7,
-        ],
-    }  # fmt: skip
+        ]),
+    ]  # fmt: skip
     others = [lambda t: t[:1], lambda t: torch.cat([t, t[:1]]), lambda t: t[..., :1]]
     for (call, arguments), k, other, grad in itertools.product(
-        calls.items(), range(7), others, (False, True)
+        calls, range(7), others, (False, True)
     ):
         wrong = [other(t) if j == k else t.clone() for j, t in enumerate(right)]
         for t in wrong:
