@@ -5,6 +5,7 @@ Environment variables:
                           both torch and the machine have it.
     TORCH_CUDA_ARCH_LIST  the GPU architectures to compile for, as for every PyTorch extension.
     MAX_JOBS              compilers to run at once.
+    CFLAGS                with -g in it, debug information is kept.
 """
 
 from __future__ import annotations
@@ -83,6 +84,9 @@ def sources(*patterns: str) -> list[str]:
 def extension(with_cuda: bool) -> cpp_extension.CppExtension:
     """Describe ``_C``. No -std: torch adds its own. No -march: one build fits all machines."""
     cxx = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    if "-g" not in os.environ.get("CFLAGS", "").split():
+        # Python's own flags have -g: nine tenths of the module, and half the time to compile it.
+        cxx.append("-g0")
     link = []
     if sys.platform.startswith("linux"):
         # Without it the header-only at::parallel_for would run serially, and say nothing.

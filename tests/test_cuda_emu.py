@@ -36,7 +36,7 @@ class Builder:
 
     @staticmethod
     def options(sanitizer):
-        flags = ["-std=c++20", "-O1", "-g", "-pthread", *SANITIZERS[sanitizer]]
+        flags = ["-std=c++20", "-O1", "-g1", "-pthread", *SANITIZERS[sanitizer]]
         return [*flags, "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DLSTM_EXT_CUDA_EMU"]
 
     def compile_one(self, source, sanitizer):

@@ -17,7 +17,7 @@ SOURCES = [
     ROOT / "tests" / "native" / "check_kernels.cpp",
 ]
 WARNINGS = ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
-SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZERS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 BUILDS = {
     "sanitizers": ("g++", SANITIZERS, []),
     "clang": ("clang++", ["-O2"], []),
@@ -71,7 +71,7 @@ def watched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("threads")
 
     def compile_one(source, csrc, to):
-        options = ["-std=c++20", "-O1", "-g", "-fPIC", "-fsanitize=thread", "-Wno-unknown-pragmas"]
+        options = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fsanitize=thread", "-Wno-unknown-pragmas"]
         options += [f"-I{csrc}", f"-I{ROOT / 'tests' / 'native' / 'threads'}"]
         for path in torch.utils.cpp_extension.include_paths():
             options += ["-isystem", path]
