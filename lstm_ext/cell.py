@@ -78,7 +78,8 @@ class LSTMCell(nn.LSTMCell):
             return super().forward(input, hx)
         except AttributeError as error:
             if sys.version_info >= (3, 11):
-                kinds = [type(x).__name__ for x in (input, *(hx or ()))]
+                states = hx if isinstance(hx, (tuple, list)) else (hx,)
+                kinds = [type(x).__name__ for x in (input, *states)]
                 error.add_note(
                     "lstm_ext.LSTMCell takes a Tensor and a pair of Tensors (h, c) or None, "
                     f"got: {', '.join(kinds)}"

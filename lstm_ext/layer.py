@@ -187,15 +187,17 @@ def prepare(
     module: Any, input: Tensor | PackedSequence, hx: States | None, reset: Tensor | None
 ) -> Prepared:
     """Check what an LSTM, ours or torch's, is called with, in torch's words."""
-    if hx is not None and len(hx) != 2:
-        raise RuntimeError("lstm expects two hidden states")
     if isinstance(input, PackedSequence):
         data, batch_sizes, order, _ = input
         if hx is not None:
             hx = module.permute_hidden(hx, order)
+            _check_pair(hx)
         else:
             hx = _zero_states(module, data, int(batch_sizes[0]))
-        module.check_forward_args(data, hx, batch_sizes)
+        try:
+            module.check_forward_args(data, hx, batch_sizes)
+        except ValueError as error:  # what torch, which calls no check here, raises in the end
+            raise RuntimeError(str(error)) from None
         if reset is not None and order is not None:
             reset = reset.index_select(1, order)
         return Prepared(module, data, hx, batch_sizes, reset, True, input)
@@ -213,6 +215,7 @@ def prepare(
         if not is_batched:
             hx = hx[0].unsqueeze(1), hx[1].unsqueeze(1)
     module.check_forward_args(input, hx, None)
+    _check_pair(hx)
     if module.batch_first:
         input = input.transpose(0, 1)
         reset = None if reset is None else reset.transpose(0, 1)
@@ -236,6 +239,11 @@ def layer_weights(module: nn.RNNBase) -> list[LayerWeights]:
         w_hr = found[-1] if module.proj_size else None
         weights.append(LayerWeights(found[0], found[1], b_ih, b_hh, w_hr))
     return weights
+
+
+def _check_pair(hx: States) -> None:
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
 
 
 def _check_rank(hx: States, is_batched: bool) -> None:

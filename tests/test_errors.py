@@ -53,6 +53,8 @@ CALLS = {
     "input a number": (1.0,),
     "sparse c": (X, (H, C.to_sparse())),
     "mkldnn input": (X.to_mkldnn(),),
+    "neither": (1.0, 1),
+    "input None, states a tensor": (None, H),
     "no input": (),
     "too many": (X, (H, C), C),
 }
