@@ -74,8 +74,9 @@ void check_packed_inputs(const LayerInputs& in) {
   const at::Tensor &input = in.input, &hx = in.hx, &cx = in.cx;
   bool fits = fused_dtype(input.scalar_type()) && states_fit(in);
   for (const at::Tensor* t : {&input, &hx, &cx}) fits = fits && alike(*t, input);
-  TORCH_CHECK(fits && bias_matches(in.b_ih, input, 4 * hx.size(1)) &&
-                  bias_matches(in.b_hh, input, 4 * hx.size(1)),
+  for (const auto* bias : {&in.b_ih, &in.b_hh})
+    fits = fits && bias_fits(*bias, 4 * hx.size(1)) && (!defined(*bias) || alike(**bias, input));
+  TORCH_CHECK(fits,
               "lstm_layer_packed: input, states and biases do not fit each other: got an input of ",
               "shape ", input.sizes(), ", states of ", hx.sizes(), " and ", cx.sizes());
 }

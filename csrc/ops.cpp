@@ -18,9 +18,8 @@ bool alike(const at::Tensor& tensor, const at::Tensor& other) {
          tensor.layout() == at::kStrided;
 }
 
-bool bias_matches(const std::optional<at::Tensor>& bias, const at::Tensor& like,
-                  const c10::SymInt& size) {
-  return !defined(bias) || (bias->dim() == 1 && bias->sym_size(0) == size && alike(*bias, like));
+bool bias_fits(const std::optional<at::Tensor>& bias, const c10::SymInt& size) {
+  return !defined(bias) || (bias->dim() == 1 && bias->sym_size(0) == size);
 }
 
 bool sizes_fit(const CellInputs& in) {
@@ -28,12 +27,9 @@ bool sizes_fit(const CellInputs& in) {
     if (t->dim() != 2) return false;
   const c10::SymInt N = in.input.sym_size(0), I = in.input.sym_size(1), H = in.w_hh.sym_size(1);
   const c10::SymInt gates = H * 4;
-  const auto bias_fits = [&](const std::optional<at::Tensor>& bias) {
-    return !defined(bias) || (bias->dim() == 1 && bias->sym_size(0) == gates);
-  };
   return in.hx.sym_size(0) == N && in.hx.sym_size(1) == H && in.cx.sym_size(0) == N &&
          in.cx.sym_size(1) == H && in.w_ih.sym_size(0) == gates && in.w_ih.sym_size(1) == I &&
-         in.w_hh.sym_size(0) == gates && bias_fits(in.b_ih) && bias_fits(in.b_hh);
+         in.w_hh.sym_size(0) == gates && bias_fits(in.b_ih, gates) && bias_fits(in.b_hh, gates);
 }
 
 bool all_alike(const CellInputs& in) {

@@ -40,11 +40,10 @@ inline bool defined(const std::optional<at::Tensor>& tensor) {
 }
 
 // A dtype that the fused kernels compute in; a strided tensor of the other's dtype on its device;
-// and a bias [size] like the other tensors, or none.
+// and a bias [size], or none.
 bool fused_dtype(at::ScalarType dtype);
 bool alike(const at::Tensor& tensor, const at::Tensor& other);
-bool bias_matches(const std::optional<at::Tensor>& bias, const at::Tensor& like,
-                  const c10::SymInt& size);
+bool bias_fits(const std::optional<at::Tensor>& bias, const c10::SymInt& size);
 // Whether every tensor has the number of dimensions and the size that CellInputs gives.
 bool sizes_fit(const CellInputs& in);
 // Whether all are strided, on one device, of one dtype that the fused kernels compute in.

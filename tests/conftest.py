@@ -3,7 +3,7 @@
 import os
 
 # Before torch brings OpenMP: with as many workers as cores, threads that spin while they wait take
-# the core from those that compute (tests/test_layer.py: 48 seconds instead of 280 and more).
+# the core from those that compute (docs/performance.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
