@@ -200,9 +200,9 @@ def check(case, device="cpu"):
         assert mine.dtype == other.dtype
         assert mine.isfinite().all()
         scale = exact.abs().max().item() if exact.numel() else 0.0
-        if case.dtype == torch.float64:
-            # The truth is torch's own result, which rounds as the terms of its sums do (around
-            # one, and they may cancel): no measure of them.
+        if case.dtype == torch.float64 or exact.numel() < 16:
+            # torch's error is no measure: in float64 the truth is its own result, and of a few
+            # numbers it may be none by luck. Sums round as their terms do, which are around one.
             scale = max(1.0, largest)
         allowed = 3 * rms(other.double() - exact) + 4 * eps * scale
         if case.second:
