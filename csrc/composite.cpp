@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "path_log.h"
 
 namespace lstm_ext {
 namespace composite {
@@ -61,6 +62,7 @@ at::Tensor cell_gates(const CellInputs& in) {
 }
 
 CellTrainingOutputs cell_forward(const CellInputs& in) {
+  if (verbose()) log_path("lstm_cell", in.input, in.hx, "plain tensor operations");
   at::Tensor gates = cell_gates(in);
   const auto quarter = quarters(gates);
   const at::Tensor &i = quarter[0], &f = quarter[1], &g = quarter[2], &o = quarter[3];

@@ -6,6 +6,8 @@
 #include <ATen/ops/lstm_cell.h>
 #include <torch/library.h>
 
+#include "path_log.h"
+
 namespace lstm_ext {
 
 bool fused_dtype(at::ScalarType dtype) {
@@ -121,6 +123,9 @@ CellOutputs torch_lstm_cell(const CellInputs& in) {
   refuse(passes(in.hx, in.w_hh), in.hx, "hidden0");
   refuse(passes(in.hx, in.w_hh), in.w_hh, "weight_hh");
   refuse(passes(in.cx, in.w_hh), in.cx, "hidden1");
+  if (verbose())
+    log_path("lstm_cell", in.input, in.hx,
+             "torch's own cell, for what the kernels do not take: a dtype, layout, size or device");
   CellOutputs out = at::lstm_cell(in.input, {in.hx, in.cx}, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
   check_meta(in);  // torch's own error first, where it has one
   return out;

@@ -130,16 +130,20 @@ def operators(build, tmp_path_factory):
     return library
 
 
-# Shared memory: all of w_hh on the chip; some units a block; none, and step by step.
-@pytest.mark.parametrize("shared", [227 * 1024, 2048, 64])
-def test_operators(shared, operators):
+# Shared memory: all of w_hh on the chip; some units a block; none, and step by step. And blocks
+# that would wait for each other, but may not all run at once.
+@pytest.mark.parametrize(
+    ("shared", "multiprocessors"), [(227 * 1024, 132), (2048, 132), (64, 132), (2048, 1)]
+)
+def test_operators(shared, multiprocessors, operators):
+    sizes = {"LSTM_EXT_EMU_SHARED": shared, "LSTM_EXT_EMU_MULTIPROCESSORS": multiprocessors}
     result = subprocess.run(
         [sys.executable, EMULATOR / "check_ops.py", operators],
         capture_output=True,
         text=True,
         check=False,
         timeout=600,
-        env={**os.environ, "LSTM_EXT_EMU_SHARED": str(shared)},
+        env={**os.environ, **{name: str(size) for name, size in sizes.items()}},
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(result.stdout.split()[0]) > 300

@@ -48,6 +48,7 @@ CellOutputs lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, c
   const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
   if (!fusable(in)) return torch_lstm_cell(in);
   check_allocated(in);
+  log_cpu_path("lstm_cell", input, hx);
   Tensor hy, cy;
   forward(in, hy, cy, nullptr);
   return {std::move(hy), std::move(cy)};
@@ -63,6 +64,7 @@ CellTrainingOutputs lstm_cell_forward(const Tensor& input, const Tensor& hx, con
     return composite::cell_forward(in);
   }
   check_allocated(in);
+  log_cpu_path("lstm_cell_forward", input, hx);
   Tensor hy, cy, gates;
   forward(in, hy, cy, &gates);
   return {std::move(hy), std::move(cy), std::move(gates)};
@@ -135,6 +137,7 @@ CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
                 Target::fresh(mask[4], w_hh),
                 bias(mask[5]),
                 bias(mask[6])};
+  log_cpu_path("lstm_cell_backward", input, hx);
   backward(grad_hy, grad_cy, in, gates, to);
   return {std::move(to.input.tensor), std::move(to.hx.tensor),   std::move(to.cx.tensor),
           std::move(to.w_ih.tensor),  std::move(to.w_hh.tensor), std::move(to.b_ih.tensor),
@@ -184,6 +187,7 @@ CellStateGradients lstm_cell_backward_accumulate(
                 Target::fresh(mask[2], cx),    Target::existing(grad_w_ih),
                 Target::existing(grad_w_hh),   Target::existing(grad_b_ih),
                 Target::existing(grad_b_hh)};
+  log_cpu_path("lstm_cell_backward_accumulate", input, hx);
   backward(grad_hy, grad_cy, in, gates, to);
   return {std::move(to.input.tensor), std::move(to.hx.tensor), std::move(to.cx.tensor)};
 }

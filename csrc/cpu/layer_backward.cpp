@@ -175,6 +175,7 @@ CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Option
   check_all_allocated(input, hx, cx, w_ih, w_hh, batch_sizes, reset, grad_output, grad_hy, grad_cy,
                       output, gates, c_before);
   check_layer_backward(grads, in, results);
+  log_cpu_path("lstm_layer_backward", input, hx);
   return backward(grads, in, results, mask);
 }
 

@@ -253,6 +253,7 @@ LayerOutputs lstm_layer(const Tensor& input, const Tensor& hx, const Tensor& cx,
     return {std::move(output), std::move(hy), std::move(cy)};
   }
   check_allocated(in);
+  log_cpu_path("lstm_layer", input, hx);
   Outputs out = forward(in, false);
   return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
 }
@@ -264,6 +265,7 @@ LayerTrainingOutputs lstm_layer_forward(const Tensor& input, const Tensor& hx, c
   const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
   if (!layer_fusable(in)) return composite::layer_forward(in);
   check_allocated(in);
+  log_cpu_path("lstm_layer_forward", input, hx);
   Outputs out = forward(in, true);
   return {std::move(out.output), std::move(out.hy), std::move(out.cy), std::move(out.gates),
           std::move(out.c_before)};
@@ -326,6 +328,7 @@ LayerOutputs lstm_layer_packed(const Tensor& input, const Tensor& hx, const Tens
   const LayerInputs in = {input, hx, cx, none, none, b_ih, b_hh, batch_sizes, reset, reverse};
   check_packed_inputs(in);
   check_all_allocated(input, hx, cx, packed, b_ih, b_hh, batch_sizes, reset);
+  log_cpu_path("lstm_layer_packed", input, hx);
   const at::ScalarType dtype = hx.scalar_type();
   const int64_t I = input.size(-1), H = hx.size(1);
   PackedHeader found(dtype, I, H, 0);

@@ -19,6 +19,7 @@
 #include "cpu/denormals.h"
 #include "cpu/kernels.h"
 #include "ops.h"
+#include "path_log.h"
 
 namespace lstm_ext::cpu {
 
@@ -27,6 +28,11 @@ using at::Tensor;
 // Multiplications and additions, in their thousands, below which a second thread costs more
 // than it brings.
 inline constexpr int64_t kForkWork = 64 * 1024;
+
+inline void log_cpu_path(const char* operation, const Tensor& input, const Tensor& hx) {
+  if (verbose())
+    log_path(operation, input, hx, std::string("the CPU's kernels, ") + active_instruction_set());
+}
 
 inline Dtype kernel_dtype(at::ScalarType dtype) {
   switch (dtype) {

@@ -23,7 +23,7 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   cy = empty({N, H}, hx);
   if (gates != nullptr) *gates = empty({N, 4 * H}, hx);
   if (hy.numel() == 0) return;
-  const Device device = describe_device(hx);
+  const Device device = describe_device(hx, at::Float32Op::MATMUL);
   const cudaStream_t stream = current_stream();
   with_type(hx.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -40,7 +40,12 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
                                  N,
                                  static_cast<int>(I),
                                  static_cast<int>(H)};
-    if (cell_forward_pays(cell, device)) {
+    const bool pays = cell_forward_pays(cell, device);
+    if (verbose())
+      log_path(
+          "lstm_cell", input, hx,
+          pays ? "one launch" : "library products and one launch, which such a batch makes faster");
+    if (pays) {
       check_launch(cell_forward(cell, device, stream));
       return;
     }

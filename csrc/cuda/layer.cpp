@@ -52,6 +52,18 @@ struct SequenceOnDevice {
   Tensor reset, offsets;
 };
 
+// Which way a whole sequence goes.
+enum class Way { kOneLaunch, kDoesNotFit, kRefused };
+
+void log_way(const char* operation, const LayerInputs& in, Way way) {
+  if (!verbose()) return;
+  log_path(operation, in.input, in.hx,
+           way == Way::kOneLaunch    ? "one launch"
+           : way == Way::kDoesNotFit ? "step by step: w_hh does not fit on the chip"
+                                     : "step by step: the device refused blocks that wait for "
+                                       "each other");
+}
+
 struct Results {
   Tensor output, hy, cy, gates, c_before;  // the last two where they are kept
 };
@@ -113,13 +125,13 @@ Results forward(const LayerInputs& in, bool keeps) {
   }
   const Tensor hx = dense(in.hx), cx = dense(in.cx), b_ih = dense(in.b_ih), b_hh = dense(in.b_hh);
   const Tensor h_buffers = empty({2, N, H}, hx);
-  const Device device = describe_device(hx);
-  const bool done = with_type(hx.scalar_type(), [&](auto type) {
+  const Device device = describe_device(hx, at::Float32Op::RNN);
+  const Way way = with_type(hx.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     LayerForward<T> layer = {};
     layer.sequence.N = N;
     layer.H = static_cast<int>(H);
-    if (!layer_forward_fits(layer, device)) return false;
+    if (!layer_forward_fits(layer, device)) return Way::kDoesNotFit;
     const SequenceOnDevice on_device(in, steps);
     out.hy = empty({N, H}, hx);
     out.cy = empty({N, H}, hx);
@@ -136,10 +148,11 @@ Results forward(const LayerInputs& in, bool keeps) {
     layer.gates = write<T>(out.gates);
     layer.c_before = write<T>(out.c_before);
     layer.h_buffers = write<T>(h_buffers);
-    check_launch(layer_forward(layer, device, current_stream()));
-    return true;
+    const bool ran = check_cooperative_launch(layer_forward(layer, device, current_stream()));
+    return ran ? Way::kOneLaunch : Way::kRefused;
   });
-  if (!done) run_steps(in, steps, products, w_hh, out);
+  log_way(keeps ? "lstm_layer_forward" : "lstm_layer", in, way);
+  if (way != Way::kOneLaunch) run_steps(in, steps, products, w_hh, out);
   if (!defined(in.batch_sizes)) out.output = out.output.view({L, N, H});
   return out;
 }
@@ -216,31 +229,32 @@ void run_steps_back(const LayerInputs& in, const Steps& steps, const Tensor& w_h
 void backward(const LayerInputs& in, const Steps& steps, bool want_hx, Gradients& grads) {
   const int64_t N = in.hx.size(0), H = in.hx.size(1);
   const Tensor w_hh = dense(in.w_hh);
-  const Device device = describe_device(in.hx);
-  const bool done =
-      steps.L() > 0 && N > 0 && H > 0 && with_type(in.hx.scalar_type(), [&](auto type) {
-        using T = typename decltype(type)::type;
-        LayerBackward<T> layer = {};
-        layer.sequence.N = N;
-        layer.H = static_cast<int>(H);
-        if (!layer_backward_fits(layer, device)) return false;
-        const SequenceOnDevice on_device(in, steps);
-        grads.of_hx = want_hx ? empty({N, H}, in.hx) : Tensor();
-        grads.of_cx = empty({N, H}, in.hx);
-        layer.sequence = on_device.sequence;
-        layer.grad_output = read<T>(grads.of_output);
-        layer.grad_hy = read<T>(grads.of_hy);
-        layer.grad_cy = read<T>(grads.of_cy);
-        layer.gates = read<T>(grads.gates);
-        layer.c_before = read<T>(grads.c_before);
-        layer.w_hh = read<T>(w_hh);
-        layer.grad_gates = write<T>(grads.of_gates);
-        layer.grad_hx = write<T>(grads.of_hx);
-        layer.grad_cx = write<T>(grads.of_cx);
-        check_launch(layer_backward(layer, device, current_stream()));
-        return true;
-      });
-  if (!done) run_steps_back(in, steps, w_hh, want_hx, grads);
+  const Device device = describe_device(in.hx, at::Float32Op::RNN);
+  if (steps.L() == 0 || N == 0 || H == 0) return run_steps_back(in, steps, w_hh, want_hx, grads);
+  const Way way = with_type(in.hx.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    LayerBackward<T> layer = {};
+    layer.sequence.N = N;
+    layer.H = static_cast<int>(H);
+    if (!layer_backward_fits(layer, device)) return Way::kDoesNotFit;
+    const SequenceOnDevice on_device(in, steps);
+    grads.of_hx = want_hx ? empty({N, H}, in.hx) : Tensor();
+    grads.of_cx = empty({N, H}, in.hx);
+    layer.sequence = on_device.sequence;
+    layer.grad_output = read<T>(grads.of_output);
+    layer.grad_hy = read<T>(grads.of_hy);
+    layer.grad_cy = read<T>(grads.of_cy);
+    layer.gates = read<T>(grads.gates);
+    layer.c_before = read<T>(grads.c_before);
+    layer.w_hh = read<T>(w_hh);
+    layer.grad_gates = write<T>(grads.of_gates);
+    layer.grad_hx = write<T>(grads.of_hx);
+    layer.grad_cx = write<T>(grads.of_cx);
+    const bool ran = check_cooperative_launch(layer_backward(layer, device, current_stream()));
+    return ran ? Way::kOneLaunch : Way::kRefused;
+  });
+  log_way("lstm_layer_backward", in, way);
+  if (way != Way::kOneLaunch) run_steps_back(in, steps, w_hh, want_hx, grads);
 }
 
 LayerOutputs lstm_layer(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,

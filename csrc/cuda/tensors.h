@@ -22,6 +22,7 @@
 
 #include "cuda/kernels.h"
 #include "ops.h"
+#include "path_log.h"
 
 namespace lstm_ext::cuda {
 
@@ -66,6 +67,14 @@ inline Tensor empty(at::IntArrayRef sizes, const Tensor& like) {
   return at::empty(sizes, like.options());
 }
 
+// Whether torch's switches let float32 products round their factors to TF32: a cell's as cuBLAS's
+// do, a layer's as cuDNN's. (allowTF32CuBLAS and its like throw once the newer switches are used.)
+inline bool may_round(const Tensor& tensor, at::Float32Op operation) {
+  return tensor.scalar_type() == at::kFloat &&
+         at::globalContext().float32Precision(at::Float32Backend::CUDA, operation) ==
+             at::Float32Precision::TF32;
+}
+
 #if defined(LSTM_EXT_CUDA_EMU)
 
 struct OnDevice {
@@ -78,10 +87,12 @@ inline void check_launch(cudaError_t error) {
   TORCH_CHECK(error == cudaSuccess, "CUDA error ", error);
 }
 
-inline Device describe_device(const Tensor& /*tensor*/) {
+inline Device describe_device(const Tensor& tensor, at::Float32Op operation) {
   const char* const shared = std::getenv("LSTM_EXT_EMU_SHARED");
-  return {132, shared != nullptr ? std::atoi(shared) : 227 * 1024, false};
+  return {132, shared != nullptr ? std::atoi(shared) : 227 * 1024, may_round(tensor, operation)};
 }
+
+inline void forget_error() {}
 
 #else
 
@@ -97,15 +108,17 @@ inline cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream();
 
 inline void check_launch(cudaError_t error) { C10_CUDA_CHECK(error); }
 
-inline Device describe_device(const Tensor& tensor) {
+inline Device describe_device(const Tensor& tensor, at::Float32Op operation) {
   Device device = {};
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount,
                                         tensor.get_device()));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(
       &device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, tensor.get_device()));
-  device.tf32 = tensor.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
+  device.tf32 = may_round(tensor, operation);
   return device;
 }
+
+inline void forget_error() { static_cast<void>(cudaGetLastError()); }
 
 #endif
 
@@ -113,6 +126,22 @@ inline Device describe_device(const Tensor& tensor) {
 inline bool fits(const Tensor& w_ih, const Tensor& w_hh) {
   constexpr int64_t most = std::numeric_limits<int>::max() / 8;
   return w_ih.size(1) <= most && w_hh.size(0) <= most;
+}
+
+// Whether a launch of blocks that wait for each other ran. It may be refused where the device does
+// not have all its multiprocessors for this process (MPS, green contexts, another such kernel's
+// share): the caller then goes another way. Any other error is raised.
+inline bool check_cooperative_launch(cudaError_t error) {
+  switch (error) {
+    case cudaErrorCooperativeLaunchTooLarge:
+    case cudaErrorLaunchOutOfResources:
+    case cudaErrorNotSupported:
+      forget_error();
+      return false;
+    default:
+      check_launch(error);
+      return true;
+  }
 }
 
 }  // namespace lstm_ext::cuda

@@ -4,7 +4,8 @@
     python check_ops.py LIBRARY cuda       the package's own library, on a GPU (make gpu-check)
 
 The environment variable LSTM_EXT_EMU_SHARED narrows the shared memory of the emulated GPU, so that
-layers go by the launch that spreads units over blocks, or step by step.
+layers go by the launch that spreads units over blocks, or step by step;
+LSTM_EXT_EMU_MULTIPROCESSORS makes it refuse launches of more blocks that wait for each other.
 """
 
 import itertools
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 torch.ops.load_library(sys.argv[1])
 torch.set_default_device(sys.argv[2] if len(sys.argv) > 2 else "cpu")
 ops = torch.ops.lstm_ext
+torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "ieee"
 checks = 0
 
 
@@ -88,7 +90,34 @@ def layer(L, N, I, H, dtype, packed, reverse, with_reset):
             assert torch.equal(a, b)
 
 
+def rounding():
+    """TF32 in a layer as cuDNN's switch says, in a cell as cuBLAS's, the older switches' too."""
+    module = nn.LSTMCell(24, 24)
+    x, h, c = (torch.randn(3, 24) for _ in range(3))
+    weights = [p.detach() for p in module.parameters()]
+
+    def run_cell():
+        return ops.lstm_cell(x, h, c, *weights)[0]
+
+    def run_layer():
+        return ops.lstm_layer(x[None], h, c, *weights, None, None, False)[0]
+
+    matmul, rnn = torch.backends.cuda.matmul, torch.backends.cudnn.rnn
+    for run, switch, other in ((run_cell, matmul, rnn), (run_layer, rnn, matmul)):
+        exact = run()
+        other.fp32_precision = "tf32"
+        assert torch.equal(run(), exact)
+        other.fp32_precision, switch.fp32_precision = "ieee", "tf32"
+        error = float((run() - exact).abs().max())
+        assert 1e-6 < error < 1e-2, error
+        switch.fp32_precision = "ieee"
+        torch.backends.fp32_precision = "ieee"
+        assert torch.equal(run(), exact)
+        torch.backends.fp32_precision = "none"
+
+
 torch.manual_seed(0)
+rounding()
 for dtype, bias in itertools.product(
     (torch.float32, torch.float64, torch.bfloat16, torch.float16), (True, False)
 ):

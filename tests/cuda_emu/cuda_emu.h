@@ -53,6 +53,12 @@ struct Limits {
   unsigned blocks_per_multiprocessor = 32;
 };
 inline Limits limits;
+// LSTM_EXT_EMU_MULTIPROCESSORS: fewer than the launchers are told of, so that launches are refused.
+inline const bool limits_from_environment = [] {
+  const char* const count = std::getenv("LSTM_EXT_EMU_MULTIPROCESSORS");
+  if (count != nullptr) limits.multiprocessors = static_cast<unsigned>(std::atoi(count));
+  return true;
+}();
 // 0: threads run in the order of their numbers.
 inline unsigned seed = 0;
 // Launches since the start of the program, and what the last of them asked for.
