@@ -2,7 +2,8 @@
 
 Environment variables:
     LSTM_EXT_CUDA         1 builds with CUDA or fails, 0 builds without; unset: with CUDA when
-                          both torch and the machine have it.
+                          both torch and the machine have it. (auto, fused and torch choose
+                          between kernels at run time, and say nothing here.)
     TORCH_CUDA_ARCH_LIST  the GPU architectures to compile for, as for every PyTorch extension.
     MAX_JOBS              compilers to run at once.
     CFLAGS                with -g in it, debug information is kept.
@@ -59,6 +60,8 @@ def cuda_home() -> str | None:
 def cuda_wanted() -> bool:
     """Decide whether to build with CUDA, and say so in one line when it is not."""
     switch = os.environ.get("LSTM_EXT_CUDA", "").strip()
+    if switch.lower() in ("auto", "fused", "torch"):
+        switch = ""
     if switch not in ("", "0", "1"):
         raise SystemExit(f"lstm_ext: LSTM_EXT_CUDA must be 0, 1 or unset, got {switch!r}")
     # Not torch.cuda.is_available(): a build machine often has no GPU.

@@ -36,5 +36,7 @@ PYBIND11_MODULE(_C, m) {
   for (PyMethodDef* method = lstm_ext::direct_calls(); method->ml_name; ++method)
     m.attr(method->ml_name) =
         py::reinterpret_steal<py::object>(PyCFunction_NewEx(method, nullptr, nullptr));
+  m.def("set_gpu_cells_by_torch", &lstm_ext::set_gpu_cells_by_torch,
+        "Whether the direct call of a cell on a CUDA device returns None.");
   m.def("build_info", &build_info, "What this module was compiled with and what it uses.");
 }

@@ -7,6 +7,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <atomic>
+
 #include "lstm.h"
 #include "ops.h"
 
@@ -14,6 +16,9 @@ namespace py = pybind11;
 
 namespace lstm_ext {
 namespace {
+
+// LSTM_EXT_CUDA=torch, as Python last set it (lstm_ext/_backend.py).
+std::atomic<bool> gpu_cells_by_torch = false;
 
 // Work that is done before another thread could make use of the interpreter's lock: some ten
 // microseconds on the CPU. Giving it up and taking it back costs a tenth of a small cell.
@@ -60,6 +65,7 @@ PyObject* call_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
   if (!unpack(args[5], b_ih) || !unpack(args[6], b_hh)) Py_RETURN_NONE;
   for (int k = 0; k < 3; ++k)
     if (THPVariable_Unpack(args[k]).dim() != 2) Py_RETURN_NONE;
+  if (THPVariable_Unpack(args[0]).is_cuda() && gpu_cells_by_torch) Py_RETURN_NONE;
   const CellInputs in = {THPVariable_Unpack(args[0]),
                          THPVariable_Unpack(args[1]),
                          THPVariable_Unpack(args[2]),
@@ -167,6 +173,8 @@ PyMethodDef method(const char* name, FastCall call, const char* doc) {
 }
 
 }  // namespace
+
+void set_gpu_cells_by_torch(bool by_torch) { gpu_cells_by_torch = by_torch; }
 
 PyMethodDef* direct_calls() {
   static PyMethodDef methods[] = {

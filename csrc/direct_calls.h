@@ -18,4 +18,7 @@ namespace lstm_ext {
 // but for lstm_cell also other devices than the CPU and empty input.
 PyMethodDef* direct_calls();  // ends with a null name
 
+// Whether lstm_cell returns None for a cell on a CUDA device: Python then gives it to torch.
+void set_gpu_cells_by_torch(bool by_torch);
+
 }  // namespace lstm_ext

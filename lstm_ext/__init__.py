@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from lstm_ext import _vmap as _vmap
 from lstm_ext import plot, reference
+from lstm_ext._backend import cuda_backend, set_cuda_backend
 from lstm_ext._info import __version__, build_info
 from lstm_ext.autograd import LSTMCellFunction
 from lstm_ext.cell import LSTMCell
@@ -28,12 +29,14 @@ __all__ = [
     "__version__",
     "build_info",
     "convert",
+    "cuda_backend",
     "freeze",
     "lstm",
     "lstm_cell",
     "plot",
     "reference",
     "revert",
+    "set_cuda_backend",
     "trace_gates",
     "unfreeze",
 ]

@@ -6,6 +6,7 @@ from importlib import metadata
 
 import torch
 
+from lstm_ext._backend import cuda_backend
 from lstm_ext._ops import _C
 
 __version__ = metadata.version("lstm_ext")
@@ -16,7 +17,8 @@ def build_info() -> dict[str, str | bool | None]:
 
     Returns:
         A dict with: ``version`` of lstm_ext; ``torch`` it was built against and ``torch_running``;
-        ``cuda``, the toolkit it was built with or None; ``openmp``; ``compiler``;
+        ``cuda``, the toolkit it was built with or None, and ``cuda_backend``, which kernels run on
+        a GPU (see :func:`lstm_ext.set_cuda_backend`); ``openmp``; ``compiler``;
         ``cpu_instruction_sets`` compiled in (comma-separated) and ``cpu_instruction_set`` in use
         (torch's choice, see ``ATEN_CPU_CAPABILITY``).
     """
@@ -28,4 +30,5 @@ def build_info() -> dict[str, str | bool | None]:
         "torch": _built_with.TORCH_VERSION,
         "torch_running": str(torch.__version__),
         "cuda": _built_with.CUDA_VERSION,
+        "cuda_backend": cuda_backend(),
     }

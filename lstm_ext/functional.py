@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lstm_ext import _ops
+from lstm_ext import _backend, _ops
 from lstm_ext.reference import gates, states
 
 
@@ -60,6 +60,9 @@ def lstm_cell(
             return out
     if not all(isinstance(value, Tensor) for value in (input, h, c, w_ih, w_hh)):
         # torch's own words again: they name the argument that is no tensor.
+        return torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
+    if _backend.cell_by_torch(input):
+        _backend.log_path("lstm_cell", input, "torch's own cell: LSTM_EXT_CUDA=torch")
         return torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
     if input.dim() == 1:
         hy, cy = _ops.lstm_cell(
@@ -118,8 +121,9 @@ def lstm(
 
     float32, float64, bfloat16 and float16 run fused on the CPU (the halves are summed in float32).
     Kept for backward, per layer and direction: 5 S H numbers, the gates and the c of each step.
-    What the kernels do not take (another device, projections) goes to torch's own LSTM, or with
-    ``reset`` is computed in tensor operations.
+    On a CUDA device, :func:`lstm_ext.set_cuda_backend` chooses between our kernels and torch's own
+    LSTM. What our kernels do not take (another device, projections) goes to torch's, or with
+    ``reset`` or ``checkpoint_every`` is computed in tensor operations.
 
     Raises:
         RuntimeError: sizes, dtypes or devices do not fit.
@@ -130,10 +134,14 @@ def lstm(
         raise ValueError(f"checkpoint_every should be positive, got {checkpoint_every}")
     if not torch.is_grad_enabled():
         checkpoint_every = None
-    torchs = not input.is_cpu or weights[0].w_hr is not None
-    if reset is None and (0 in input.shape or (torchs and checkpoint_every is None)):
+    needs_ours = reset is not None or checkpoint_every is not None
+    reason = _backend.why_layer_by_torch(input, weights[0].w_hr is not None, needs_ours)
+    empty = reset is None and 0 in input.shape
+    if empty or (reason is not None and not needs_ours):
+        reason = "the input is empty" if empty else reason
+        _backend.log_path("lstm", input, f"torch's own LSTM: {reason}")
         return _torch_lstm(input, hx, weights, bidirectional, dropout, batch_sizes)
-    if checkpoint_every is None and weights[0].w_hr is None:
+    if reason is None and checkpoint_every is None:
         flat = [tensor for w in weights for tensor in w[:4]]
         out: tuple[Tensor, Tensor, Tensor] = _ops.lstm(
             input, h, c, flat, bidirectional, dropout, batch_sizes, reset
@@ -148,7 +156,7 @@ def lstm(
         for d in range(directions):
             output, h_n, c_n = _layer(
                 input, h[k + d], c[k + d], weights[k + d], batch_sizes, reset, d == 1,
-                checkpoint_every,
+                checkpoint_every, reason,
             )  # fmt: skip
             outputs.append(output)
             states_h.append(h_n)
@@ -165,11 +173,16 @@ def _layer(
     batch_sizes: Tensor | None,
     reset: Tensor | None,
     reverse: bool,
-    checkpoint_every: int | None = None,
+    checkpoint_every: int | None,
+    not_fused: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one layer in one direction; in tensor operations if not_fused says why."""
     if checkpoint_every is not None:
-        return _checkpointed_layer(input, h, c, w, batch_sizes, reset, reverse, checkpoint_every)
-    if w.w_hr is not None:
+        return _checkpointed_layer(
+            input, h, c, w, batch_sizes, reset, reverse, checkpoint_every, not_fused
+        )
+    if not_fused is not None:
+        _backend.log_path("lstm_layer", input, f"plain tensor operations: {not_fused}")
         return layer_in_steps(input, h, c, w, batch_sizes, reset, reverse)
     output, h_n, c_n = _ops.lstm_layer(
         input, h, c, w.w_ih, w.w_hh, w.b_ih, w.b_hh, batch_sizes, reset, reverse
@@ -186,6 +199,7 @@ def _checkpointed_layer(
     reset: Tensor | None,
     reverse: bool,
     every: int,
+    not_fused: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The layer in pieces of some steps each, whose insides are made anew in backward."""
     L = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
@@ -202,7 +216,7 @@ def _checkpointed_layer(
     for first, last, n, part, sizes in reversed(pieces) if reverse else pieces:
         part_reset = None if reset is None else reset[first:last, :n]
         output, h_n, c_n = checkpoint(
-            _layer, part, h[:n], c[:n], w, sizes, part_reset, reverse,
+            _layer, part, h[:n], c[:n], w, sizes, part_reset, reverse, None, not_fused,
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
         outputs.append(output)
@@ -261,7 +275,9 @@ def _torch_lstm(
     flat = [tensor for layer in weights for tensor in layer if tensor is not None]
     has_biases = weights[0].b_ih is not None
     layers = len(weights) // (2 if bidirectional else 1)
-    options = (has_biases, layers, dropout, dropout > 0, bidirectional)
+    # cuDNN keeps what backward needs only if it is told to train.
+    train = dropout > 0 or torch.is_grad_enabled()
+    options = (has_biases, layers, dropout, train, bidirectional)
     if batch_sizes is None:
         output, h, c = torch._VF.lstm(input, hx, flat, *options, False)
     else:

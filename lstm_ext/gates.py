@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lstm_ext import _ops
+from lstm_ext import _backend, _ops
 from lstm_ext.cell import LSTMCell
 from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell
 from lstm_ext.functional import LayerWeights, layer_in_steps
@@ -303,7 +303,7 @@ class _Run:
 
     def __call__(self, input: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run fused."""
-        if self.w.w_hr is not None:
+        if _backend.why_layer_by_torch(input, self.w.w_hr is not None, needs_ours=True):
             return self.in_steps(input, h, c)
         output, _, c_n, gates, c_before = _ops.lstm_layer_forward(
             input, h, c, *self.w[:4], self.batch_sizes, self.reset, self.reverse

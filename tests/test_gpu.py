@@ -141,21 +141,82 @@ def test_not_the_first_device():
     torch.testing.assert_close(module(x), theirs(x))
 
 
-@pytest.mark.parametrize("allowed", [False, True])
-def test_tf32_where_torch_allows_it(allowed):
-    call, inputs, weights = layer_case(hidden=256)
-    exact = nn.LSTM(I, 256, dtype=torch.float64)
-    exact.load_state_dict(dict(zip(exact.state_dict(), (w.double() for w in weights), strict=True)))
-    x, h, c = (t.double().cpu() for t in inputs)
-    expected = exact(x, (h[None], c[None]))[0]
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+@pytest.fixture
+def precision():
+    """The switches of torch, as they are by default, and put back afterwards."""
+    switches = [torch.backends.cuda.matmul, torch.backends.cudnn.rnn]
+    before = [switch.fp32_precision for switch in switches]
+    yield switches
+    for switch, value in zip(switches, before, strict=True):
+        switch.fp32_precision = value
+
+
+@pytest.mark.parametrize("value", ["ieee", "tf32"])
+@pytest.mark.parametrize("kind", ["cell", "layer"])
+def test_tf32_where_torch_allows_it(kind, value, precision):
+    """A cell follows cuBLAS's switch, a layer cuDNN's, by torch's newer names too."""
+    matmul, rnn = precision
+    matmul.fp32_precision = rnn.fp32_precision = "ieee"
+    call, inputs, weights = cell_case() if kind == "cell" else layer_case(hidden=256)
+    leaves = [t.double().cpu() for t in (*inputs, *weights)]
+    x, h, c, *exact_weights = leaves
+    steps = x if kind == "layer" else x[None]
+    for step in steps:
+        h, c = torch.lstm_cell(step, (h, c), *exact_weights)
+    (matmul if kind == "cell" else rnn).fp32_precision = value
+    error = (call(*inputs)[-2].double().cpu() - h).abs().max()
+    assert (1e-6 if value == "tf32" else 0) < error < (1e-2 if value == "tf32" else 1e-5)
+
+
+MODULES = {
+    "one layer": {},
+    "several": {"num_layers": 2, "bidirectional": True},
+    "no bias": {"bias": False},
+}
+
+
+@pytest.mark.parametrize("mode", ["auto", "fused", "torch"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_layer_trains(name, training, packed, mode):
+    """In evaluation mode too, where nn.LSTM's own backward is refused."""
+    before = lstm_ext.set_cuda_backend(mode)
     try:
-        found = call(*inputs)[0]
+        theirs = nn.LSTM(I, H, **MODULES[name]).double()
+        ours = lstm_ext.LSTM(I, H, **MODULES[name])
+        ours.load_state_dict(theirs.state_dict())
+        ours.cuda().train(training)
+        x = torch.randn(L, N, I)
+        lengths = torch.tensor([7, 6, 6, 2, 1])
+        exact = pack_padded_sequence(x.double(), lengths) if packed else x.double()
+        expected, (h, c) = theirs(exact)
+        found, (h_n, c_n) = ours(pack_padded_sequence(x.cuda(), lengths) if packed else x.cuda())
+        if packed:
+            expected, found = expected.data, found.data
+        (expected.sum() + h.sum() + c.sum()).backward()
+        (found.sum() + h_n.sum() + c_n.sum()).backward()
+        torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-3, atol=1e-3)
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a.grad.double().cpu(), b.grad, rtol=1e-2, atol=1e-2)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    error = (found.double().cpu() - expected).abs().max()
-    assert (1e-6 if allowed else 0) < error < (1e-2 if allowed else 1e-5)
+        lstm_ext.set_cuda_backend(before)
+
+
+@pytest.mark.parametrize("mode", ["auto", "fused", "torch"])
+def test_whose_kernels_run(mode):
+    before = lstm_ext.set_cuda_backend(mode)
+    try:
+        x = torch.randn(L, N, I, device="cuda")
+        layer, cell = lstm_ext.LSTM(I, H, device="cuda"), lstm_ext.LSTMCell(I, H, device="cuda")
+        for call, is_ours in ((lambda: layer(x), mode == "fused"),
+                              (lambda: cell(x[0]), mode != "torch")):  # fmt: skip
+            with torch.profiler.profile() as profile:
+                call()
+            ran = [event.key for event in profile.key_averages()]
+            assert any(key.startswith("lstm_ext::") for key in ran) == is_ours, ran
+    finally:
+        lstm_ext.set_cuda_backend(before)
 
 
 def test_tensors_of_the_cpu_among_others_are_an_error():

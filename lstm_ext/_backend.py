@@ -1,0 +1,100 @@
+"""Which kernels run on a CUDA device, ours or torch's, and the log of the paths that calls take."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from lstm_ext import _ops
+
+MODES = ("auto", "fused", "torch")
+# setup.py reads the same variable, with values of its own: they say nothing here.
+_AT_BUILD_TIME = ("", "0", "1")
+_VERBOSE = os.environ.get("LSTM_EXT_VERBOSE", "") not in ("", "0")
+
+
+def _from_environment() -> str:
+    value = os.environ.get("LSTM_EXT_CUDA", "").strip().lower()
+    if value in _AT_BUILD_TIME:
+        return "auto"
+    if value not in MODES:
+        raise ImportError(f"LSTM_EXT_CUDA must be one of {', '.join(MODES)}, got {value!r}")
+    return value
+
+
+_mode = _from_environment()
+_ops._C.set_gpu_cells_by_torch(_mode == "torch")
+
+
+def cuda_backend() -> str:
+    """Return which kernels run on a CUDA device: see :func:`set_cuda_backend`."""
+    return _mode
+
+
+def set_cuda_backend(mode: str) -> str:
+    """Choose the kernels that lstm_ext's modules and functions run on a CUDA device.
+
+    The choice holds for the whole process and all its threads, as torch's own switches do
+    (``torch.backends``). At import it is the environment variable ``LSTM_EXT_CUDA``, or "auto".
+    It concerns no other device, and no operator that is called by its name in ``torch.ops``.
+
+    Args:
+        mode: "auto": a cell runs in our kernels, a layer in torch's (cuDNN), but with ``reset`` or
+            ``checkpoint_every``, which cuDNN does not have, in ours. "fused": our kernels
+            wherever there is one. "torch": torch's own kernels and operations, everywhere.
+
+    Returns:
+        The choice before.
+
+    Raises:
+        ValueError: mode is none of these.
+
+    Example::
+
+        before = lstm_ext.set_cuda_backend("fused")
+    """
+    global _mode
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    before, _mode = _mode, mode
+    _ops._C.set_gpu_cells_by_torch(mode == "torch")
+    return before
+
+
+def cell_by_torch(input: Tensor) -> bool:
+    """Whether the mode leaves a cell on this tensor's device to torch's kernels."""
+    return _mode == "torch" and input.is_cuda
+
+
+def why_layer_by_torch(input: Tensor, projects: bool, needs_ours: bool) -> str | None:
+    """Say why a layer goes to torch's own kernels; None if it runs in ours.
+
+    Args:
+        input: the layer's input.
+        projects: whether h is projected, which our kernels do not do.
+        needs_ours: whether an option is used that torch's kernels do not have.
+    """
+    if projects:
+        return "projections have no kernel"
+    if input.is_cpu:
+        return None
+    if not input.is_cuda:
+        return None if needs_ours else f"no kernel for {input.device.type}"
+    if _mode == "torch":
+        return "LSTM_EXT_CUDA=torch"
+    if _mode == "auto" and not needs_ours:
+        return "LSTM_EXT_CUDA=auto: cuDNN, until ours has been measured"
+    return None
+
+
+def log_path(operation: str, input: Tensor, path: str) -> None:
+    """With LSTM_EXT_VERBOSE=1, say on stderr which path a call takes, and why."""
+    if _VERBOSE and not torch.compiler.is_compiling():
+        kind = str(input.dtype).removeprefix("torch.")
+        print(
+            f"lstm_ext: {operation}, {kind} input {list(input.shape)}, {input.device}: {path}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,230 @@
+"""Which kernels a CUDA device gets, ours or torch's, and the log that says so. Needs no GPU."""
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lstm_ext
+from lstm_ext import _backend, _ops
+
+L, N, I, H = 5, 2, 4, 3
+
+
+@pytest.fixture(autouse=True)
+def _mode():
+    before = lstm_ext.cuda_backend()
+    yield
+    lstm_ext.set_cuda_backend(before)
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func).rsplit(".", 1)[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def as_if_on_cuda(monkeypatch):
+    """The CPU's tensors go the ways of a CUDA device's."""
+    there = types.SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda"))
+    for name in ("why_layer_by_torch", "cell_by_torch"):
+        real = getattr(_backend, name)
+        monkeypatch.setattr(
+            _backend, name, lambda _, *more, real=real, **named: real(there, *more, **named)
+        )
+    # These take nothing but the CPU's, and here hand over to what looks at the mode.
+    for name in ("fast_lstm", "fast_lstm_cell"):
+        monkeypatch.setattr(_ops, name, lambda *_: None)
+
+
+def zero_reset():
+    return torch.zeros(L, N, dtype=torch.bool)
+
+
+# Of each call, and in each mode: whether our kernels run.
+FUSED_ALONE = {"auto": False, "fused": True, "torch": False}
+UNLESS_TORCH = {"auto": True, "fused": True, "torch": False}
+CALLS = {
+    "layer": ("LSTM", {}, {}, FUSED_ALONE),
+    "packed": ("LSTM", {}, {"packed": True}, FUSED_ALONE),
+    "deep": ("LSTM", {"num_layers": 2, "bidirectional": True}, {}, FUSED_ALONE),
+    "reset": ("LSTM", {"num_layers": 2}, {"reset": True}, UNLESS_TORCH),
+    "packed, reset": ("LSTM", {"bidirectional": True}, {"packed": True, "reset": True},
+                      UNLESS_TORCH),
+    "checkpointed": ("LSTM", {"checkpoint_every": 2}, {}, UNLESS_TORCH),
+    "packed, checkpointed": ("LSTM", {"checkpoint_every": 2}, {"packed": True}, UNLESS_TORCH),
+    "projections": ("LSTM", {"proj_size": 2}, {}, dict.fromkeys(_backend.MODES, False)),
+    "cell": ("LSTMCell", {}, {}, UNLESS_TORCH),
+    "cell without bias": ("LSTMCell", {"bias": False}, {}, UNLESS_TORCH),
+}  # fmt: skip
+
+
+def run(module, packed=False, reset=False):
+    """Return outputs and gradients of a call."""
+    x = torch.linspace(-1, 1, L * N * I).reshape(L, N, I)
+    if isinstance(module, nn.LSTMCell):
+        outputs = module(x[0])
+    else:
+        if packed:
+            x = pack_padded_sequence(x, torch.tensor([5, 3]))
+        options = {"reset": zero_reset()} if reset else {}
+        output, states = module(x, **options)
+        outputs = (output.data if packed else output, *states)
+    gradients = torch.autograd.grad([t.sum() for t in outputs], module.parameters())
+    return [*outputs, *gradients]
+
+
+@pytest.mark.parametrize("mode", _backend.MODES)
+@pytest.mark.parametrize("name", CALLS)
+def test_whose_kernels_run(name, mode, as_if_on_cuda):
+    """And that all compute the same."""
+    kind, options, called_with, ours = CALLS[name]
+    module = getattr(lstm_ext, kind)(I, H, **options)
+    theirs = getattr(nn, kind)(I, H, **{k: v for k, v in options.items() if "every" not in k})
+    theirs.load_state_dict(module.state_dict())
+    lstm_ext.set_cuda_backend(mode)
+    with Operators() as seen:
+        found = run(module, **called_with)
+    assert any(op.startswith("lstm_ext.") for op in seen.names) == ours[mode], seen.names
+    for a, b in zip(found, run(theirs, packed=called_with.get("packed", False)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mode", _backend.MODES)
+def test_a_trace_goes_the_same_ways(mode, as_if_on_cuda):
+    module = nn.LSTM(I, H)
+    lstm_ext.set_cuda_backend(mode)
+    with Operators() as seen:
+        trace = lstm_ext.trace_gates(module, torch.ones(L, N, I))
+    assert any(op.startswith("lstm_ext.") for op in seen.names) == (mode != "torch")
+    torch.testing.assert_close(trace.h[0], module(torch.ones(L, N, I))[0])
+
+
+def test_a_device_without_kernels_gets_torchs():
+    """Tensors without memory stand for it."""
+    with Operators() as seen:
+        lstm_ext.LSTM(I, H, device="meta")(torch.empty(L, N, I, device="meta"))
+    assert not any(op.startswith("lstm_ext.") for op in seen.names)
+
+
+def test_the_mode_before_is_returned_and_wrong_ones_are_refused():
+    assert lstm_ext.set_cuda_backend("fused") == "auto"
+    assert lstm_ext.cuda_backend() == "fused"
+    with pytest.raises(ValueError, match="mode must be one of auto, fused, torch, got 'cudnn'"):
+        lstm_ext.set_cuda_backend("cudnn")
+    assert lstm_ext.set_cuda_backend("torch") == "fused"
+    assert lstm_ext.build_info()["cuda_backend"] == "torch"
+
+
+def test_compiled_code_follows_the_mode():
+    @torch.compile(backend="eager", fullgraph=True)
+    def f(x):
+        return x + 1 if lstm_ext.cuda_backend() == "fused" else x - 1
+
+    assert f(torch.zeros(())) == -1
+    lstm_ext.set_cuda_backend("fused")
+    assert f(torch.zeros(())) == 1
+
+
+def python(code, **variables):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **variables},
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"),
+    [("", "auto"), ("fused", "fused"), ("Torch", "torch"), ("1", "auto"), ("0", "auto")],
+)
+def test_the_environment_variable(value, mode):
+    """0 and 1 are for the build, and say nothing here."""
+    done = python("import lstm_ext; print(lstm_ext.cuda_backend())", LSTM_EXT_CUDA=value)
+    assert done.stdout.split() == [mode], done.stderr
+
+
+def test_a_wrong_environment_variable_is_an_error():
+    done = python("import lstm_ext", LSTM_EXT_CUDA="cudnn")
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert said == "ImportError: LSTM_EXT_CUDA must be one of auto, fused, torch, got 'cudnn'"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("training", "grad", "train"),
+    [(True, True, True), (False, True, True), (True, False, False), (False, False, False)],
+)
+def test_torchs_layer_is_told_to_train_wherever_a_backward_may_follow(
+    training, grad, train, packed, monkeypatch
+):
+    """CuDNN's backward needs it; seen on tensors without memory, which go the same way."""
+    told = []
+    real = torch._VF.lstm
+
+    def spy(*arguments):
+        told.append(arguments[7] if packed else arguments[6])
+        return real(*arguments)
+
+    monkeypatch.setattr(torch._VF, "lstm", spy)
+    module = lstm_ext.LSTM(I, H, device="meta").train(training)
+    x = torch.empty(L, N, I, device="meta")
+    with torch.set_grad_enabled(grad):
+        if packed:
+            sizes = torch.tensor([2, 2, 1, 1, 1])
+            x = torch.nn.utils.rnn.PackedSequence(torch.empty(7, I, device="meta"), sizes)
+        module(x)
+    assert told == [train]
+
+
+PATHS = """
+import torch, lstm_ext
+x = torch.randn(5, 2, 4)
+lstm_ext.LSTMCell(4, 3)(x[0])[0].sum().backward()
+lstm_ext.LSTM(4, 3)(x)[0].sum().backward()
+lstm_ext.LSTM(4, 3, proj_size=2)(x)
+lstm_ext.LSTM(4, 3, proj_size=2)(x, reset=torch.zeros(5, 2, dtype=torch.bool))
+w_ih, w_hh, *_ = [p.detach() for p in lstm_ext.LSTMCell(4, 3).parameters()]
+lstm_ext.lstm_cell(x[0].to_sparse(), (x[0, :, :3], x[0, :, :3]), w_ih, w_hh)
+with torch.inference_mode():
+    lstm_ext.freeze(lstm_ext.LSTM(4, 3).eval())(x)
+"""
+
+
+def test_the_log_of_paths():
+    done = python(PATHS, LSTM_EXT_VERBOSE="1", ATEN_CPU_CAPABILITY="default")
+    assert done.returncode == 0, done.stderr
+    said = [line.removeprefix("lstm_ext: ") for line in done.stderr.splitlines()]
+    cpu = "cpu: the CPU's kernels, DEFAULT"
+    assert said == [
+        f"lstm_cell_forward, Float input [2, 4], hidden 3, {cpu}",
+        f"lstm_cell_backward, Float input [2, 4], hidden 3, {cpu}",
+        f"lstm_layer_forward, Float input [5, 2, 4], hidden 3, {cpu}",
+        f"lstm_layer_backward, Float input [5, 2, 4], hidden 3, {cpu}",
+        "lstm, float32 input [5, 2, 4], cpu: torch's own LSTM: projections have no kernel",
+        "lstm_layer, float32 input [5, 2, 4], cpu: plain tensor operations: projections have no "
+        "kernel",
+        "lstm_cell, Float input [2, 4], hidden 3, cpu: torch's own cell, for what the kernels do "
+        "not take: a dtype, layout, size or device",
+        f"lstm_layer_packed, Float input [5, 2, 4], hidden 3, {cpu}",
+    ]
+
+
+def test_no_log_unless_asked():
+    assert python(PATHS, LSTM_EXT_VERBOSE="0").stderr == ""
