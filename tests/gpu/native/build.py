@@ -141,8 +141,8 @@ class Builder:
         stamp = self.objects / f"{program.name}.linked"
         if target.exists() and stamp.exists() and stamp.read_text() == names:
             return target
+        # Not libstdc++: the static one asks for a newer libc than the shared one does.
         command = ["nvcc", "-cudart", "static", "-Xlinker", "-s", *map(str, objects)]
-        command += ["-Xcompiler", "-static-libstdc++,-static-libgcc", "-lpthread"]
         self.run([*command, "-o", str(target)], target)
         stamp.write_text(names)
         return target
