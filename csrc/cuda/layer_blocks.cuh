@@ -7,9 +7,11 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "cuda/gate_tiles.cuh"
 #include "cuda/kernels.h"
+#include "cuda/latency.cuh"
 
 namespace lstm_ext::cuda {
 
@@ -92,13 +94,26 @@ __device__ inline Part part_of_block(const Plan& plan, int all_units, int64_t N)
           min(first_row + plan.rows, N)};
 }
 
-// What a block wrote, those that share its rows may read.
-__device__ inline void meet(const Plan& plan) {
-  if (plan.unit_blocks > 1)
-    cooperative_groups::this_grid().sync();
-  else
-    __syncthreads();
-}
+// What a block wrote before it arrived, those that share its rows may read once they have waited.
+// All of its threads arrive, and then wait.
+class Meeting {
+ public:
+  __device__ explicit Meeting(const Plan& plan) : of_grid_(plan.unit_blocks > 1) {}
+
+  __device__ void arrive() {
+    if (of_grid_) token_ = cooperative_groups::this_grid().barrier_arrive();
+  }
+  __device__ void wait() {
+    if (of_grid_)
+      cooperative_groups::this_grid().barrier_wait(std::move(token_));
+    else
+      __syncthreads();
+  }
+
+ private:
+  bool of_grid_;
+  cooperative_groups::grid_group::arrival_token token_ = {};
+};
 
 // The block's sums for some rows of the batch, from row_tile on: sums of the warps' shares are left
 // to who reads them, after a __syncthreads.
@@ -108,11 +123,12 @@ __device__ inline void multiply(const Plan& plan, const Operand<typename Tile::T
                                 const PartialSums<typename Tile::S>& partial) {
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarpSize, lane = thread % kWarpSize;
+  constexpr int kAhead = latency::kStageNext && kVectors ? Tile::kMostAhead : 0;
   for (int tile = warp / plan.split * Tile::kUnits; tile < plan.units;
        tile += kWarps / plan.split * Tile::kUnits) {
     const TilePlace place = {row_tile, end_row, tile, own_units, warp % plan.split, plan.split};
     Tile sums;
-    sums.template add<kVectors>(operand, place, lane);
+    sums.template add<kVectors, kAhead>(operand, place, lane);
     sums.store(partial, place.slice, tile, lane);
   }
 }
@@ -121,18 +137,18 @@ __device__ inline int64_t time_of(const Sequence& sequence, int64_t step) {
   return sequence.reverse ? sequence.L - 1 - step : step;
 }
 
-// Rows before those of a step.
-__device__ inline int64_t offset_at(const Sequence& sequence, int64_t step) {
-  const int64_t t = time_of(sequence, step);
-  return sequence.offsets != nullptr ? sequence.offsets[t] : t * sequence.N;
-}
+// The rows of a step: how many there are before them in memory, and the end of a block's own, which
+// are below end_row of the batch. None beyond the first step and the last.
+struct StepRows {
+  int64_t before, end;
+};
 
-// The rows of a step; none after the last.
-__device__ inline int64_t rows_at(const Sequence& sequence, int64_t step) {
-  if (step >= sequence.L) return 0;
-  if (sequence.offsets == nullptr) return sequence.N;
+__device__ inline StepRows rows_of(const Sequence& sequence, int64_t step, int64_t end_row) {
+  if (step < 0 || step >= sequence.L) return {0, 0};
   const int64_t t = time_of(sequence, step);
-  return sequence.offsets[t + 1] - sequence.offsets[t];
+  if (sequence.offsets == nullptr) return {t * sequence.N, end_row};
+  const int64_t before = sequence.offsets[t];
+  return {before, min(end_row, sequence.offsets[t + 1] - before)};
 }
 
 __device__ inline bool is_reset(const Sequence& sequence, int64_t step, int64_t row) {
