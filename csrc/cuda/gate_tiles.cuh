@@ -41,6 +41,8 @@ struct PartialSums {
     return at[((slice * kGates + gate) * rows + row) * units + unit];
   }
 
+  __device__ PartialSums from_row(int row) const { return {at + row * units, rows, units}; }
+
   __device__ S sum(int split, int gate, int row, int unit) const {
     S sum = 0;
     for (int slice = 0; slice < split; ++slice) sum += (*this)(slice, gate, row, unit);
@@ -85,6 +87,8 @@ template <int kAhead, int kRows, class Numbers, class Load, class Multiply>
 __device__ inline void in_stages(int first, int stride, int K, const Load& load,
                                  const Multiply& multiply) {
   if constexpr (kAhead == 0) {
+    [[maybe_unused]] constexpr int kUnroll = kRows == 1 ? 4 : 1;
+#pragma unroll kUnroll
     for (int k = first; k < K; k += stride) multiply(k, [&](int row) { return load(row, k); });
   } else {
     Numbers staged[kAhead][kRows];

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   S* const grads_h =
       reinterpret_cast<S*>(weights + static_cast<size_t>(most) * stride);  // [rows][most]
   S* const grads_c = grads_h + plan.rows * most;                           // [rows][most]
-  const PartialSums<S> partial{grads_c + plan.rows * most, Tile::kRows, plan.tile_units};
+  const PartialSums<S> partial{grads_c + plan.rows * most, plan.group, plan.tile_units};
 
   const int thread = static_cast<int>(threadIdx.x);
   const auto [first_unit, units, first_row, end_row] =
@@ -117,19 +117,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     if constexpr (kLoadsFirst) ahead = read(step - 1, next, thread);
     if constexpr (!kPublishFirst) meeting.arrive();
     meeting.wait();
-    for (int64_t row_tile = first_row; row_tile < now.end; row_tile += Tile::kRows) {
+    for (int64_t group = first_row; group < now.end; group += plan.group) {
       const Operand<T> operand = {layer.grad_gates + now.before * K, weights, K, stride,
                                   int64_t{units} * stride};
-      multiply<Tile, kVectors>(plan, operand, row_tile, now.end, units, partial);
+      multiply<Tile, kVectors>(plan, operand, group, now.end, units, partial);
       __syncthreads();
-      for (int element = thread; element < Tile::kRows * own; element += kThreads) {
-        const int hidden = element % own, tile_row = element / own;
-        const int64_t row = row_tile + tile_row;
+      for (int element = thread; element < plan.group * own; element += kThreads) {
+        const int hidden = element % own, in_group = element / own;
+        const int64_t row = group + in_group;
         if (row >= now.end) continue;
         grads_h[(row - first_row) * most + hidden] =
             is_reset(sequence, step, row)
                 ? S(0)
-                : partial.sum(plan.split, hidden / units, tile_row, hidden % units);
+                : partial.sum(plan.split, hidden / units, in_group, hidden % units);
       }
       __syncthreads();
     }
@@ -145,19 +145,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <class Tile>
-Plan plan_for(const LayerBackward<typename Tile::T>& layer, const Device& device) {
-  // Gradients of h and c.
-  const Numbers numbers = {/*a_unit=*/0, /*a_unit_and_row=*/2 * kInUnit};
-  return plan_blocks<Tile>((layer.H + kInUnit - 1) / kInUnit, kGates * layer.H, layer.sequence.N,
-                           numbers, device);
+template <class T>
+Choice choice_for(const LayerBackward<T>& layer, const Device& device) {
+  Work work = {};
+  work.units = (layer.H + kInUnit - 1) / kInUnit;
+  work.K = kGates * layer.H;
+  work.N = layer.sequence.N;
+  work.elements_a_unit = kInUnit;
+  work.kept_a_unit_and_row = 2 * kInUnit;  // gradients of h and c
+  work.widely = work.split_units = kSpreadBackward;
+  return choose_plan<T>(work, device);
 }
 
 template <class Tile>
-cudaError_t launch_plan(const LayerBackward<typename Tile::T>& layer, const Device& device,
+cudaError_t launch_plan(const LayerBackward<typename Tile::T>& layer, const Plan& plan,
                         cudaStream_t stream) {
   constexpr int kVector = kFullVector<typename Tile::T>;
-  const Plan plan = plan_for<Tile>(layer, device);
   const bool vectors = kGates * layer.H % kVector == 0 && in_vectors(layer.grad_gates);
   const auto kernel =
       vectors ? layer_backward_kernel<Tile, true> : layer_backward_kernel<Tile, false>;
@@ -168,15 +171,15 @@ cudaError_t launch_plan(const LayerBackward<typename Tile::T>& layer, const Devi
 
 template <class T>
 bool layer_backward_fits(const LayerBackward<T>& layer, const Device& device) {
-  return with_tile<T>(layer.sequence.N, device.tf32,
-                      [&](auto tile) { return plan_for<decltype(tile)>(layer, device).units > 0; });
+  return choice_for(layer, device).plan.units > 0;
 }
 
 template <class T>
 cudaError_t layer_backward(const LayerBackward<T>& layer, const Device& device,
                            cudaStream_t stream) {
-  return with_tile<T>(layer.sequence.N, device.tf32, [&](auto tile) {
-    return launch_plan<decltype(tile)>(layer, device, stream);
+  const Choice choice = choice_for(layer, device);
+  return with_tile<T>(choice.tile_rows, device.tf32, [&](auto tile) {
+    return launch_plan<decltype(tile)>(layer, choice.plan, stream);
   });
 }
 

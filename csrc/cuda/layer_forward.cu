@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   T* const weights = reinterpret_cast<T*>(shared);  // [4][units][stride]
   S* const biases = reinterpret_cast<S*>(weights + size_t{kGates} * units * stride);  // [4][units]
   S* const states = biases + kGates * units;  // c [rows][units]
-  const PartialSums<S> partial{states + plan.rows * units, Tile::kRows, plan.tile_units};
+  const PartialSums<S> partial{states + plan.rows * units, plan.group, plan.tile_units};
 
   const int thread = static_cast<int>(threadIdx.x);
   const auto [first_unit, own_units, first_row, end_row] = part_of_block(plan, H, sequence.N);
@@ -89,13 +89,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       states[(row - first_row) * units + unit] = reset ? S(0) : widen(layer.cx[at]);
     }
   };
-  const auto elements_of = [&](const StepRows& rows, int64_t row_tile) {
-    return static_cast<int>(min(rows.end - row_tile, int64_t{Tile::kRows})) * own_units;
+  const auto elements_of = [&](const StepRows& rows, int64_t group) {
+    return static_cast<int>(min(rows.end - group, int64_t{plan.group})) * own_units;
   };
-  const auto read = [&](int64_t step, const StepRows& rows, int64_t row_tile, int element) {
+  const auto read = [&](int64_t step, const StepRows& rows, int64_t group, int element) {
     Known<T> known = {};
-    if (element >= elements_of(rows, row_tile)) return known;
-    const int64_t row = row_tile + element / own_units;
+    if (element >= elements_of(rows, group)) return known;
+    const int64_t row = group + element / own_units;
     const T* const products =
         layer.products + (rows.before + row) * kGates * H + first_unit + element % own_units;
 #pragma unroll
@@ -129,25 +129,25 @@ __global__ void __launch_bounds__(kThreads, 1)
     T* const h_next = layer.h_buffers + (step + 1) % 2 * state_size;
     Element<S> late = {};
     bool is_late = false;
-    for (int64_t row_tile = first_row; row_tile < now.end; row_tile += Tile::kRows) {
+    for (int64_t group = first_row; group < now.end; group += plan.group) {
       const Operand<T> operand = {h, weights, H, stride, int64_t{units} * stride};
-      multiply<Tile, kVectors>(plan, operand, row_tile, now.end, own_units, partial);
+      multiply<Tile, kVectors>(plan, operand, group, now.end, own_units, partial);
       __syncthreads();
-      const bool last_tile = row_tile + Tile::kRows >= now.end;
-      const int elements = elements_of(now, row_tile);
+      const bool last_group = group + plan.group >= now.end;
+      const int elements = elements_of(now, group);
       for (int element = thread; element < elements; element += kThreads) {
-        const int unit = element % own_units, tile_row = element / own_units;
-        const int64_t row = row_tile + tile_row;
+        const int unit = element % own_units, in_group = element / own_units;
+        const int64_t row = group + in_group;
         const int column = first_unit + unit;
         const T* const products = layer.products + (now.before + row) * kGates * H + column;
         const Known<T> known = ahead;
-        if constexpr (kLoadsFirst) ahead = read(step, now, row_tile, element + kThreads);
+        if constexpr (kLoadsFirst) ahead = read(step, now, group, element + kThreads);
         S pre[kGates];
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate)
           pre[gate] = biases[gate * units + unit] +
                       widen(kLoadsFirst ? known.products[gate] : products[gate * H]) +
-                      partial.sum(plan.split, gate, tile_row, unit);
+                      partial.sum(plan.split, gate, in_group, unit);
         S& state = states[(row - first_row) * units + unit];
         Element<S> done = {row, column, {}, state, 0, 0};
         done.gates = lstm_ext::cell_forward<Math>(Gates<S>{pre[0], pre[1], pre[2], pre[3]}, state,
@@ -157,15 +157,15 @@ __global__ void __launch_bounds__(kThreads, 1)
           h_next[row * H + column] = reset ? narrow<T>(0) : narrow<T>(done.h);
         // As the cell rounds its c from step to step.
         state = reset ? S(0) : widen(narrow<T>(done.c));
-        is_late = kPublishFirst && last_tile && element + kThreads >= elements;
+        is_late = kPublishFirst && last_group && element + kThreads >= elements;
         if (is_late)
           late = done;
         else
           store(done, now, next.end);
       }
-      if (kPublishFirst && last_tile) break;
+      if (kPublishFirst && last_group) break;
       __syncthreads();
-      if constexpr (kLoadsFirst) ahead = read(step, now, row_tile + Tile::kRows, thread);
+      if constexpr (kLoadsFirst) ahead = read(step, now, group + plan.group, thread);
     }
     // Sequences that begin at the next step, in reverse.
     begin(now.end > first_row ? now.end : first_row, next.end, step + 1);
@@ -179,18 +179,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <class Tile>
-Plan plan_for(const LayerForward<typename Tile::T>& layer, const Device& device) {
-  // Biases, and c.
-  const Numbers numbers = {/*a_unit=*/kGates, /*a_unit_and_row=*/1};
-  return plan_blocks<Tile>(layer.H, layer.H, layer.sequence.N, numbers, device);
+template <class T>
+Choice choice_for(const LayerForward<T>& layer, const Device& device) {
+  Work work = {};
+  work.units = work.K = layer.H;
+  work.N = layer.sequence.N;
+  work.elements_a_unit = 1;
+  work.kept_a_unit = kGates;      // biases
+  work.kept_a_unit_and_row = 1;  // c
+  work.widely = kSmallTiles;
+  return choose_plan<T>(work, device);
 }
 
 template <class Tile>
-cudaError_t launch_plan(const LayerForward<typename Tile::T>& layer, const Device& device,
+cudaError_t launch_plan(const LayerForward<typename Tile::T>& layer, const Plan& plan,
                         cudaStream_t stream) {
   constexpr int kVector = kFullVector<typename Tile::T>;
-  const Plan plan = plan_for<Tile>(layer, device);
   const bool vectors = layer.H % kVector == 0 && in_vectors(layer.h_buffers);
   const auto kernel =
       vectors ? layer_forward_kernel<Tile, true> : layer_forward_kernel<Tile, false>;
@@ -201,14 +205,14 @@ cudaError_t launch_plan(const LayerForward<typename Tile::T>& layer, const Devic
 
 template <class T>
 bool layer_forward_fits(const LayerForward<T>& layer, const Device& device) {
-  return with_tile<T>(layer.sequence.N, device.tf32,
-                      [&](auto tile) { return plan_for<decltype(tile)>(layer, device).units > 0; });
+  return choice_for(layer, device).plan.units > 0;
 }
 
 template <class T>
 cudaError_t layer_forward(const LayerForward<T>& layer, const Device& device, cudaStream_t stream) {
-  return with_tile<T>(layer.sequence.N, device.tf32, [&](auto tile) {
-    return launch_plan<decltype(tile)>(layer, device, stream);
+  const Choice choice = choice_for(layer, device);
+  return with_tile<T>(choice.tile_rows, device.tf32, [&](auto tile) {
+    return launch_plan<decltype(tile)>(layer, choice.plan, stream);
   });
 }
 
