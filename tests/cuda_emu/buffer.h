@@ -1,18 +1,29 @@
-// Memory as a test wants it: exactly as much as a kernel may touch, so that a sanitizer sees every
-// stray access, filled with chosen numbers, and if asked off the 16 bytes that vectors need.
+// Memory as a test wants it: exactly as much as a kernel may touch, so that every stray access is
+// seen, filled with chosen numbers, and if asked off the 16 bytes that vectors need. On the emulator
+// or on a GPU: what differs between them is in namespace machine.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <random>
+#include <string>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
-#include "cuda_emu.h"
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#if defined(LSTM_EXT_CUDA_EMU)
+#include "emulated.h"
+#else
+#include "on_gpu.h"
+#endif
 
 namespace check {
 
@@ -40,28 +51,33 @@ double spacing() {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(size_t count, bool off = false) : count_(count), off_(off ? 1 : 0) {
-    const size_t bytes = (count + off_) * sizeof(T);
-    memory_.reset(static_cast<T*>(std::malloc(bytes == 0 ? 1 : bytes)));
-    std::memset(static_cast<void*>(memory_.get()), 0xff, bytes);  // NaN
-  }
+  explicit Buffer(size_t count, bool off = false)
+      : count_(count), memory_(count * sizeof(T), off ? sizeof(T) : 0) {}
   Buffer(const Values& values, bool off = false) : Buffer(values.size(), off) {
-    for (size_t k = 0; k < values.size(); ++k) at()[k] = T(values[k]);
+    const auto numbers = std::make_unique<T[]>(count_);
+    for (size_t k = 0; k < count_; ++k) numbers[k] = T(values[k]);
+    memory_.write(numbers.get());
   }
-  T* at() { return memory_.get() + off_; }
+  T* at() { return static_cast<T*>(memory_.at()); }
+  std::unique_ptr<T[]> numbers() {
+    auto numbers = std::make_unique<T[]>(count_);
+    memory_.read(numbers.get());
+    return numbers;
+  }
   Values values() {
+    const auto from = numbers();
     Values result(count_);
-    for (size_t k = 0; k < count_; ++k) result[k] = static_cast<double>(at()[k]);
+    for (size_t k = 0; k < count_; ++k) result[k] = static_cast<double>(from[k]);
     return result;
   }
-  bool same_bits(Buffer& other) { return std::memcmp(at(), other.at(), count_ * sizeof(T)) == 0; }
+  void take_bits(Buffer& other) { memory_.write(other.numbers().get()); }
+  bool same_bits(Buffer& other) {
+    return std::memcmp(numbers().get(), other.numbers().get(), count_ * sizeof(T)) == 0;
+  }
 
  private:
-  struct Free {
-    void operator()(T* memory) const { std::free(memory); }
-  };
-  size_t count_, off_;
-  std::unique_ptr<T, Free> memory_;
+  size_t count_;
+  machine::Memory memory_;
 };
 
 // Numbers that T holds exactly.
@@ -73,8 +89,27 @@ Values draw(size_t count, double scale, std::mt19937& random) {
   return values;
 }
 
+// body(row) for all rows, on many cores where a row is much work (count of multiplications).
+template <class Body>
+void for_rows(int64_t rows, double work, const Body& body) {
+  const int64_t most = std::max(1u, std::thread::hardware_concurrency());
+  const int64_t threads = work < 1e5 ? 1 : std::min(rows, most);
+  const auto some = [&](int64_t first) {
+    for (int64_t row = first; row < rows; row += threads) body(row);
+  };
+  std::vector<std::thread> others;
+  for (int64_t first = 1; first < threads; ++first) others.emplace_back(some, first);
+  some(0);
+  for (std::thread& thread : others) thread.join();
+}
+
 class Report {
  public:
+  // The case that what follows belongs to.
+  void begin(const std::string& where) {
+    where_ = where;
+    machine::watch(where);
+  }
   // found within tolerance of expected, everywhere; NaN is not.
   void close(const Values& found, const Values& expected, double tolerance, const char* what) {
     ++comparisons_;
@@ -86,22 +121,61 @@ class Report {
     }
     if (worst <= tolerance) return;
     ++failures_;
-    std::printf("%s: %s off by %g (allowed %g)\n", where.c_str(), what, worst, tolerance);
+    std::printf("%s: %s off by %g (allowed %g)\n", where_.c_str(), what, worst, tolerance);
   }
   void that(bool true_, const char* what) {
     ++comparisons_;
     if (true_) return;
     ++failures_;
-    std::printf("%s: not so: %s\n", where.c_str(), what);
+    std::printf("%s: not so: %s\n", where_.c_str(), what);
+  }
+  // A call was made without an error, and wrote nothing around its buffers.
+  void ran(cudaError_t error, const char* what = "it ran") {
+    ++comparisons_;
+    if (error != cudaSuccess) {
+      ++failures_;
+      std::printf("%s: not so: %s: %s\n", where_.c_str(), what,
+                  machine::describe(error).c_str());
+    }
+    for (const std::string& stray : machine::strays()) {
+      ++failures_;
+      std::printf("%s: %s\n", where_.c_str(), stray.c_str());
+    }
+  }
+  void launched(const machine::Launches& since, unsigned long count, const char* what) {
+    if (machine::kEmulated) that(since.count() == count, what);
+  }
+  // An error that nothing can follow.
+  void stopped(const char* what) {
+    ++failures_;
+    std::printf("%s: %s; stopped here\n", where_.c_str(), what);
   }
   int finish() const {
     std::printf("%d comparisons, %d failures\n", comparisons_, failures_);
     return failures_ == 0 && comparisons_ > 0 ? 0 : 1;
   }
-  std::string where;
 
  private:
+  std::string where_ = "at the start";
   int comparisons_ = 0, failures_ = 0;
 };
+
+// A program of checks: its arguments, and its exit status. body(few).
+template <class Body>
+int run(int count, char** arguments, const char* about, Report& report, const Body& body) {
+  const std::string word = count > 1 ? arguments[1] : "";
+  if (word != "" && word != "few") {
+    std::printf("%s\n\nusage: %s [few]\n  few: few cases, for a sanitizer that takes its time\n",
+                about, arguments[0]);
+    return word == "--help" ? 0 : 2;
+  }
+  try {
+    if (const int status = machine::start(word == "few"); status != 0) return status;
+    body(word == "few");
+  } catch (const std::exception& error) {
+    report.stopped(error.what());
+  }
+  return report.finish();
+}
 
 }  // namespace check

@@ -1,6 +1,6 @@
-// The CUDA kernels of the cell on the CPU, against plain loops in double precision. Built by
-// tests/test_cuda_emu.py. "few" as argument: few shapes, for a sanitizer that takes its time. Exit
-// status 0 if all agree.
+// The CUDA kernels of the cell, against plain loops in double precision: on the CPU as built by
+// tests/test_cuda_emu.py, on a GPU as built by tests/gpu/native/build.py. "few" as argument: few
+// shapes, for a sanitizer that takes its time. Exit status 0 if all agree.
 #include <string>
 
 #include "buffer.h"
@@ -15,7 +15,6 @@ using check::sigmoid;
 using check::Values;
 
 check::Report report;
-constexpr unsigned orders = 2;  // of the threads
 bool few = false;
 
 struct Shape {
@@ -97,24 +96,23 @@ void check_forward(const Case& test, bool tf32, int multiprocessors) {
                                                           test.bias ? b_hh.at() : nullptr;
   const size_t states = static_cast<size_t>(N) * H;
   Buffer<T> first(states);
-  for (unsigned order = 0; order < orders; ++order) {
-    cuda_emu::seed = order;
+  for (unsigned order = 0; order < machine::kOrders; ++order) {
+    machine::use_order(order);
     const bool keeps = order % 2 == 0;
     Buffer<T> hy(states, test.off), cy(states, test.off), gates(4 * states, test.off);
     const CellForward<T> call = {x.at(),  h.at(),  c.at(),  w_ih.at(), w_hh.at(),
                                  bias_ih, bias_hh, hy.at(), cy.at(),   keeps ? gates.at() : nullptr,
                                  N,       I,       H};
-    const unsigned long before = cuda_emu::launches;
-    report.that(cell_forward(call, {multiprocessors, 227 * 1024, tf32}, nullptr) == cudaSuccess,
-                "it ran");
-    report.that(cuda_emu::launches - before == (states == 0 ? 0 : 1), "in one launch");
+    const machine::Launches launches;
+    report.ran(cell_forward(call, {multiprocessors, machine::shared_per_block(), tf32}, nullptr));
+    report.launched(launches, states == 0 ? 0 : 1, "in one launch");
     report.close(hy.values(), expected.hy, tolerance, "h'");
     report.close(cy.values(), expected.cy, tolerance, "c'");
     if (keeps) report.close(gates.values(), expected.gates, tolerance, "gates");
     if (order == 0)
-      std::memcpy(first.at(), hy.at(), states * sizeof(T));
+      first.take_bits(hy);
     else
-      report.that(first.same_bits(hy), "the same bits in another order of threads");
+      report.that(first.same_bits(hy), machine::kSameBits);
   }
 
   if (tf32) return;
@@ -128,7 +126,7 @@ void check_forward(const Case& test, bool tf32, int multiprocessors) {
     const CellForward<T> call = {nullptr, nullptr, c.at(),  nullptr, nullptr,
                                  bias_ih, bias_hh, hy.at(), cy.at(), keeps ? sums.at() : nullptr,
                                  N,       I,       H};
-    report.that(cell_finish<T>(call, sums.at(), nullptr) == cudaSuccess, "it ran");
+    report.ran(cell_finish<T>(call, sums.at(), nullptr));
     report.close(hy.values(), rounded.hy, tolerance, "finished h'");
     report.close(cy.values(), rounded.cy, tolerance, "finished c'");
     if (keeps) report.close(sums.values(), rounded.gates, tolerance, "gates for products");
@@ -167,8 +165,8 @@ void check_backward(const Case& test, bool with_h, bool with_c) {
   Buffer<T> gates(gate_values, test.off), c(c_values, test.off);
   Buffer<T> grad_h(dh, test.off), grad_c(dc, test.off);
   Buffer<T> first(4 * H);
-  for (unsigned order = 0; order < orders; ++order) {
-    cuda_emu::seed = order;
+  for (unsigned order = 0; order < machine::kOrders; ++order) {
+    machine::use_order(order);
     Buffer<T> grads(4 * states, test.off), grad_cx(states, test.off), b_ih(4 * H), b_hh(4 * H);
     CellBackward<T> call = {with_h ? grad_h.at() : nullptr,
                             with_c ? grad_c.at() : nullptr,
@@ -183,20 +181,26 @@ void check_backward(const Case& test, bool with_h, bool with_c) {
                             H};
     Buffer<char> workspace(cell_backward_workspace(call));
     call.partial_sums = workspace.at();
-    report.that(cell_backward(call, nullptr) == cudaSuccess, "it ran");
+    report.ran(cell_backward(call, nullptr));
     report.close(grads.values(), expected, tolerance, "gradients of the gates");
     report.close(grad_cx.values(), expected_c, tolerance, "gradient of c");
     report.close(b_ih.values(), expected_b, tolerance * (1 + std::sqrt(N)), "gradient of b_ih");
     report.that(b_ih.same_bits(b_hh), "both biases have one gradient");
     if (order == 0)
-      std::memcpy(first.at(), b_ih.at(), 4 * H * sizeof(T));
+      first.take_bits(b_ih);
     else
-      report.that(first.same_bits(b_ih), "the same bits in another order of threads");
+      report.that(first.same_bits(b_ih), machine::kSameBits);
     call.grad_cx = call.grad_b_ih = call.grad_b_hh = nullptr;
     report.that(cell_backward_workspace(call) == 0, "no biases, no workspace");
-    report.that(cell_backward(call, nullptr) == cudaSuccess, "it ran without the rest");
+    report.ran(cell_backward(call, nullptr), "it ran without the rest");
     report.close(grads.values(), expected, tolerance, "gradients of the gates alone");
   }
+}
+
+template <class T>
+void name_case(const Shape& shape, const char* more) {
+  report.begin(std::string(check::name<T>()) + " " + std::to_string(shape.N) + "x" +
+               std::to_string(shape.I) + "x" + std::to_string(shape.H) + more);
 }
 
 template <class T>
@@ -208,8 +212,7 @@ void check_all() {
     if (few && (shape.N > 5 || shape.I > 40)) continue;
     for (const bool off : {false, true}) {
       const Case test = {shape, !off, off};
-      report.where = std::string(check::name<T>()) + " " + std::to_string(shape.N) + "x" +
-                     std::to_string(shape.I) + "x" + std::to_string(shape.H) + (off ? " off" : "");
+      name_case<T>(shape, off ? " off" : "");
       // One multiprocessor: many units a block; a hundred: all warps share one tile.
       check_forward<T>(test, false, off ? 1 : 100);
       if (!off) check_forward<T>(test, false, 4);
@@ -217,7 +220,7 @@ void check_all() {
       check_backward<T>(test, true, !off);
     }
   }
-  report.where = std::string(check::name<T>()) + " backward";
+  report.begin(std::string(check::name<T>()) + " backward");
   check_backward<T>({{5, 0, 6}, false, false}, false, true);
   check_backward<T>({{5, 0, 8}, false, false}, true, false);
   // More rows than one block takes: sums of blocks, in a second launch.
@@ -225,26 +228,45 @@ void check_all() {
   if (!few) check_backward<T>({{300, 0, 200}, false, false}, true, true);
 }
 
+// Sizes of use: many blocks, and all of the multiprocessors.
+template <class T>
+void check_large() {
+  const Shape shapes[] = {{1, 256, 256},  {16, 512, 512},  {64, 512, 512},
+                          {64, 768, 768}, {1, 1024, 1024}, {256, 64, 64}};
+  for (const Shape& shape : shapes) {
+    name_case<T>(shape, "");
+    const Case test = {shape, true, false};
+    check_forward<T>(test, false, machine::multiprocessors());
+    if (std::is_same_v<T, float>) check_forward<T>(test, true, machine::multiprocessors());
+    check_backward<T>(test, true, true);
+  }
+}
+
 void check_limits() {
-  report.where = "limits";
+  report.begin("limits");
   Buffer<float> any(Values(4 * 8 * 8));
   const CellForward<float> call = {any.at(), any.at(), any.at(), any.at(), any.at(),
                                    nullptr,  nullptr,  any.at(), any.at(), nullptr,
                                    1,        8,        8};
-  cuda_emu::limits.threads_per_block = 128;
+  const machine::NarrowLimits narrow(128);
   report.that(cell_forward(call, {4, 227 * 1024, false}, nullptr) == cudaErrorInvalidConfiguration,
               "a launch beyond the limits is an error, and returned");
-  cuda_emu::limits = {};
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  few = count > 1 && std::string(arguments[1]) == "few";
-  check_all<float>();
-  check_all<double>();
-  check_all<__half>();
-  check_all<__nv_bfloat16>();
-  check_limits();
-  return report.finish();
+  return check::run(count, arguments, "The CUDA kernels of the cell.", report, [](bool few_) {
+    few = few_;
+    check_all<float>();
+    check_all<double>();
+    check_all<__half>();
+    check_all<__nv_bfloat16>();
+    if (machine::kEmulated) return check_limits();
+    if (few) return;
+    check_large<float>();
+    check_large<double>();
+    check_large<__half>();
+    check_large<__nv_bfloat16>();
+  });
 }

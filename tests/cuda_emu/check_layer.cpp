@@ -1,5 +1,6 @@
-// The CUDA kernels of a whole layer on the CPU, against plain loops in double precision. Built by
-// tests/test_cuda_emu.py. "few" as argument: few cases. Exit status 0 if all agree.
+// The CUDA kernels of a whole layer, against plain loops in double precision: on the CPU as built by
+// tests/test_cuda_emu.py, on a GPU as built by tests/gpu/native/build.py. "few" as argument: few
+// cases, for a sanitizer that takes its time. Exit status 0 if all agree.
 #include <string>
 
 #include "buffer.h"
@@ -35,7 +36,7 @@ Outputs expect(const Case& test, const std::vector<int64_t>& offsets, const Valu
   Outputs out = {Values(S * H), {}, {}, Values(S * 4 * H), Values(S * H)};
   for (int step = 0; step < test.L; ++step) {
     const int t = test.reverse ? test.L - 1 - step : step;
-    for (int64_t n = 0; n < offsets[t + 1] - offsets[t]; ++n) {
+    check::for_rows(offsets[t + 1] - offsets[t], 4.0 * H * H, [&](int64_t n) {
       const size_t row = offsets[t] + n;
       if (test.reset && reset[t * test.N + n])
         for (int u = 0; u < H; ++u) h[n * H + u] = c[n * H + u] = 0;
@@ -45,7 +46,11 @@ Outputs expect(const Case& test, const std::vector<int64_t>& offsets, const Valu
         for (int q = 0; q < 4; ++q) {
           gate[q] = products[row * 4 * H + q * H + u];
           if (test.bias) gate[q] += b_ih[q * H + u] + b_hh[q * H + u];
-          for (int k = 0; k < H; ++k) gate[q] += w_hh[(q * H + u) * H + k] * h[n * H + k];
+        }
+        for (int k = 0; k < H; ++k)
+          for (int q = 0; q < 4; ++q)
+            gate[q] += w_hh[(size_t(q) * H + u) * H + k] * h[n * H + k];
+        for (int q = 0; q < 4; ++q) {
           gate[q] = q == 2 ? std::tanh(gate[q]) : sigmoid(gate[q]);
           out.gates[row * 4 * H + q * H + u] = gate[q];
         }
@@ -56,7 +61,7 @@ Outputs expect(const Case& test, const std::vector<int64_t>& offsets, const Valu
         next[u] = static_cast<double>(T(gate[3] * std::tanh(exact)));
       }
       for (int u = 0; u < H; ++u) h[n * H + u] = out.output[row * H + u] = next[u];
-    }
+    });
   }
   out.hy = h;
   out.cy = c;
@@ -76,7 +81,7 @@ Gradients expect_back(const Case& test, const std::vector<int64_t>& offsets,
   Gradients out = {Values(gates.size()), {}, {}};
   for (int step = test.L - 1; step >= 0; --step) {
     const int t = test.reverse ? test.L - 1 - step : step;
-    for (int64_t n = 0; n < offsets[t + 1] - offsets[t]; ++n) {
+    check::for_rows(offsets[t + 1] - offsets[t], 4.0 * H * H, [&](int64_t n) {
       const size_t row = offsets[t] + n;
       double* const grad = &out.gates[row * 4 * H];
       for (int u = 0; u < H; ++u) {
@@ -91,13 +96,14 @@ Gradients expect_back(const Case& test, const std::vector<int64_t>& offsets,
         c[n * H + u] = grad_c * f;
       }
       const bool starts = test.reset && reset[t * test.N + n];
+      Values sums(H);
+      for (int k = 0; k < 4 * H; ++k)
+        for (int u = 0; u < H; ++u) sums[u] += grad[k] * w_hh[size_t(k) * H + u];
       for (int u = 0; u < H; ++u) {
-        double sum = 0;
-        for (int k = 0; k < 4 * H; ++k) sum += grad[k] * w_hh[k * H + u];
-        h[n * H + u] = starts ? 0 : sum;
+        h[n * H + u] = starts ? 0 : sums[u];
         if (starts) c[n * H + u] = 0;
       }
-    }
+    });
   }
   out.hx = h;
   out.cx = c;
@@ -110,39 +116,51 @@ enum class Shared { kAll, kLeast };
 
 template <class Fits>
 Device device_for(Shared shared, bool tf32, const Fits& fits) {
-  Device device = {132, 227 * 1024, tf32};
+  Device device = {machine::multiprocessors(), machine::shared_per_block(), tf32};
   if (shared == Shared::kAll) return device;
   device.shared_per_block = 64;
   while (!fits(device)) device.shared_per_block += 64;
   return device;
 }
 
-void name_case(const char* type, const Case& test, const Device& device) {
-  report.where = std::string(type) + " " + std::to_string(test.L) + "x" + std::to_string(test.N) +
+void name_case(const char* type, const Case& test, const Device& device, const char* more = "") {
+  report.begin(std::string(type) + " " + std::to_string(test.L) + "x" + std::to_string(test.N) +
                  "x" + std::to_string(test.H) + (test.packed ? " packed" : "") +
                  (test.reverse ? " reverse" : "") + (test.reset ? " reset" : "") +
                  (test.off ? " off" : "") + (device.tf32 ? " tf32" : "") + " shared " +
-                 std::to_string(device.shared_per_block);
+                 std::to_string(device.shared_per_block) + more);
 }
 
-// Steps of a case, and where they lie.
-struct Steps {
-  Steps(const Case& test, std::mt19937& random) : reset(static_cast<size_t>(test.L) * test.N) {
-    for (int t = 0; t < test.L; ++t) {
-      const int rows = test.packed ? std::max(1, test.N - t * test.N / test.L) : test.N;
-      offsets.push_back(offsets.back() + rows);
-    }
-    for (char& flag : reset) flag = random() % 4 == 0;
-    flags = std::unique_ptr<bool[]>(new bool[reset.size()]);
-    for (size_t k = 0; k < reset.size(); ++k) flags[k] = reset[k] != 0;
-    sequence = {test.packed ? offsets.data() : nullptr, test.reset ? flags.get() : nullptr, test.L,
-                test.N, test.reverse};
-  }
-
+std::vector<int64_t> offsets_of(const Case& test) {
   std::vector<int64_t> offsets = {0};
-  std::vector<char> reset;
-  std::unique_ptr<bool[]> flags;
-  Sequence sequence;
+  for (int t = 0; t < test.L; ++t) {
+    const int rows = test.packed ? std::max(1, test.N - t * test.N / test.L) : test.N;
+    offsets.push_back(offsets.back() + rows);
+  }
+  return offsets;
+}
+
+std::vector<char> draw_resets(const Case& test, std::mt19937& random) {
+  std::vector<char> reset(static_cast<size_t>(test.L) * test.N);
+  for (char& flag : reset) flag = random() % 4 == 0;
+  return reset;
+}
+
+// Steps of a case, and where they lie: for the host, and for the kernels.
+struct Steps {
+  Steps(const Case& test, std::mt19937& random)
+      : offsets(offsets_of(test)),
+        reset(draw_resets(test, random)),
+        offsets_there(Values(offsets.begin(), offsets.end())),
+        reset_there(Values(reset.begin(), reset.end())),
+        sequence{test.packed ? offsets_there.at() : nullptr, test.reset ? reset_there.at() : nullptr, test.L,
+                 test.N, test.reverse} {}
+
+  const std::vector<int64_t> offsets;
+  const std::vector<char> reset;
+  Buffer<int64_t> offsets_there;
+  Buffer<bool> reset_there;
+  const Sequence sequence;
 };
 
 // Errors of one step go into the next, but fade.
@@ -152,13 +170,24 @@ double tolerance(const Device& device) {
 }
 
 template <class T>
+bool forward_fits(const Case& test, const Device& device) {
+  LayerForward<T> sizes = {};
+  sizes.sequence.N = test.N, sizes.H = test.H;
+  return layer_forward_fits(sizes, device);
+}
+
+template <class T>
+bool backward_fits(const Case& test, const Device& device) {
+  LayerBackward<T> sizes = {};
+  sizes.sequence.N = test.N, sizes.H = test.H;
+  return layer_backward_fits(sizes, device);
+}
+
+template <class T>
 void check_forward(const Case& test, Shared shared, bool tf32 = false) {
   const auto [L, N, H, packed, reverse, with_reset, bias, off] = test;
-  const Device device = device_for(shared, tf32, [&, N = N, H = H](const Device& device) {
-    LayerForward<T> sizes = {};
-    sizes.sequence.N = N, sizes.H = H;
-    return layer_forward_fits(sizes, device);
-  });
+  const Device device = device_for(
+      shared, tf32, [&](const Device& device) { return forward_fits<T>(test, device); });
   name_case(check::name<T>(), test, device);
   std::mt19937 random(L * 7 + N * 31 + H);
   const Steps steps(test, random);
@@ -174,8 +203,8 @@ void check_forward(const Case& test, Shared shared, bool tf32 = false) {
   Buffer<T> products_(products, off), hx_(hx, off), cx_(cx, off), w_hh_(w_hh, off);
   Buffer<T> b_ih_(b_ih, off), b_hh_(b_hh, off);
   Buffer<T> first(S * H);
-  for (unsigned order = 0; order < 2; ++order) {
-    cuda_emu::seed = order;
+  for (unsigned order = 0; order < machine::kOrders; ++order) {
+    machine::use_order(order);
     const bool keeps = order == 0;
     Buffer<T> output(S * H, off), hy(states, off), cy(states, off), gates(4 * S * H, off);
     Buffer<T> c_before(S * H, off), h_buffers(2 * states, off);
@@ -194,18 +223,18 @@ void check_forward(const Case& test, Shared shared, bool tf32 = false) {
                                   h_buffers.at(),
                                   H};
     report.that(layer_forward_fits(call, device), "it fits");
-    const unsigned long before = cuda_emu::launches;
-    report.that(layer_forward(call, device, nullptr) == cudaSuccess, "it ran");
-    report.that(cuda_emu::launches == before + 1, "in one launch");
+    const machine::Launches launches;
+    report.ran(layer_forward(call, device, nullptr));
+    report.launched(launches, 1, "in one launch");
     report.close(output.values(), expected.output, allowed, "output");
     report.close(hy.values(), expected.hy, allowed, "h_n");
     report.close(cy.values(), expected.cy, allowed, "c_n");
     if (keeps) {
       report.close(gates.values(), expected.gates, allowed, "gates");
       report.close(c_before.values(), expected.c_before, allowed, "c before");
-      std::memcpy(first.at(), output.at(), S * H * sizeof(T));
+      first.take_bits(output);
     } else {
-      report.that(first.same_bits(output), "the same bits in another order of threads");
+      report.that(first.same_bits(output), machine::kSameBits);
     }
   }
 }
@@ -213,13 +242,9 @@ void check_forward(const Case& test, Shared shared, bool tf32 = false) {
 template <class T>
 void check_backward(const Case& test, Shared shared, bool tf32 = false) {
   const auto [L, N, H, packed, reverse, with_reset, all, off] = test;
-  const Device device = device_for(shared, tf32, [&, N = N, H = H](const Device& device) {
-    LayerBackward<T> sizes = {};
-    sizes.sequence.N = N, sizes.H = H;
-    return layer_backward_fits(sizes, device);
-  });
-  name_case(check::name<T>(), test, device);
-  report.where += " backward";
+  const Device device = device_for(
+      shared, tf32, [&](const Device& device) { return backward_fits<T>(test, device); });
+  name_case(check::name<T>(), test, device, " backward");
   std::mt19937 random(L * 5 + N * 37 + H);
   const Steps steps(test, random);
   const size_t S = steps.offsets.back(), states = static_cast<size_t>(N) * H;
@@ -234,8 +259,8 @@ void check_backward(const Case& test, Shared shared, bool tf32 = false) {
   Buffer<T> gates_(gates, off), c_before_(c_before, off), w_hh_(w_hh, off);
   Buffer<T> of_output_(of_output, off), of_hy_(of_hy, off), of_cy_(of_cy, off);
   Buffer<T> first(4 * S * H);
-  for (unsigned order = 0; order < 2; ++order) {
-    cuda_emu::seed = order;
+  for (unsigned order = 0; order < machine::kOrders; ++order) {
+    machine::use_order(order);
     // The second time, what is not wanted is left out.
     const bool wanted = order == 0;
     Buffer<T> grad_gates(4 * S * H, off), grad_hx(states, off), grad_cx(states, off);
@@ -251,9 +276,9 @@ void check_backward(const Case& test, Shared shared, bool tf32 = false) {
                                    wanted ? grad_cx.at() : nullptr,
                                    H};
     report.that(layer_backward_fits(call, device), "it fits");
-    const unsigned long before = cuda_emu::launches;
-    report.that(layer_backward(call, device, nullptr) == cudaSuccess, "it ran");
-    report.that(cuda_emu::launches == before + 1, "in one launch");
+    const machine::Launches launches;
+    report.ran(layer_backward(call, device, nullptr));
+    report.launched(launches, 1, "in one launch");
     if (wanted) {
       const Gradients expected =
           expect_back<T>(test, steps.offsets, steps.reset, w_hh, gates, c_before,
@@ -261,9 +286,9 @@ void check_backward(const Case& test, Shared shared, bool tf32 = false) {
       report.close(grad_gates.values(), expected.gates, allowed, "gradient of gates");
       report.close(grad_hx.values(), expected.hx, allowed, "gradient of h");
       report.close(grad_cx.values(), expected.cx, allowed, "gradient of c");
-      std::memcpy(first.at(), grad_gates.at(), 4 * S * H * sizeof(T));
+      first.take_bits(grad_gates);
     } else {
-      report.that(first.same_bits(grad_gates), "the same bits in another order of threads");
+      report.that(first.same_bits(grad_gates), machine::kSameBits);
     }
   }
 }
@@ -290,9 +315,25 @@ void check_all() {
     }
 }
 
+// Sizes of use: w_hh spread over all the multiprocessors that it needs, blocks that meet at every
+// step. Fewer steps where there are many rows: the expected values are made on the CPU.
+template <class T>
+void check_large(bool tf32 = false) {
+  for (const int H : {256, 512, 768, 1024})
+    for (const int N : {1, 16, 64}) {
+      const int L = N * H > 16 * 1024 ? 6 : 20;
+      const bool odd = N == 16;
+      const Case test = {L, N, H, odd, odd, H == 512, true, false};
+      // Where it does not fit, the layer goes step by step.
+      const Device device = {machine::multiprocessors(), machine::shared_per_block(), tf32};
+      if (forward_fits<T>(test, device)) check_forward<T>(test, Shared::kAll, tf32);
+      if (backward_fits<T>(test, device)) check_backward<T>(test, Shared::kAll, tf32);
+    }
+}
+
 // What fits, and what does not: too little memory, too few multiprocessors, too many rows.
 void check_fits() {
-  report.where = "fits";
+  report.begin("fits");
   LayerForward<float> sizes = {};
   sizes.sequence.N = 2, sizes.H = 64;
   report.that(!layer_forward_fits(sizes, {132, 1024, false}), "not in a KiB");
@@ -314,28 +355,36 @@ void check_fits() {
 
 // Numbers to the device in one launch or several.
 void check_copy() {
-  report.where = "copy_numbers";
+  report.begin("copy_numbers");
   for (const int64_t count : {1, 480, 481, 1000}) {
-    std::vector<int64_t> from(count), to(count + 1, -1);
+    std::vector<int64_t> from(count);
     for (int64_t k = 0; k < count; ++k) from[k] = k * k + 1;
-    report.that(copy_numbers(from.data(), count, to.data(), nullptr) == cudaSuccess, "it ran");
-    report.that(to.back() == -1, "no more than wanted");
-    to.pop_back();
-    report.that(from == to, "all of them");
+    Buffer<int64_t> to(count + 1);  // of -1
+    report.ran(copy_numbers(from.data(), count, to.at(), nullptr));
+    const auto found = to.numbers();
+    report.that(found[count] == -1, "no more than wanted");
+    report.that(std::equal(from.begin(), from.end(), found.get()), "all of them");
   }
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  few = count > 1 && std::string(arguments[1]) == "few";
-  check_all<float>();
-  check_all<double>();
-  check_all<__half>();
-  check_all<__nv_bfloat16>();
-  check_layer<float>({3, 5, 24, true, true, true, true, false}, Shared::kAll, true);
-  check_layer<float>({3, 17, 16, false, false, true, true, false}, Shared::kLeast, true);
-  check_fits();
-  check_copy();
-  return report.finish();
+  return check::run(count, arguments, "The CUDA kernels of a layer.", report, [](bool few_) {
+    few = few_;
+    check_all<float>();
+    check_all<double>();
+    check_all<__half>();
+    check_all<__nv_bfloat16>();
+    check_layer<float>({3, 5, 24, true, true, true, true, false}, Shared::kAll, true);
+    check_layer<float>({3, 17, 16, false, false, true, true, false}, Shared::kLeast, true);
+    check_fits();
+    check_copy();
+    if (machine::kEmulated || few) return;
+    check_large<float>();
+    check_large<float>(true);
+    check_large<double>();
+    check_large<__half>();
+    check_large<__nv_bfloat16>();
+  });
 }
