@@ -41,6 +41,8 @@ struct PartialSums {
     return at[((slice * kGates + gate) * rows + row) * units + unit];
   }
 
+  __device__ PartialSums from_row(int row) const { return {at + row * units, rows, units}; }
+
   __device__ S sum(int split, int gate, int row, int unit) const {
     S sum = 0;
     for (int slice = 0; slice < split; ++slice) sum += (*this)(slice, gate, row, unit);
@@ -79,40 +81,77 @@ __device__ inline S sum_over_lanes(S (&numbers)[kCount], int lane) {
   }
 }
 
+// multiply(k, numbers_of) for k = first, first + stride .. below K, where numbers_of(row) are those
+// of load(row, k). With kAhead, they are loaded so many k before, and wait in registers.
+template <int kAhead, int kRows, class Numbers, class Load, class Multiply>
+__device__ inline void in_stages(int first, int stride, int K, const Load& load,
+                                 const Multiply& multiply) {
+  if constexpr (kAhead == 0) {
+    [[maybe_unused]] constexpr int kUnroll = kRows == 1 ? 4 : 1;
+#pragma unroll kUnroll
+    for (int k = first; k < K; k += stride) multiply(k, [&](int row) { return load(row, k); });
+  } else {
+    Numbers staged[kAhead][kRows];
+#pragma unroll
+    for (int stage = 0; stage < kAhead; ++stage)
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) staged[stage][row] = load(row, first + stage * stride);
+    for (int k = first;;) {
+#pragma unroll
+      for (int stage = 0; stage < kAhead; ++stage) {
+        if (k >= K) return;
+        Numbers now[kRows];
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) {
+          now[row] = staged[stage][row];
+          staged[stage][row] = load(row, k + kAhead * stride);
+        }
+        multiply(k, [&](int row) { return now[row]; });
+        k += stride;
+      }
+    }
+  }
+}
+
 // float and double by multiply-adds: one unit, the lanes side by side along k.
 template <class T_, int kRows_>
 struct FmaTile {
   using T = T_;
   using S = Sum<T>;
   static constexpr int kRows = kRows_, kUnits = 1;
+  static constexpr int kMostAhead = kRows == 1 ? 4 : kRows == 4 ? 2 : 1;
   static_assert(kGates * kRows <= kWarpSize);
 
   S sums[kGates * kRows] = {};
 
-  template <bool kVectors>
+  template <bool kVectors, int kAhead = 0>
   __device__ void add(const Operand<T>& operand, const TilePlace& place, int lane) {
     constexpr int kStep = kVectors ? kFullVector<T> : 1;
+    using Numbers = Vector<T, kStep>;
     const int K = operand.K, unit = min(place.first_unit, place.units - 1);
     const T* const weights = operand.weights + unit * operand.unit_stride;
     const T* const rows = operand.rows + place.first_row * K;
     const int last_row = static_cast<int>(min(place.rows - place.first_row, int64_t{kRows})) - 1;
-    for (int k = (place.slice * kWarpSize + lane) * kStep; k < K;
-         k += place.split * kWarpSize * kStep) {
-      Vector<T, kStep> w[kGates];
+    in_stages<kAhead, kRows, Numbers>(
+        (place.slice * kWarpSize + lane) * kStep, place.split * kWarpSize * kStep, K,
+        [&](int row, int k) {
+          return load<kStep, kVectors>(rows + static_cast<int64_t>(min(row, last_row)) * K, k, K);
+        },
+        [&](int k, const auto& numbers_of) {
+          Numbers w[kGates];
 #pragma unroll
-      for (int gate = 0; gate < kGates; ++gate)
-        w[gate] = load<kStep, kVectors>(weights + gate * operand.gate_stride, k, K);
+          for (int gate = 0; gate < kGates; ++gate)
+            w[gate] = load<kStep, kVectors>(weights + gate * operand.gate_stride, k, K);
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        const auto x =
-            load<kStep, kVectors>(rows + static_cast<int64_t>(min(row, last_row)) * K, k, K);
+          for (int row = 0; row < kRows; ++row) {
+            const Numbers x = numbers_of(row);
 #pragma unroll
-        for (int gate = 0; gate < kGates; ++gate)
+            for (int gate = 0; gate < kGates; ++gate)
 #pragma unroll
-          for (int j = 0; j < kStep; ++j)
-            sums[gate * kRows + row] += widen(w[gate].at[j]) * widen(x.at[j]);
-      }
-    }
+              for (int j = 0; j < kStep; ++j)
+                sums[gate * kRows + row] += widen(w[gate].at[j]) * widen(x.at[j]);
+          }
+        });
   }
 
   __device__ void store(const PartialSums<S>& partial, int slice, int unit, int lane) {
@@ -130,10 +169,11 @@ struct MmaTile {
   using T = T_;
   using S = float;
   static constexpr int kRows = kRows_, kUnits = 8, kColumns = kRows / 8;
+  static constexpr int kMostAhead = kColumns == 4 ? 2 : 4;
 
   float sums[2][kColumns][4] = {};
 
-  template <bool kVectors>
+  template <bool kVectors, int kAhead = 0>
   __device__ void add(const Operand<T>& operand, const TilePlace& place, int lane) {
     constexpr int kStep = kFullVector<T>, kChunk = 4 * kStep;
     const int K = operand.K, row = lane / 4, offset = lane % 4 * kStep;
@@ -143,28 +183,34 @@ struct MmaTile {
 #pragma unroll
     for (int column = 0; column < kColumns; ++column)
       rows[column] = operand.rows + min(place.first_row + 8 * column + row, place.rows - 1) * K;
-    for (int chunk = place.slice * kChunk; chunk < K; chunk += place.split * kChunk) {
-      const int k = chunk + offset;
-      uint32_t w[kGates][4], x[kColumns][4];
+    in_stages<kAhead, kColumns, Vector<T, kStep>>(
+        place.slice * kChunk, place.split * kChunk, K,
+        [&](int column, int chunk) {
+          return load<kStep, kVectors>(rows[column], chunk + offset, K);
+        },
+        [&](int chunk, const auto& numbers_of) {
+          uint32_t w[kGates][4], x[kColumns][4];
 #pragma unroll
-      for (int gate = 0; gate < kGates; ++gate)
-        to_words(load<kStep, kVectors>(weights + gate * operand.gate_stride, k, K), w[gate]);
+          for (int gate = 0; gate < kGates; ++gate)
+            to_words(
+                load<kStep, kVectors>(weights + gate * operand.gate_stride, chunk + offset, K),
+                w[gate]);
 #pragma unroll
-      for (int column = 0; column < kColumns; ++column)
-        to_words(load<kStep, kVectors>(rows[column], k, K), x[column]);
+          for (int column = 0; column < kColumns; ++column)
+            to_words(numbers_of(column), x[column]);
 #pragma unroll
-      for (int half = 0; half < 4; half += 2)
+          for (int half = 0; half < 4; half += 2)
 #pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-          const uint32_t a[4] = {w[2 * pair][half], w[2 * pair + 1][half], w[2 * pair][half + 1],
-                                 w[2 * pair + 1][half + 1]};
+            for (int pair = 0; pair < 2; ++pair) {
+              const uint32_t a[4] = {w[2 * pair][half], w[2 * pair + 1][half],
+                                     w[2 * pair][half + 1], w[2 * pair + 1][half + 1]};
 #pragma unroll
-          for (int column = 0; column < kColumns; ++column) {
-            const uint32_t b[2] = {x[column][half], x[column][half + 1]};
-            multiply(sums[pair][column], a, b);
-          }
-        }
-    }
+              for (int column = 0; column < kColumns; ++column) {
+                const uint32_t b[2] = {x[column][half], x[column][half + 1]};
+                multiply(sums[pair][column], a, b);
+              }
+            }
+        });
   }
 
   __device__ void store(const PartialSums<S>& partial, int slice, int first_unit, int lane) {

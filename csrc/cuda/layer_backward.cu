@@ -11,6 +11,31 @@ namespace {
 // A block's hidden units come in four parts, one in the place of each of a tile's gates.
 constexpr int kInUnit = kGates;
 
+using namespace latency;
+
+// Columns first .. first + own of w_hh [K, H] to rows in shared memory, kCount numbers of a row of
+// w_hh at a time; zeros up to all.
+template <int kCount, class T>
+__device__ inline void fill(const T* w_hh, int K, int H, int first, int own, int all, T* weights,
+                            int stride) {
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int hidden = 0; hidden < all; hidden += kCount)
+#pragma unroll 4
+    for (int k = thread; k < K; k += kThreads) {
+      const auto numbers =
+          load<kCount>(w_hh + static_cast<int64_t>(k) * H + first, hidden, own);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) weights[(hidden + j) * stride + k] = numbers.at[j];
+    }
+}
+
+// What an element of a step reads that no other block writes.
+template <class T>
+struct Known {
+  T gates[kGates], c_before, grad_output;
+  bool reset;
+};
+
 template <class Tile, bool kVectors>
 __global__ void __launch_bounds__(kThreads, 1)
     layer_backward_kernel(LayerBackward<typename Tile::T> layer, Plan plan) {
@@ -23,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   S* const grads_h =
       reinterpret_cast<S*>(weights + static_cast<size_t>(most) * stride);  // [rows][most]
   S* const grads_c = grads_h + plan.rows * most;                           // [rows][most]
-  const PartialSums<S> partial{grads_c + plan.rows * most, Tile::kRows, plan.tile_units};
+  const PartialSums<S> partial{grads_c + plan.rows * most, plan.group, plan.tile_units};
 
   const int thread = static_cast<int>(threadIdx.x);
   const auto [first_unit, units, first_row, end_row] =
@@ -31,10 +56,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first = first_unit * kInUnit, own = min(units * kInUnit, H - first);
 
   // What lies beyond H is multiplied, and not kept.
-  for (int at = thread; at < units * kInUnit * K; at += kThreads) {
-    const int hidden = at % (units * kInUnit), k = at / (units * kInUnit);
-    weights[hidden * stride + k] =
-        hidden < own ? layer.w_hh[static_cast<int64_t>(k) * H + first + hidden] : narrow<T>(0);
+  if constexpr (kWideFill) {
+    constexpr int kVector = kFullVector<T>;
+    if (H % kVector == 0 && most % kVector == 0 &&
+        reinterpret_cast<uintptr_t>(layer.w_hh) % 16 == 0)
+      fill<kVector>(layer.w_hh, K, H, first, own, units * kInUnit, weights, stride);
+    else
+      fill<1>(layer.w_hh, K, H, first, own, units * kInUnit, weights, stride);
+  } else {
+    for (int at = thread; at < units * kInUnit * K; at += kThreads) {
+      const int hidden = at % (units * kInUnit), k = at / (units * kInUnit);
+      weights[hidden * stride + k] =
+          hidden < own ? layer.w_hh[static_cast<int64_t>(k) * H + first + hidden] : narrow<T>(0);
+    }
   }
   for (int64_t at = thread; at < (end_row - first_row) * own; at += kThreads) {
     const int64_t row = at / own, of_state = (first_row + row) * H + first + at % own;
@@ -42,43 +76,64 @@ __global__ void __launch_bounds__(kThreads, 1)
     grads_h[kept] = layer.grad_hy != nullptr ? widen(layer.grad_hy[of_state]) : S(0);
     grads_c[kept] = layer.grad_cy != nullptr ? widen(layer.grad_cy[of_state]) : S(0);
   }
+  const auto read = [&](int64_t step, const StepRows& rows, int64_t element) {
+    Known<T> known = {};
+    if (element >= (rows.end - first_row) * own) return known;
+    const int64_t row = first_row + element / own, at_row = rows.before + row;
+    const int column = first + static_cast<int>(element % own);
+    const T* const gates = layer.gates + at_row * K + column;
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) known.gates[gate] = gates[gate * H];
+    known.c_before = layer.c_before[at_row * H + column];
+    if (layer.grad_output != nullptr) known.grad_output = layer.grad_output[at_row * H + column];
+    known.reset = is_reset(sequence, step, row);
+    return known;
+  };
+  StepRows now = rows_of(sequence, sequence.L - 1, end_row);
+  Known<T> ahead = {};
+  if constexpr (kLoadsFirst) ahead = read(sequence.L - 1, now, thread);
+  Meeting meeting(plan);
   __syncthreads();
 
   for (int64_t step = sequence.L - 1; step >= 0; --step) {
-    const int64_t offset = offset_at(sequence, step);
-    const int64_t here = min(end_row, rows_at(sequence, step));
-    for (int64_t element = thread; element < (here - first_row) * own; element += kThreads) {
+    const StepRows next = rows_of(sequence, step - 1, end_row);
+    for (int64_t element = thread; element < (now.end - first_row) * own; element += kThreads) {
       const int hidden = static_cast<int>(element % own), column = first + hidden;
-      const int64_t row = first_row + element / own, at = (offset + row) * H + column;
-      const int64_t at_gates = (offset + row) * K + column;
-      const T* const kept = layer.gates + at_gates;
+      const int64_t row = first_row + element / own;
+      const Known<T> known = kLoadsFirst ? ahead : read(step, now, element);
+      if constexpr (kLoadsFirst) ahead = read(step, now, element + kThreads);
       const int64_t own_at = (row - first_row) * most + hidden;
       S grad_h = grads_h[own_at], grad_c;
-      if (layer.grad_output != nullptr) grad_h += widen(layer.grad_output[at]);
+      if (layer.grad_output != nullptr) grad_h += widen(known.grad_output);
       const Gates<S> grad = lstm_ext::cell_backward<Math>(
-          Gates<S>{widen(kept[0]), widen(kept[H]), widen(kept[2 * H]), widen(kept[3 * H])},
-          widen(layer.c_before[at]), grad_h, grads_c[own_at], grad_c);
-      store_gates(layer.grad_gates + at_gates, H, grad);
-      grads_c[own_at] = is_reset(sequence, step, row) ? S(0) : grad_c;
+          Gates<S>{widen(known.gates[0]), widen(known.gates[1]), widen(known.gates[2]),
+                   widen(known.gates[3])},
+          widen(known.c_before), grad_h, grads_c[own_at], grad_c);
+      store_gates(layer.grad_gates + (now.before + row) * K + column, H, grad);
+      grads_c[own_at] = known.reset ? S(0) : grad_c;
     }
     if (step == 0 && layer.grad_hx == nullptr) break;
-    meet(plan);
-    for (int64_t row_tile = first_row; row_tile < here; row_tile += Tile::kRows) {
-      const Operand<T> operand = {layer.grad_gates + offset * K, weights, K, stride,
+    if constexpr (kPublishFirst) meeting.arrive();
+    if constexpr (kLoadsFirst) ahead = read(step - 1, next, thread);
+    if constexpr (!kPublishFirst) meeting.arrive();
+    meeting.wait();
+    for (int64_t group = first_row; group < now.end; group += plan.group) {
+      const Operand<T> operand = {layer.grad_gates + now.before * K, weights, K, stride,
                                   int64_t{units} * stride};
-      multiply<Tile, kVectors>(plan, operand, row_tile, here, units, partial);
+      multiply<Tile, kVectors>(plan, operand, group, now.end, units, partial);
       __syncthreads();
-      for (int element = thread; element < Tile::kRows * own; element += kThreads) {
-        const int hidden = element % own, tile_row = element / own;
-        const int64_t row = row_tile + tile_row;
-        if (row >= here) continue;
+      for (int element = thread; element < plan.group * own; element += kThreads) {
+        const int hidden = element % own, in_group = element / own;
+        const int64_t row = group + in_group;
+        if (row >= now.end) continue;
         grads_h[(row - first_row) * most + hidden] =
             is_reset(sequence, step, row)
                 ? S(0)
-                : partial.sum(plan.split, hidden / units, tile_row, hidden % units);
+                : partial.sum(plan.split, hidden / units, in_group, hidden % units);
       }
       __syncthreads();
     }
+    now = next;
   }
 
   __syncthreads();
@@ -90,19 +145,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <class Tile>
-Plan plan_for(const LayerBackward<typename Tile::T>& layer, const Device& device) {
-  // Gradients of h and c.
-  const Numbers numbers = {/*a_unit=*/0, /*a_unit_and_row=*/2 * kInUnit};
-  return plan_blocks<Tile>((layer.H + kInUnit - 1) / kInUnit, kGates * layer.H, layer.sequence.N,
-                           numbers, device);
+template <class T>
+Choice choice_for(const LayerBackward<T>& layer, const Device& device) {
+  Work work = {};
+  work.units = (layer.H + kInUnit - 1) / kInUnit;
+  work.K = kGates * layer.H;
+  work.N = layer.sequence.N;
+  work.elements_a_unit = kInUnit;
+  work.kept_a_unit_and_row = 2 * kInUnit;  // gradients of h and c
+  work.widely = work.split_units = kSpreadBackward;
+  return choose_plan<T>(work, device);
 }
 
 template <class Tile>
-cudaError_t launch_plan(const LayerBackward<typename Tile::T>& layer, const Device& device,
+cudaError_t launch_plan(const LayerBackward<typename Tile::T>& layer, const Plan& plan,
                         cudaStream_t stream) {
   constexpr int kVector = kFullVector<typename Tile::T>;
-  const Plan plan = plan_for<Tile>(layer, device);
   const bool vectors = kGates * layer.H % kVector == 0 && in_vectors(layer.grad_gates);
   const auto kernel =
       vectors ? layer_backward_kernel<Tile, true> : layer_backward_kernel<Tile, false>;
@@ -113,15 +171,15 @@ cudaError_t launch_plan(const LayerBackward<typename Tile::T>& layer, const Devi
 
 template <class T>
 bool layer_backward_fits(const LayerBackward<T>& layer, const Device& device) {
-  return with_tile<T>(layer.sequence.N, device.tf32,
-                      [&](auto tile) { return plan_for<decltype(tile)>(layer, device).units > 0; });
+  return choice_for(layer, device).plan.units > 0;
 }
 
 template <class T>
 cudaError_t layer_backward(const LayerBackward<T>& layer, const Device& device,
                            cudaStream_t stream) {
-  return with_tile<T>(layer.sequence.N, device.tf32, [&](auto tile) {
-    return launch_plan<decltype(tile)>(layer, device, stream);
+  const Choice choice = choice_for(layer, device);
+  return with_tile<T>(choice.tile_rows, device.tf32, [&](auto tile) {
+    return launch_plan<decltype(tile)>(layer, choice.plan, stream);
   });
 }
 

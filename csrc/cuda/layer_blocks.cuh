@@ -2,14 +2,16 @@
 //
 // w_hh is read once and stays on the chip, in shared memory. Where it fits into one multiprocessor,
 // each block has all of it, takes some rows of the batch through all steps and meets nobody. Else
-// each block keeps the weights of its own units, takes the whole batch, and all blocks meet once a
-// step, to exchange what the others need by way of memory.
+// each block keeps the weights of its own units, takes the whole batch or a share of it, and all
+// blocks meet once a step, to exchange what the others need by way of memory.
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "cuda/gate_tiles.cuh"
 #include "cuda/kernels.h"
+#include "cuda/latency.cuh"
 
 namespace lstm_ext::cuda {
 
@@ -17,15 +19,22 @@ namespace lstm_ext::cuda {
 struct Plan {
   int units, unit_blocks;    // of a block; and blocks that make up all units
   int64_t rows, row_blocks;  // the same of the batch
+  int group;                 // rows that are multiplied between two barriers of the block
   int split;                 // warps that share a sum
   int tile_units;            // units, and what the last tile has beyond them
   int weight_stride;         // numbers from one row of weights to the next
   size_t shared;
 };
 
-// What a block keeps beside weights and partial sums, in numbers of the type of sums.
-struct Numbers {
-  int a_unit, a_unit_and_row;
+// What there is to do in a step.
+struct Work {
+  int units, K;
+  int64_t N;
+  int elements_a_unit;  // of a row
+  // What a block keeps beside weights and partial sums, in numbers of the type of sums.
+  int kept_a_unit, kept_a_unit_and_row;
+  bool widely;       // over more blocks where multiprocessors would have none, and over all threads
+  bool split_units;  // then, if there are not enough rows, with tiles not full
 };
 
 // Rows of weights begin 64 bytes apart modulo 128, so that lanes that read two rows at a time find
@@ -36,40 +45,49 @@ int weight_stride(int K) {
   return (K + kNumbers - 1) / kNumbers * kNumbers + kNumbers / 2;
 }
 
+// units and rows: of a block.
 template <class Tile>
-Plan make_plan(int all_units, int units, int K, int64_t N, int64_t rows, const Numbers& numbers) {
+Plan make_plan(const Work& work, int units, int64_t rows, int group) {
   using T = typename Tile::T;
   Plan plan = {};
   plan.units = units;
-  plan.unit_blocks = (all_units + units - 1) / units;
+  plan.unit_blocks = (work.units + units - 1) / units;
   plan.rows = rows;
-  plan.row_blocks = (N + rows - 1) / rows;
+  plan.row_blocks = (work.N + rows - 1) / rows;
+  plan.group = group;
   plan.split = kWarps;
   while (plan.split > 1 && kWarps / plan.split * Tile::kUnits < units) plan.split /= 2;
   plan.tile_units = (units + Tile::kUnits - 1) / Tile::kUnits * Tile::kUnits;
-  plan.weight_stride = weight_stride<T>(K);
-  const size_t sums = size_t{kGates} * plan.split * Tile::kRows * plan.tile_units +
-                      static_cast<size_t>(numbers.a_unit) * units +
-                      static_cast<size_t>(numbers.a_unit_and_row) * rows * units;
+  plan.weight_stride = weight_stride<T>(work.K);
+  const size_t sums = size_t{kGates} * plan.split * group * plan.tile_units +
+                      static_cast<size_t>(work.kept_a_unit) * units +
+                      static_cast<size_t>(work.kept_a_unit_and_row) * rows * units;
   plan.shared = sizeof(T) * kGates * units * plan.weight_stride + sizeof(typename Tile::S) * sums;
   return plan;
 }
 
-// units = 0: it does not fit.
+inline bool fits(const Plan& plan, const Device& device) {
+  return plan.shared <= static_cast<size_t>(device.shared_per_block) &&
+         plan.row_blocks <= 0x7fffffff;
+}
+
+// Each block has all weights. units = 0: it does not fit.
 template <class Tile>
-Plan plan_blocks(int all_units, int K, int64_t N, const Numbers& numbers, const Device& device) {
-  const auto fits = [&](const Plan& plan) {
-    return plan.shared <= static_cast<size_t>(device.shared_per_block) &&
-           plan.row_blocks <= 0x7fffffff;
-  };
-  Plan plan = make_plan<Tile>(all_units, all_units, K, N, Tile::kRows, numbers);
-  if (fits(plan)) return plan;
+Plan plan_alone(const Work& work, const Device& device) {
+  const Plan plan = make_plan<Tile>(work, work.units, Tile::kRows, Tile::kRows);
+  return fits(plan, device) ? plan : Plan{};
+}
+
+// Each block has all rows, and the weights of its units.
+template <class Tile>
+Plan plan_together(const Work& work, const Device& device) {
   // Beyond so many rows a step is work enough for the library, whose products take more at a time.
   constexpr int64_t kMostRows = 128;
-  if (N > kMostRows) return {};
+  if (work.N > kMostRows) return {};
+  Plan plan;
   const auto spread = [&](int units) {
-    plan = make_plan<Tile>(all_units, units, K, N, N, numbers);
-    return plan.unit_blocks <= device.multiprocessors && fits(plan);
+    plan = make_plan<Tile>(work, units, work.N, Tile::kRows);
+    return plan.unit_blocks <= device.multiprocessors && fits(plan, device);
   };
   for (int units = Tile::kUnits; units <= kWarps * Tile::kUnits; units *= 2)
     if (spread(units)) return plan;
@@ -77,6 +95,51 @@ Plan plan_blocks(int all_units, int K, int64_t N, const Numbers& numbers, const 
   for (int units = Tile::kUnits / 2; units > 0; units /= 2)
     if (spread(units)) return plan;
   return {};
+}
+
+// The same work over more blocks: fewer rows in each, first of all, which then read less of what is
+// exchanged; then fewer units. Products of so many row tiles at a time that all threads have
+// something to do with them.
+template <class Tile>
+Plan plan_widely(const Work& work, const Device& device, int units, int64_t rows) {
+  rows = std::min(work.N, (rows + Tile::kRows - 1) / Tile::kRows * Tile::kRows);
+  const int64_t row_blocks = (work.N + rows - 1) / rows;
+  const auto blocks = [&](int units) { return (work.units + units - 1) / units * row_blocks; };
+  // Two units of a tensor-core tile are 128 bytes of weights at a time: fewer are read no faster.
+  constexpr int kLeast = std::max(1, Tile::kUnits / 4);
+  if (work.split_units)
+    while (units > kLeast && blocks(units / 2) <= device.multiprocessors) units /= 2;
+  int group = Tile::kRows;
+  while (group < rows && group * units * work.elements_a_unit < kThreads) group += Tile::kRows;
+  const Plan plan = make_plan<Tile>(work, units, rows, group);
+  return fits(plan, device) ? plan : make_plan<Tile>(work, units, rows, Tile::kRows);
+}
+
+// A plan, and for how many rows its tile is chosen (with_tile).
+struct Choice {
+  Plan plan;
+  int64_t tile_rows;
+};
+
+// units = 0: it does not fit.
+template <class T>
+Choice choose_plan(const Work& work, const Device& device) {
+  const auto rows_of_a_block = [&](int64_t row_blocks) {
+    return (work.N + row_blocks - 1) / row_blocks;
+  };
+  const auto with = [&](int64_t rows, const auto& plan) -> Choice {
+    return with_tile<T>(rows, device.tf32, [&](auto tile) { return Choice{plan(tile), rows}; });
+  };
+  const int64_t rows = work.widely ? rows_of_a_block(device.multiprocessors) : work.N;
+  Choice choice = with(
+      rows, [&](auto tile) { return plan_alone<decltype(tile)>(work, device); });
+  if (choice.plan.units > 0) return choice;
+  choice = with(
+      work.N, [&](auto tile) { return plan_together<decltype(tile)>(work, device); });
+  if (choice.plan.units == 0 || !work.widely) return choice;
+  return with(rows_of_a_block(device.multiprocessors / choice.plan.unit_blocks), [&](auto tile) {
+    return plan_widely<decltype(tile)>(work, device, choice.plan.units, rows);
+  });
 }
 
 // A block's part; units count as in the plan.
@@ -92,47 +155,64 @@ __device__ inline Part part_of_block(const Plan& plan, int all_units, int64_t N)
           min(first_row + plan.rows, N)};
 }
 
-// What a block wrote, those that share its rows may read.
-__device__ inline void meet(const Plan& plan) {
-  if (plan.unit_blocks > 1)
-    cooperative_groups::this_grid().sync();
-  else
-    __syncthreads();
-}
+// What a block wrote before it arrived, those that share its rows may read once they have waited.
+// All of its threads arrive, and then wait.
+class Meeting {
+ public:
+  __device__ explicit Meeting(const Plan& plan) : of_grid_(plan.unit_blocks > 1) {}
 
-// The block's sums for some rows of the batch, from row_tile on: sums of the warps' shares are left
+  __device__ void arrive() {
+    if (of_grid_) token_ = cooperative_groups::this_grid().barrier_arrive();
+  }
+  __device__ void wait() {
+    if (of_grid_)
+      cooperative_groups::this_grid().barrier_wait(std::move(token_));
+    else
+      __syncthreads();
+  }
+
+ private:
+  bool of_grid_;
+  cooperative_groups::grid_group::arrival_token token_ = {};
+};
+
+// The block's sums for a group of rows of the batch, from row on: sums of the warps' shares are left
 // to who reads them, after a __syncthreads.
 template <class Tile, bool kVectors>
 __device__ inline void multiply(const Plan& plan, const Operand<typename Tile::T>& operand,
-                                int64_t row_tile, int64_t end_row, int own_units,
+                                int64_t row, int64_t end_row, int own_units,
                                 const PartialSums<typename Tile::S>& partial) {
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarpSize, lane = thread % kWarpSize;
+  constexpr int kAhead = latency::kStageNext && kVectors ? Tile::kMostAhead : 0;
   for (int tile = warp / plan.split * Tile::kUnits; tile < plan.units;
-       tile += kWarps / plan.split * Tile::kUnits) {
-    const TilePlace place = {row_tile, end_row, tile, own_units, warp % plan.split, plan.split};
-    Tile sums;
-    sums.template add<kVectors>(operand, place, lane);
-    sums.store(partial, place.slice, tile, lane);
-  }
+       tile += kWarps / plan.split * Tile::kUnits)
+    for (int in_group = 0; in_group < plan.group && row + in_group < end_row;
+         in_group += Tile::kRows) {
+      const TilePlace place = {row + in_group,    end_row,   tile, own_units,
+                               warp % plan.split, plan.split};
+      Tile sums;
+      sums.template add<kVectors, kAhead>(operand, place, lane);
+      sums.store(partial.from_row(in_group), place.slice, tile, lane);
+    }
 }
 
 __device__ inline int64_t time_of(const Sequence& sequence, int64_t step) {
   return sequence.reverse ? sequence.L - 1 - step : step;
 }
 
-// Rows before those of a step.
-__device__ inline int64_t offset_at(const Sequence& sequence, int64_t step) {
-  const int64_t t = time_of(sequence, step);
-  return sequence.offsets != nullptr ? sequence.offsets[t] : t * sequence.N;
-}
+// The rows of a step: how many there are before them in memory, and the end of a block's own, which
+// are below end_row of the batch. None beyond the first step and the last.
+struct StepRows {
+  int64_t before, end;
+};
 
-// The rows of a step; none after the last.
-__device__ inline int64_t rows_at(const Sequence& sequence, int64_t step) {
-  if (step >= sequence.L) return 0;
-  if (sequence.offsets == nullptr) return sequence.N;
+__device__ inline StepRows rows_of(const Sequence& sequence, int64_t step, int64_t end_row) {
+  if (step < 0 || step >= sequence.L) return {0, 0};
   const int64_t t = time_of(sequence, step);
-  return sequence.offsets[t + 1] - sequence.offsets[t];
+  if (sequence.offsets == nullptr) return {t * sequence.N, end_row};
+  const int64_t before = sequence.offsets[t];
+  return {before, min(end_row, sequence.offsets[t + 1] - before)};
 }
 
 __device__ inline bool is_reset(const Sequence& sequence, int64_t step, int64_t row) {

@@ -8,6 +8,43 @@
 namespace lstm_ext::cuda {
 namespace {
 
+using namespace latency;
+
+// w_hh of a block's units to shared memory, kCount numbers at a time: [4][units][stride].
+template <int kCount, class T>
+__device__ inline void fill(const T* w_hh, int H, int first_unit, int own_units, T* weights,
+                            int units, int stride) {
+  const int in_row = H / kCount, thread = static_cast<int>(threadIdx.x);
+  for (int at = thread; at < own_units * in_row; at += kThreads) {
+    const int unit = at / in_row, k = at % in_row * kCount;
+    Vector<T, kCount> numbers[kGates];
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate)
+      numbers[gate] = load<kCount>(
+          w_hh + (static_cast<int64_t>(gate) * H + first_unit + unit) * H, k, H);
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate)
+      *reinterpret_cast<Vector<T, kCount>*>(weights + (gate * units + unit) * stride + k) =
+          numbers[gate];
+  }
+}
+
+// What an element of a step reads that no other block writes.
+template <class T>
+struct Known {
+  T products[kGates];
+  bool reset_after;
+};
+
+// What becomes of it, apart from the h that others wait for.
+template <class S>
+struct Element {
+  int64_t row;
+  int column;
+  Gates<S> gates;
+  S c_before, c, h;
+};
+
 template <class Tile, bool kVectors>
 __global__ void __launch_bounds__(kThreads, 1)
     layer_forward_kernel(LayerForward<typename Tile::T> layer, Plan plan) {
@@ -19,16 +56,24 @@ __global__ void __launch_bounds__(kThreads, 1)
   T* const weights = reinterpret_cast<T*>(shared);  // [4][units][stride]
   S* const biases = reinterpret_cast<S*>(weights + size_t{kGates} * units * stride);  // [4][units]
   S* const states = biases + kGates * units;  // c [rows][units]
-  const PartialSums<S> partial{states + plan.rows * units, Tile::kRows, plan.tile_units};
+  const PartialSums<S> partial{states + plan.rows * units, plan.group, plan.tile_units};
 
   const int thread = static_cast<int>(threadIdx.x);
   const auto [first_unit, own_units, first_row, end_row] = part_of_block(plan, H, sequence.N);
   const int64_t state_size = sequence.N * H;
 
-  for (int at = thread; at < kGates * own_units * H; at += kThreads) {
-    const int gate = at / (own_units * H), unit = at / H % own_units, k = at % H;
-    weights[(gate * units + unit) * stride + k] =
-        layer.w_hh[(static_cast<int64_t>(gate) * H + first_unit + unit) * H + k];
+  if constexpr (kWideFill) {
+    constexpr int kVector = kFullVector<T>;
+    if (H % kVector == 0 && reinterpret_cast<uintptr_t>(layer.w_hh) % 16 == 0)
+      fill<kVector>(layer.w_hh, H, first_unit, own_units, weights, units, stride);
+    else
+      fill<1>(layer.w_hh, H, first_unit, own_units, weights, units, stride);
+  } else {
+    for (int at = thread; at < kGates * own_units * H; at += kThreads) {
+      const int gate = at / (own_units * H), unit = at / H % own_units, k = at % H;
+      weights[(gate * units + unit) * stride + k] =
+          layer.w_hh[(static_cast<int64_t>(gate) * H + first_unit + unit) * H + k];
+    }
   }
   for (int at = thread; at < kGates * own_units; at += kThreads) {
     const int gate = at / own_units, unit = at % own_units, column = gate * H + first_unit + unit;
@@ -44,69 +89,112 @@ __global__ void __launch_bounds__(kThreads, 1)
       states[(row - first_row) * units + unit] = reset ? S(0) : widen(layer.cx[at]);
     }
   };
-  begin(first_row, min(end_row, rows_at(sequence, 0)), 0);
-  meet(plan);
+  const auto elements_of = [&](const StepRows& rows, int64_t group) {
+    return static_cast<int>(min(rows.end - group, int64_t{plan.group})) * own_units;
+  };
+  const auto read = [&](int64_t step, const StepRows& rows, int64_t group, int element) {
+    Known<T> known = {};
+    if (element >= elements_of(rows, group)) return known;
+    const int64_t row = group + element / own_units;
+    const T* const products =
+        layer.products + (rows.before + row) * kGates * H + first_unit + element % own_units;
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) known.products[gate] = products[gate * H];
+    known.reset_after = is_reset(sequence, step + 1, row);
+    return known;
+  };
+  const auto store = [&](const Element<S>& done, const StepRows& rows, int64_t going_on) {
+    const int64_t of_state = done.row * H + done.column, at = rows.before * H + of_state;
+    if (layer.c_before != nullptr) layer.c_before[at] = narrow<T>(done.c_before);
+    if (layer.gates != nullptr)
+      store_gates(layer.gates + (rows.before + done.row) * kGates * H + done.column, H, done.gates);
+    layer.output[at] = narrow<T>(done.h);
+    if (done.row < going_on) return;
+    layer.hy[of_state] = narrow<T>(done.h);
+    layer.cy[of_state] = narrow<T>(done.c);
+  };
+
+  StepRows now = rows_of(sequence, 0, end_row);
+  begin(first_row, now.end, 0);
+  Meeting meeting(plan);
+  meeting.arrive();
+  Known<T> ahead = {};
+  if constexpr (kLoadsFirst) ahead = read(0, now, first_row, thread);
+  meeting.wait();
 
   for (int64_t step = 0; step < sequence.L; ++step) {
-    const int64_t offset = offset_at(sequence, step);
-    const int64_t here = min(end_row, rows_at(sequence, step));
-    const int64_t next = min(end_row, rows_at(sequence, step + 1));
-    for (int64_t row_tile = first_row; row_tile < here; row_tile += Tile::kRows) {
-      const T* const h = layer.h_buffers + step % 2 * state_size;
+    const StepRows next = rows_of(sequence, step + 1, end_row);
+    const bool goes_on = step + 1 < sequence.L;
+    const T* const h = layer.h_buffers + step % 2 * state_size;
+    T* const h_next = layer.h_buffers + (step + 1) % 2 * state_size;
+    Element<S> late = {};
+    bool is_late = false;
+    for (int64_t group = first_row; group < now.end; group += plan.group) {
       const Operand<T> operand = {h, weights, H, stride, int64_t{units} * stride};
-      multiply<Tile, kVectors>(plan, operand, row_tile, here, own_units, partial);
+      multiply<Tile, kVectors>(plan, operand, group, now.end, own_units, partial);
       __syncthreads();
-      for (int element = thread; element < Tile::kRows * own_units; element += kThreads) {
-        const int unit = element % own_units, tile_row = element / own_units;
-        const int64_t row = row_tile + tile_row;
-        if (row >= here) continue;
+      const bool last_group = group + plan.group >= now.end;
+      const int elements = elements_of(now, group);
+      for (int element = thread; element < elements; element += kThreads) {
+        const int unit = element % own_units, in_group = element / own_units;
+        const int64_t row = group + in_group;
         const int column = first_unit + unit;
-        const T* const products = layer.products + (offset + row) * kGates * H + column;
+        const T* const products = layer.products + (now.before + row) * kGates * H + column;
+        const Known<T> known = ahead;
+        if constexpr (kLoadsFirst) ahead = read(step, now, group, element + kThreads);
         S pre[kGates];
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate)
-          pre[gate] = biases[gate * units + unit] + widen(products[gate * H]) +
-                      partial.sum(plan.split, gate, tile_row, unit);
+          pre[gate] = biases[gate * units + unit] +
+                      widen(kLoadsFirst ? known.products[gate] : products[gate * H]) +
+                      partial.sum(plan.split, gate, in_group, unit);
         S& state = states[(row - first_row) * units + unit];
-        const int64_t at = (offset + row) * H + column;
-        if (layer.c_before != nullptr) layer.c_before[at] = narrow<T>(state);
-        S c, h_next;
-        const Gates<S> gates = lstm_ext::cell_forward<Math>(
-            Gates<S>{pre[0], pre[1], pre[2], pre[3]}, state, c, h_next);
-        if (layer.gates != nullptr)
-          store_gates(layer.gates + (offset + row) * kGates * H + column, H, gates);
-        layer.output[at] = narrow<T>(h_next);
-        const int64_t of_state = row * H + column;
-        if (row >= next) {  // its last step
-          layer.hy[of_state] = narrow<T>(h_next);
-          layer.cy[of_state] = narrow<T>(c);
-        }
-        const bool reset = is_reset(sequence, step + 1, row);
-        layer.h_buffers[(step + 1) % 2 * state_size + of_state] =
-            reset ? narrow<T>(0) : narrow<T>(h_next);
+        Element<S> done = {row, column, {}, state, 0, 0};
+        done.gates = lstm_ext::cell_forward<Math>(Gates<S>{pre[0], pre[1], pre[2], pre[3]}, state,
+                                                  done.c, done.h);
+        const bool reset = kLoadsFirst ? known.reset_after : is_reset(sequence, step + 1, row);
+        if (goes_on || !kSkipLastMeeting)
+          h_next[row * H + column] = reset ? narrow<T>(0) : narrow<T>(done.h);
         // As the cell rounds its c from step to step.
-        state = reset ? S(0) : widen(narrow<T>(c));
+        state = reset ? S(0) : widen(narrow<T>(done.c));
+        is_late = kPublishFirst && last_group && element + kThreads >= elements;
+        if (is_late)
+          late = done;
+        else
+          store(done, now, next.end);
       }
+      if (kPublishFirst && last_group) break;
       __syncthreads();
+      if constexpr (kLoadsFirst) ahead = read(step, now, group + plan.group, thread);
     }
     // Sequences that begin at the next step, in reverse.
-    begin(here > first_row ? here : first_row, next, step + 1);
-    meet(plan);
+    begin(now.end > first_row ? now.end : first_row, next.end, step + 1);
+    const bool meets = goes_on || !kSkipLastMeeting;
+    if (kPublishFirst && meets) meeting.arrive();
+    if (is_late) store(late, now, next.end);
+    if constexpr (kLoadsFirst) ahead = read(step + 1, next, first_row, thread);
+    if (!kPublishFirst && meets) meeting.arrive();
+    if (meets) meeting.wait();
+    now = next;
   }
 }
 
-template <class Tile>
-Plan plan_for(const LayerForward<typename Tile::T>& layer, const Device& device) {
-  // Biases, and c.
-  const Numbers numbers = {/*a_unit=*/kGates, /*a_unit_and_row=*/1};
-  return plan_blocks<Tile>(layer.H, layer.H, layer.sequence.N, numbers, device);
+template <class T>
+Choice choice_for(const LayerForward<T>& layer, const Device& device) {
+  Work work = {};
+  work.units = work.K = layer.H;
+  work.N = layer.sequence.N;
+  work.elements_a_unit = 1;
+  work.kept_a_unit = kGates;      // biases
+  work.kept_a_unit_and_row = 1;  // c
+  work.widely = kSmallTiles;
+  return choose_plan<T>(work, device);
 }
 
 template <class Tile>
-cudaError_t launch_plan(const LayerForward<typename Tile::T>& layer, const Device& device,
+cudaError_t launch_plan(const LayerForward<typename Tile::T>& layer, const Plan& plan,
                         cudaStream_t stream) {
   constexpr int kVector = kFullVector<typename Tile::T>;
-  const Plan plan = plan_for<Tile>(layer, device);
   const bool vectors = layer.H % kVector == 0 && in_vectors(layer.h_buffers);
   const auto kernel =
       vectors ? layer_forward_kernel<Tile, true> : layer_forward_kernel<Tile, false>;
@@ -117,14 +205,14 @@ cudaError_t launch_plan(const LayerForward<typename Tile::T>& layer, const Devic
 
 template <class T>
 bool layer_forward_fits(const LayerForward<T>& layer, const Device& device) {
-  return with_tile<T>(layer.sequence.N, device.tf32,
-                      [&](auto tile) { return plan_for<decltype(tile)>(layer, device).units > 0; });
+  return choice_for(layer, device).plan.units > 0;
 }
 
 template <class T>
 cudaError_t layer_forward(const LayerForward<T>& layer, const Device& device, cudaStream_t stream) {
-  return with_tile<T>(layer.sequence.N, device.tf32, [&](auto tile) {
-    return launch_plan<decltype(tile)>(layer, device, stream);
+  const Choice choice = choice_for(layer, device);
+  return with_tile<T>(choice.tile_rows, device.tf32, [&](auto tile) {
+    return launch_plan<decltype(tile)>(layer, choice.plan, stream);
   });
 }
 

@@ -5,16 +5,20 @@
 // barrier shows as a wrong number; to ThreadSanitizer fibers are threads, and barriers alone order
 // them, so that it names both lines of a race. Dynamic shared memory starts as NaN.
 //
-// Found and reported: threads that miss a barrier or leave before it, warp functions whose mask
-// names absent lanes, launches beyond the hardware's limits. Not modelled: rounding of device
+// A grid's barrier in two parts orders what is done before the first and after the second, no more.
+//
+// Found and reported: threads that miss a barrier or leave before it, or do the parts of a barrier
+// out of turn, warp functions whose mask names absent lanes, launches beyond the hardware's limits. Not modelled: rounding of device
 // functions, memory fences, registers, speed.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <pthread.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -90,12 +94,17 @@ struct WarpMeeting {  // of the lanes of a mask
   unsigned char slots[2][kWarp][kSlot];
 };
 
+struct GridPart {  // a block's part of a grid's barrier
+  unsigned arrived = 0, waiting = 0, arrivals = 0, passed = 0;
+};
+
 struct Fiber {
   ucontext_t context;
   char* stack = nullptr;
   uint3 index;
   unsigned number = 0;
   bool done = false, started = false;
+  bool arrived = false;  // at the grid's barrier, and has not yet waited
   const char* waits_in = nullptr;
   int line = 0;
   unsigned round = 0;  // that it waits to end
@@ -109,7 +118,9 @@ struct Grid {
   bool cooperative;
   unsigned seed;
   std::function<void()> body;
-  pthread_barrier_t barrier;
+  // The grid's barrier: blocks that have arrived, rounds that have ended.
+  unsigned blocks = 0, arrived = 0, round = 0;
+  char order[2] = {};  // as Meeting's, of even rounds and odd: some arrive while others still wait
 };
 
 constexpr unsigned kMasks = 4;  // different ones that a kernel may use in a warp
@@ -122,6 +133,7 @@ struct Block {
   Fiber* fibers = nullptr;
   WarpMeeting* meetings = nullptr;  // [warps][kMasks]
   Meeting all;
+  GridPart grid;
   char* dynamic_shared = nullptr;
   Fiber* current = nullptr;
   ucontext_t scheduler;
@@ -277,23 +289,45 @@ CUDA_EMU_INTERNAL Shown<T> show(T value, unsigned mask, int line) {
   return {slots, mask, line};
 }
 
-CUDA_EMU_INTERNAL inline void sync_grid(int line) {
-  Meeting& all = block->all;
-  if (!block->launch->cooperative) fail("grid.sync() in a launch that is not cooperative", line);
-  if (block->alive != block->threads) fail("grid.sync() that some threads cannot reach", line);
-  leave_order(all.order);
-  const unsigned round = all.round;
-  if (++all.arrived == block->threads) {
-    enter_order(all.order);
-    pthread_barrier_wait(&block->launch->barrier);
-    leave_order(all.order);
-    all.arrived = 0;
-    ++all.round;
+// The round in which the calling thread arrives. Nobody waits here.
+CUDA_EMU_INTERNAL inline unsigned arrive_at_grid(int line) {
+  Grid& grid = *block->launch;
+  GridPart& part = block->grid;
+  if (!grid.cooperative) fail("a grid's barrier in a launch that is not cooperative", line);
+  if (block->alive != block->threads) fail("a grid's barrier that some threads cannot reach", line);
+  if (self().arrived) fail("arrived twice at a grid's barrier", line);
+  self().arrived = true;
+  const unsigned round = part.arrivals;
+  leave_order(grid.order[round % 2]);
+  if (++part.arrived < block->threads) return round;
+  part.arrived = 0;
+  ++part.arrivals;
+  ++block->progress;
+  // By hand, for what ThreadSanitizer knows of would order more than the barrier does.
+  if (__atomic_add_fetch(&grid.arrived, 1, __ATOMIC_ACQ_REL) == grid.blocks) {
+    __atomic_store_n(&grid.arrived, 0, __ATOMIC_RELAXED);
+    __atomic_add_fetch(&grid.round, 1, __ATOMIC_RELEASE);
+    syscall(SYS_futex, &grid.round, FUTEX_WAKE_PRIVATE, grid.blocks, nullptr, nullptr, 0);
+  }
+  return round;
+}
+
+CUDA_EMU_INTERNAL inline void wait_for_grid(unsigned round, int line) {
+  Grid& grid = *block->launch;
+  GridPart& part = block->grid;
+  if (!self().arrived) fail("waits at a grid's barrier without having arrived", line);
+  // The last of a block waits for the other blocks.
+  if (++part.waiting == block->threads) {
+    while (__atomic_load_n(&grid.round, __ATOMIC_ACQUIRE) == round)
+      syscall(SYS_futex, &grid.round, FUTEX_WAIT_PRIVATE, round, nullptr, nullptr, 0);
+    part.waiting = 0;
+    ++part.passed;
     ++block->progress;
   } else {
-    wait_for_round(all.round, round, "grid.sync()", line);
+    wait_for_round(part.passed, round, "a grid's barrier", line);
   }
-  enter_order(all.order);
+  self().arrived = false;
+  enter_order(grid.order[round % 2]);
 }
 
 CUDA_EMU_INTERNAL inline void run_fiber() {
@@ -304,6 +338,7 @@ CUDA_EMU_INTERNAL inline void run_fiber() {
   ++block->progress;
   yield_to_scheduler();
   block->launch->body();
+  if (self().arrived) fail("left before it waited at a grid's barrier", self().line);
   block->current->done = true;
   --block->alive;
   ++block->progress;
@@ -401,11 +436,11 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_
   ++launches;
   asked = {grid, threads, shared, cooperative};
   if (!runs) return cudaSuccess;
-  Grid run{grid, threads, shared, cooperative, seed, [=] { kernel(arguments...); }, {}};
+  Grid run{grid, threads, shared, cooperative, seed, [=] { kernel(arguments...); }};
+  run.blocks = static_cast<unsigned>(blocks);
   // Blocks that wait for each other need a thread each; of others some at a time are enough, in an
   // order of their own.
   const size_t together = cooperative ? blocks : std::min<size_t>(blocks, 4);
-  if (cooperative) pthread_barrier_init(&run.barrier, nullptr, static_cast<unsigned>(blocks));
   std::vector<unsigned> numbers(blocks);
   for (size_t k = 0; k < blocks; ++k) numbers[k] = static_cast<unsigned>(k);
   std::mt19937 random(seed);
@@ -416,7 +451,6 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_
       for (size_t k = worker; k < numbers.size(); k += together) run_block(run, numbers[k]);
     });
   for (std::thread& worker : workers) worker.join();
-  if (cooperative) pthread_barrier_destroy(&run.barrier);
   return cudaSuccess;
 }
 
@@ -468,7 +502,14 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()
 
 namespace cooperative_groups {
 struct grid_group {
-  void sync(int line = __builtin_LINE()) const { cuda_emu::sync_grid(line); }
+  using arrival_token = unsigned;
+  arrival_token barrier_arrive(int line = __builtin_LINE()) const {
+    return cuda_emu::arrive_at_grid(line);
+  }
+  void barrier_wait(arrival_token&& round, int line = __builtin_LINE()) const {
+    cuda_emu::wait_for_grid(round, line);
+  }
+  void sync(int line = __builtin_LINE()) const { barrier_wait(barrier_arrive(line), line); }
 };
 inline grid_group this_grid() { return {}; }
 }  // namespace cooperative_groups
