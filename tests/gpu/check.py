@@ -25,6 +25,7 @@ from typing import Any
 
 import fakes
 import prebuilt
+import process
 import table
 from prebuilt import ROOT
 from runner import NEEDS_GPU, Runner, Stage
@@ -102,7 +103,8 @@ def main() -> int:
     parser.add_argument("--again", type=Path, help="results.json of an earlier run")
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE")
     parser.add_argument("--skip", nargs="+", default=[], metavar="STAGE")
-    parser.add_argument("--dry-run", action="store_true", help="fake stages, a second each")
+    parser.add_argument("--dry-run", action="store_true", help="stages that go wrong")
+    parser.add_argument("--seconds-each", type=float, default=1, help="for those that never end")
     parser.add_argument("--commit-results", type=Path, metavar="DIR")
     options = parser.parse_args()
     if options.commit_results:
@@ -124,9 +126,13 @@ def main() -> int:
         }
         for name in ("results.json", "cuda.json", "table.txt", "logs.tar.gz", "variants.json"):
             (out / name).unlink(missing_ok=True)  # of an earlier run
-        runner = Runner(out, Path(folder) / "work", ROOT, options.seconds, head)
+        grace = 0.5 if options.dry_run else process.GRACE_SECONDS
+        runner = Runner(out, Path(folder) / "work", ROOT, options.seconds, head, grace)
         try:
-            plan = fakes.stages(1) if options.dry_run else Stages(options.device, out, again).plan()
+            if options.dry_run:
+                plan = fakes.stages(options.seconds_each)
+            else:
+                plan = Stages(options.device, out, again).plan()
             runner.run(choose(plan, options.only, options.skip))
         finally:
             report(runner)

@@ -17,6 +17,7 @@ from pathlib import Path
 from runner import NO_GPU, Job, Stage
 
 FOREVER = 600.0
+PLENTY = 120.0
 
 
 def good() -> None:
@@ -69,6 +70,7 @@ def endless() -> None:
     """Write without end."""
     while True:
         sys.stdout.write("x" * 1023 + "\n")
+        time.sleep(0.001)
 
 
 def long() -> None:
@@ -103,12 +105,22 @@ def _job(name: str) -> Job:
 
 
 def stages(seconds: float) -> list[Stage]:
-    """Return a stage of each; then some together, one that is not there, and one without time."""
-    plan = [Stage(name, seconds, [_job(name)]) for name in FAKES]
-    plan.append(Stage("together", seconds, [_job(n) for n in ("good", "polite", "fails")], 2))
-    plan.append(Stage("no program", seconds, [Job("missing", ["/no/such/program"])]))
-    plan.append(Stage("absent", seconds, [_job("good")], absent="failed: no such tool"))
-    plan.append(Stage("last", seconds, [_job("good")]))
+    """Return a stage of each; then some together, one that is not there, and one without a program.
+
+    What never ends has so many seconds; what does has plenty, so that a busy machine changes
+    nothing.
+    """
+    endless_ones = (stubborn, polite, endless)
+    plan = [
+        Stage(name, seconds if f in endless_ones else PLENTY, [_job(name)], inherits=False)
+        for name, f in FAKES.items()
+    ]
+    plan += [
+        Stage("together", PLENTY, [_job(n) for n in ("good", "fails", "needs_gpu")], 2),
+        Stage("no program", PLENTY, [Job("missing", ["/no/such/program"])]),
+        Stage("absent", PLENTY, [_job("good")], absent="failed: no such tool"),
+        Stage("last", PLENTY, [_job("good")]),
+    ]
     return plan
 
 

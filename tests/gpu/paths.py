@@ -101,30 +101,31 @@ class Driver:
         assert group.child is not None
         code = group.child.poll()
         self._read(group)
-        now = time.monotonic()
         if code is not None:
             self._after_exit(group, code)
-        elif group.current is not None:
-            limit = next((c["watchdog"] for c in group.cases if c["name"] == group.current),
-                         path_list.WATCHDOG_SECONDS)  # fmt: skip
-            if now - group.since > limit * self.options.patience:
-                self._kill(group)
-                self._done(group, group.current, status="hung",
-                           worst=f"no result after {now - group.since:.0f} s")  # fmt: skip
-        elif now - group.since > START_SECONDS * self.options.patience:
-            self._kill(group)
-            self._done(group, group.cases[0]["name"], status="hung",
-                       worst="the process does not start" if not group.ready else "between paths")  # fmt: skip
+        elif (late := self._is_late(group)) is not None:
+            group.child.signal(signal.SIGKILL)
+            process.end([group.child], grace=0)
+            self._done(group, group.current or group.cases[0]["name"], status="hung", worst=late)
+            if group.child.poll() is None:
+                return False  # it cannot be ended: another beside it would wait for the same
         else:
             return True
-        if code is None or group.cases:
-            if not group.cases:
-                return False
-            if code is None and group.child.poll() is None:
-                return False  # it cannot be ended: another beside it would wait for the same
+        if group.cases:
             self._start(group)
-            return True
-        return False
+        return bool(group.cases)
+
+    def _is_late(self, group: Group) -> str | None:
+        """Say what a process has not done in its time; None if it has time left."""
+        waited = time.monotonic() - group.since
+        if group.current is None:
+            limit, what = START_SECONDS, "begin a path" if group.ready else "start"
+        else:
+            case = next((c for c in group.cases if c["name"] == group.current), {})
+            limit, what = case.get("watchdog", path_list.WATCHDOG_SECONDS), "end it"
+        if waited <= limit * self.options.patience:
+            return None
+        return f"the process did not {what} in {waited:.0f} s"
 
     def _after_exit(self, group: Group, code: int) -> None:
         """Account for the path at which a process ended early."""
@@ -183,11 +184,6 @@ class Driver:
             stream.write(json.dumps(result) + "\n")
         mark = f" !! {result.get('worst', '')}" if result["status"] != "ok" else ""
         print(f"{result['status']:11} {name}{mark}", flush=True)
-
-    def _kill(self, group: Group) -> None:
-        assert group.child is not None
-        group.child.signal(signal.SIGKILL)
-        process.end([group.child], grace=0)
 
 
 def were_right(results: Path) -> set[str]:

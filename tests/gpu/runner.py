@@ -42,22 +42,32 @@ class Job:
 
 @dataclass(frozen=True)
 class Stage:
-    """Jobs that belong together. ``absent`` says why they cannot run here."""
+    """Jobs that belong together. ``absent`` says why they cannot run here.
+
+    They have ``seconds`` and what earlier stages left over, unless ``inherits`` is False.
+    """
 
     name: str
     seconds: float
     jobs: list[Job]
     at_once: int = 1
     absent: str = ""
+    inherits: bool = True
 
 
 class Runner:
     """Runs stages; see the module."""
 
     def __init__(
-        self, out: Path, work: Path, root: Path, seconds: float, head: dict[str, Any]
+        self,
+        out: Path,
+        work: Path,
+        root: Path,
+        seconds: float,
+        head: dict[str, Any],
+        grace: float = process.GRACE_SECONDS,
     ) -> None:
-        self.out, self.work, self.root = out, work, root
+        self.out, self.work, self.root, self.grace = out, work, root, grace
         self.begin = time.monotonic()
         self.deadline = self.begin + seconds - RESERVE_SECONDS
         self.interrupted = ""
@@ -82,9 +92,9 @@ class Runner:
         self.results["plan"] = [stage.name for stage in stages]
         until = self.begin
         for stage in stages:
-            # What earlier stages left over, or at least its own time.
-            until = max(until + stage.seconds, time.monotonic() + stage.seconds)
-            self._run_stage(stage, min(until, self.deadline))
+            own = time.monotonic() + stage.seconds
+            until = max(until + stage.seconds, own)
+            self._run_stage(stage, min(until if stage.inherits else own, self.deadline))
         self.results["status"] = self.interrupted or "complete"
         self.results["seconds"] = round(self.elapsed(), 1)
         self.write()
@@ -136,12 +146,12 @@ class Runner:
             time.sleep(0.02)
             late = time.monotonic() >= until
             if late or self.interrupted:
-                process.end(child for child, _, _ in running)
+                process.end([child for child, _, _ in running], self.grace)
             for entry in list(running):
                 child, record, job = entry
                 code = child.poll()
                 if code is None and child.writes_too_much():
-                    process.end([child])
+                    process.end([child], self.grace)
                     record["status"] = "failed: cut off, its output has no end"
                 elif code is None and not (late or self.interrupted):
                     continue
