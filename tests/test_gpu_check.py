@@ -404,12 +404,12 @@ def test_on_cuda(): pass
 '''
 
 
-def with_lines(folder, text, *arguments):
+def with_lines(folder, text, *arguments, which=""):
     (folder / "test_it.py").write_text(text)
     lines = folder / "lines.jsonl"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "pytest_lines", "-p", "no:cacheprovider", "-v",
-         "--rootdir", folder, "-c", os.devnull, *arguments, folder / "test_it.py"],
+         "--rootdir", folder, "-c", os.devnull, *arguments, f"{folder}/test_it.py{which}"],
         capture_output=True, text=True, check=False, cwd=folder,
         env={**os.environ, "PYTHONPATH": str(GPU), "GPU_CHECK_LINES": str(lines)},
     )  # fmt: skip
@@ -430,9 +430,9 @@ def test_a_line_a_test(tmp_path):
 
 
 def test_skipped_tests_have_not_passed(tmp_path):
-    done, _ = with_lines(tmp_path, TESTS, "-k", "skipped")
+    done, _ = with_lines(tmp_path, TESTS, which="::test_skipped")
     assert done.returncode == 77
-    done, _ = with_lines(tmp_path, TESTS, "-k", "good")
+    done, _ = with_lines(tmp_path, TESTS, which="::test_good")
     assert done.returncode == 0
 
 

@@ -22,7 +22,6 @@ RESERVE_SECONDS = 6.0  # for the last stage to end in, and for the table
 LEAST_SECONDS = 2.0  # less is no use to any stage
 WRITE_EVERY = 2.0
 LOG_HEAD, LOG_TAIL = 256 * 1024, 512 * 1024  # bytes of a log that come back
-SAID_LINES = 30
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Job:
     env: dict[str, str] = field(default_factory=dict)
     prints_lines: bool = False
     margin: float = 0
+    keep: int = 30  # lines of its output that go to results.json
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Runner:
         """Take over what a job has said so far."""
         head, tail = _ends(child.log)
         lines = [line for line in tail.decode(errors="replace").splitlines() if line.strip()]
-        record["said"] = [line[:300] for line in lines[-SAID_LINES:]]
+        record["said"] = [line[:300] for line in lines[-job.keep :]]
         if job.prints_lines:
             text = (head + tail).decode(errors="replace")
         else:

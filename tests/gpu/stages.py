@@ -169,7 +169,7 @@ class Stages:
             command += ["--section", section]
         command += ["--kernel-name", f"regex:{KERNELS}", "--launch-count", "3"]
         command += self._python(HERE / "profiled.py")
-        return Stage("ncu", 20, [Job("ncu", command, self.env)], absent=absent)
+        return Stage("ncu", 20, [Job("ncu", command, self.env, keep=400)], absent=absent)
 
     def variants(self) -> Stage:
         """Variants of the layer's kernels, in turn."""
@@ -179,7 +179,7 @@ class Stages:
             absent = NEEDS_GPU
         command = self._python(script, "--programs", NATIVE, "--out", self.out / "variants.json")
         command += ["--seconds", "{seconds}"]
-        return Stage("variants", 60, [Job("variants", command, margin=5)], absent=absent)
+        return Stage("variants", 60, [Job("variants", command, margin=5, keep=60)], absent=absent)
 
     def rest(self) -> Stage:
         """The other tests, the GPU's first."""

@@ -165,8 +165,7 @@ def ncu(stage: Result) -> Lines:
         "Warp Cycles Per Issued Instruction": "cycles/issue",
     }  # fmt: skip
     said = [line for job in stage["jobs"] for line in job.get("said", [])]
-    text = stage.get("csv") or said
-    rows = list(csv.reader(text))
+    rows = list(csv.reader(line for line in said if line.startswith('"')))
     heads = [row for row in rows if "Metric Name" in row]
     if not heads:
         return last_words(stage)
@@ -239,7 +238,7 @@ def make(results: Result) -> str:
     """Write the table; sections are cut short, from the longest on, where it would be too long."""
     stages = results["stages"]
     sections = {stage["name"]: section(stage) for stage in stages if stage.get("jobs")}
-    card = results.get("card", "no GPU")
+    card = results.get("card") or "no GPU"
     head = [f"GPU check on {card}: {results['status']}, {results.get('seconds', 0):.0f} s, "
             f"revision {results.get('revision', 'unknown')}, module {results.get('module', '')}"]  # fmt: skip
     overview = ["", "stage                 status                                     s"]
