@@ -1,4 +1,4 @@
-"""What this machine has, in JSON lines: the first stage of check.py. Each line is lost by itself."""
+"""What this machine has, in JSON lines: the first stage of check.py. Each is lost by itself."""
 
 from __future__ import annotations
 

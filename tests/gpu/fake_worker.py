@@ -1,4 +1,4 @@
-"""In place of path_worker.py, on no device: paths that hang, crash, or are wrong, by their names."""
+"""In place of path_worker.py, on no device: paths that hang, crash or are wrong, by their names."""
 
 from __future__ import annotations
 

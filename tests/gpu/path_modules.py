@@ -238,9 +238,7 @@ def run_module(case: dict[str, Any], device: str, tell: Callable[..., None]) -> 
             dtype, device, [x, lengths], num_layers=2, bidirectional=True
         ),
         "LSTM, no bias, single sequence": lambda: layers(dtype, device, [x[:, 0]], bias=False),
-        "LSTM, checkpoint_every": lambda: layers(
-            dtype, device, [x], ours={"checkpoint_every": 5}
-        ),
+        "LSTM, checkpoint_every": lambda: layers(dtype, device, [x], ours={"checkpoint_every": 5}),
         "LSTM, dropout": lambda: dropout(dtype, device),
         "LSTM, projection": lambda: layers(dtype, device, [x], proj_size=7),
         "LSTMCell trains": lambda: compare(dtype, device, *cells, [x[0]], after_training),

@@ -79,7 +79,9 @@ class Driver:
         process.end_strays()
         results = [r for group in groups for r in group.results.values()]
         bad = sum(r["status"] in BAD for r in results)
-        print(f"{len(results) - bad} of {len(results)} paths agree, {time.monotonic() - begin:.0f} s")
+        print(
+            f"{len(results) - bad} of {len(results)} paths agree, {time.monotonic() - begin:.0f} s"
+        )
         return bad
 
     def _start(self, group: Group) -> None:
@@ -141,7 +143,9 @@ class Driver:
             self._done(group, name)
             return
         self._done(group, name, status="crashed", worst=f"exit status {code}: {last[:150]}")
-        if not group.ready and group.starts > 1:  # twice at the start: the others would be no better
+        if (
+            not group.ready and group.starts > 1
+        ):  # twice at the start: the others would be no better
             for case in list(group.cases):
                 self._done(group, case["name"], status="not reached",
                            worst="the process does not start")  # fmt: skip

@@ -7,6 +7,7 @@ those that it started.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -59,10 +60,8 @@ class Child:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the whole group."""
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
 
     @property
     def seconds(self) -> float:
@@ -115,10 +114,8 @@ def end_strays(seconds: float = KILL_SECONDS) -> list[int]:
     until = time.monotonic() + seconds
     while left := descendants():
         for process in left:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         _reap()
         if time.monotonic() > until:
             return left

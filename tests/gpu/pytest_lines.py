@@ -64,7 +64,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.outcome in _counts:
         _counts[report.outcome] += 1
     reason = said[0][:300] if said and report.outcome != "passed" else ""
-    _write(test=report.nodeid, status=report.outcome, seconds=round(report.duration, 2), said=reason)
+    _write(
+        test=report.nodeid, status=report.outcome, seconds=round(report.duration, 2), said=reason
+    )
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:

@@ -190,9 +190,7 @@ class Runner:
             record["status"] = f"failed: {error}"
             return None
 
-    def _finish(
-        self, stage: Stage, child: process.Child, job: Job, record: dict[str, Any]
-    ) -> None:
+    def _finish(self, stage: Stage, child: process.Child, job: Job, record: dict[str, Any]) -> None:
         record["seconds"] = round(child.seconds, 1)
         self._collect(stage, child, job, record)
         if record["status"] == "passed" and not record["said"] and not record["lines"]:

@@ -25,7 +25,9 @@ def clip(text: str, width: int = WIDTH) -> str:
 
 def first_few(lines: Lines, most: int) -> Lines:
     """Keep some lines, and count the others."""
-    return lines if len(lines) <= most else [*lines[: most - 1], f"  and {len(lines) - most + 1} more"]
+    return (
+        lines if len(lines) <= most else [*lines[: most - 1], f"  and {len(lines) - most + 1} more"]
+    )
 
 
 def json_lines(stage: Result) -> list[Result]:
@@ -45,7 +47,9 @@ def environment(stage: Result) -> Lines:
             lines.append(clip(f"  {name}: {part['error']}"))
             continue
         if name == "machine":
-            missing = [t for group in ("tools", "packages") for t, v in part[group].items() if not v]
+            missing = [
+                t for group in ("tools", "packages") for t, v in part[group].items() if not v
+            ]
             lines.append(clip(f"  python {part['python']}, {part['cores']} cores; "
                               f"missing: {', '.join(missing) or 'nothing'}"))  # fmt: skip
         else:
@@ -64,20 +68,24 @@ def latest(lines: Iterable[Result], key: str) -> list[Result]:
 
 
 def kernel_paths(stage: Result) -> Lines:
-    """A row a kind of path, a column a dtype: right of all, and the largest share of what is allowed."""
+    """A row a kind of path, a column a dtype: right/all, and the largest error/allowed."""
     paths = latest(json_lines(stage), "path")
     good = [p for p in paths if p["status"] == "ok"]
     other = [p for p in good if p.get("other_way")]
     lines = [f"  {len(good)} of {len(paths)} agree, {len(other)} of them went another way"]
     dtypes = ["float32", "tf32", "float64", "bfloat16", "float16"]
-    kinds = list(dict.fromkeys((p.get("op"), p.get("way")) for p in paths if p.get("op") != "module"))
+    kinds = list(
+        dict.fromkeys((p.get("op"), p.get("way")) for p in paths if p.get("op") != "module")
+    )
     if kinds:
         lines.append("  right/all, largest error/allowed".ljust(36)
                      + "".join(d.rjust(15) for d in dtypes))  # fmt: skip
     for op, way in kinds:
         cells = []
         for dtype in dtypes:
-            here = [p for p in paths if (p.get("op"), p.get("way"), p.get("dtype")) == (op, way, dtype)]
+            here = [
+                p for p in paths if (p.get("op"), p.get("way"), p.get("dtype")) == (op, way, dtype)
+            ]
             right = [p for p in here if p["status"] == "ok"]
             shares = [p["error"] / p["allowed"] for p in here if p.get("allowed")]
             share = f" {max(shares):.2g}" if shares else ""
@@ -161,7 +169,8 @@ def ncu(stage: Result) -> Lines:
     wanted = {
         "Duration": "time", "Registers Per Thread": "registers",
         "Dynamic Shared Memory Per Block": "shared", "Achieved Occupancy": "occupancy %",
-        "Compute (SM) Throughput": "SM %", "L2 Cache Throughput": "L2 %", "DRAM Throughput": "DRAM %",
+        "Compute (SM) Throughput": "SM %", "L2 Cache Throughput": "L2 %",
+        "DRAM Throughput": "DRAM %",
         "Warp Cycles Per Issued Instruction": "cycles/issue",
     }  # fmt: skip
     said = [line for job in stage["jobs"] for line in job.get("said", [])]
@@ -199,10 +208,14 @@ def benchmark(stage: Result) -> Lines:
     for row in graphed or rows:
         shape = "x".join(map(str, row.get("shape", [])))
         times = row.get("microseconds", {})
-        each = ", ".join(f"{name} {value:.1f}" for name, value in times.items() if value is not None)
+        each = ", ".join(
+            f"{name} {value:.1f}" for name, value in times.items() if value is not None
+        )
         ratio = f" ratio {row['ratio']:.2f}" if "ratio" in row else ""
-        lines.append(clip(f"  {row.get('mode', '')} {row.get('dtype', '')} {shape}: {each} us{ratio}"))
-    return [f"  {len(rows)} rows"] + first_few(lines, 30)
+        lines.append(
+            clip(f"  {row.get('mode', '')} {row.get('dtype', '')} {shape}: {each} us{ratio}")
+        )
+    return [f"  {len(rows)} rows", *first_few(lines, 30)]
 
 
 def variants(stage: Result) -> Lines:
@@ -239,17 +252,19 @@ def make(results: Result) -> str:
     stages = results["stages"]
     sections = {stage["name"]: section(stage) for stage in stages if stage.get("jobs")}
     card = results.get("card") or "no GPU"
-    head = [f"GPU check on {card}: {results['status']}, {results.get('seconds', 0):.0f} s, "
-            f"revision {results.get('revision', 'unknown')}, module {results.get('module', '')}"]  # fmt: skip
+    head = f"GPU check on {card}: {results['status']}, {results.get('seconds', 0):.0f} s, "
+    head += f"revision {results.get('revision', 'unknown')}, module {results.get('module', '')}"
     overview = ["", "stage                 status                                     s"]
     for stage in stages:
         overview.append(f"{stage['name']:21} {clip(stage['status'], 40):40} "
                         f"{stage.get('seconds', 0):5.0f}")  # fmt: skip
     reached = {stage["name"] for stage in stages}
-    overview += [f"{name:21} not reached" for name in results.get("plan", []) if name not in reached]
+    overview += [
+        f"{name:21} not reached" for name in results.get("plan", []) if name not in reached
+    ]
 
     def whole() -> Lines:
-        lines = [clip(head[0], WIDTH)]
+        lines = [clip(head, WIDTH)]
         for name, body in sections.items():
             lines += [f"-- {name}", *body]
         return lines + overview
