@@ -6,11 +6,12 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.14.1
 OUT ?= build/gpu-check
+GPU_VENV ?= .venv-gpu
 BIN := $(VENV)/bin
 MARK := $(VENV)/.built
 SOURCES := setup.py build_backend.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-packaging test-published cuda-build gpu-check bench lint format clean
+.PHONY: demo test test-packaging test-published cuda-build gpu-prebuild gpu-check bench lint format clean
 
 demo: $(MARK)
 	$(BIN)/python -m lstm_ext demo
@@ -35,10 +36,15 @@ cuda-build:
 	git clone --quiet . build/cuda
 	LSTM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0" $(MAKE) -C build/cuda test TORCH="$(CUDA_TORCH)"
 
-# On a machine with a GPU, by the Python that has its torch, and without a network: builds in place,
-# tests, compute-sanitizer, benchmark. Nine minutes at most; a short table comes last.
+# On a machine without a GPU, for one with: build/gpu, to be carried there with the checkout. Makes
+# an environment of 5 GB if GPU_VENV has none.
+gpu-prebuild:
+	$(PYTHON) tests/gpu/prebuild.py --venv "$(GPU_VENV)"
+
+# On a machine with a GPU, by the Python that has its torch, and without a network: five minutes, a
+# table comes last (docs/gpu.md).
 gpu-check:
-	$(PYTHON) tests/gpu_check.py --out "$(OUT)"
+	$(PYTHON) tests/gpu/check.py --out "$(OUT)"
 
 # On a machine with nothing else to do: it takes about forty minutes.
 bench: $(MARK)

@@ -1,0 +1,124 @@
+"""The list of kernel paths: what is called, at which sizes, and which kernels should run.
+
+Without torch, so that whoever plans needs no import that may fail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+DTYPES = ["float32", "tf32", "float64", "bfloat16", "float16"]
+# Kinds of paths. The sizes below lead to them on a GPU with 132 multiprocessors.
+FMA, TENSOR_CORES, LIBRARY = "FMA", "tensor cores", "library"
+ONE, SPREAD, STEPS = "one block", "spread", "steps"
+WATCHDOG_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A path at one size, forward for inference and for training, and backward."""
+
+    op: str  # cell, layer, or module
+    way: str  # which kernels; of a module, which of its tests
+    dtype: str
+    N: int = 0
+    I: int = 0
+    H: int = 0
+    L: int = 0
+    options: tuple[str, ...] = ()  # packed, reverse, reset, no bias
+    watchdog: float = WATCHDOG_SECONDS
+
+    @property
+    def name(self) -> str:
+        """Name it in words, for tables and for --only."""
+        if self.op == "module":
+            return f"module {self.way} {self.dtype}"
+        size = f"N{self.N} H{self.H}"
+        return " ".join([self.op, self.way, self.dtype, size, *self.options])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields and the name."""
+        return {**asdict(self), "name": self.name}
+
+
+def _cells(dtype: str, sizes: list[int]) -> list[Case]:
+    way = FMA if dtype in ("float32", "float64") else TENSOR_CORES
+    cases = [Case("cell", way, dtype, 5, 24, H) for H in sizes]
+    # Sizes that are no multiple of anything; one row; several tiles of rows.
+    cases += [
+        Case("cell", way, dtype, 3, 7, 33),
+        Case("cell", way, dtype, 1, 24, 40, options=("no bias",)),
+        Case("cell", way, dtype, 50, 64, 72),
+    ]
+    cases += [Case("cell", LIBRARY, dtype, 1100, 24, 40)]
+    cases += [Case("cell", LIBRARY, dtype, 140, 64, H) for H in sizes if H == 256]
+    return cases
+
+
+VARIANTS: list[tuple[str, ...]] = [
+    (),
+    ("packed",),
+    ("reverse",),
+    ("reset",),
+    ("packed", "reverse", "reset"),
+]
+
+
+def _layers(dtype: str, H: int, way: str) -> list[Case]:
+    cases = [Case("layer", way, dtype, 5, 24, H, 6, options) for options in VARIANTS]
+    if way == ONE:
+        cases += [Case("layer", way, dtype, N, 24, H, 6, ("packed",)) for N in (17, 40)]
+        cases += [
+            Case("layer", way, dtype, 1, 24, H, 6, ("no bias",)),
+            Case("layer", way, dtype, 3, 7, 33, 5, ("packed", "reverse", "reset")),
+        ]
+    if way == SPREAD and H == 256:
+        cases += [
+            Case("layer", way, dtype, 1, 24, H, 6),
+            Case("layer", way, dtype, 16, 24, H, 40),
+            Case("layer", way, dtype, 40, 24, H, 6, ("packed", "reverse", "reset")),
+            Case("layer", way, dtype, 3, 7, 251, 5, ("packed", "reset")),
+            Case("layer", STEPS, dtype, 140, 24, H, 4, ("packed", "reset")),
+        ]
+    return cases
+
+
+MODULES = [
+    "LSTM trains",
+    "LSTM, two layers both ways, packed",
+    "LSTM, no bias, single sequence",
+    "LSTM, checkpoint_every",
+    "LSTM, dropout",
+    "LSTM, projection",
+    "LSTMCell trains",
+    "convert and revert",
+    "autocast",
+]
+ONCE = ["LSTM, CUDA graph", "LSTMCell, CUDA graph", "second derivatives"]
+
+
+def groups(device: str) -> dict[str, list[Case]]:
+    """All paths, by the process that goes through them; what takes longest first."""
+    gpu = device == "cuda"
+    sizes = [40, 256, 768, 2048] if gpu else [40]
+    result: dict[str, list[Case]] = {
+        "torch.compile": [Case("module", "LSTMCell, torch.compile", "float32", watchdog=60)]
+    }
+    for dtype in DTYPES:
+        if dtype == "tf32" and not gpu:
+            continue
+        small = _cells(dtype, sizes) + _layers(dtype, 40, ONE)
+        large = [c for H in sizes[1:3] for c in _layers(dtype, H, SPREAD)]
+        large += [c for H in sizes[3:] for c in _layers(dtype, H, STEPS)]
+        result[f"small, {dtype}"] = small
+        if large:
+            result[f"large, {dtype}"] = large
+    for dtype in ("float32", "bfloat16", "float16") if gpu else ("float32",):
+        # torch's own LSTM cannot do it on every CPU.
+        tests = [test for test in MODULES if gpu or test != "autocast"]
+        result[f"modules, {dtype}"] = [Case("module", test, dtype) for test in tests]
+    result["modules, once"] = [
+        Case("module", test, "float32") for test in ONCE if gpu or "graph" not in test
+    ]
+    return result
