@@ -127,7 +127,7 @@ class Builder:
     def run(self, command: list[str], target: Path) -> None:
         """Run a compiler, whose output appears when it is whole."""
         self.log(f"{Path(command[-3]).name} -> {target.name}")
-        partial = target.with_suffix(".partial")
+        partial = target.with_name(f"{target.name}.{os.getpid()}")
         command = [*command[:-1], str(partial)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
