@@ -32,6 +32,7 @@ from runner import NEEDS_GPU, Runner, Stage
 from stages import Stages
 
 RESULTS = ROOT / "benchmarks" / "results"
+FILES = {"benchmark": "cuda.json", "variants": "variants.json"}
 
 
 def commit_results(folder: Path) -> None:
@@ -53,12 +54,12 @@ def commit_results(folder: Path) -> None:
 
 def place_module(device: str, root: Path = ROOT) -> str:
     """Put the prebuilt module in place if it fits; say which module is used."""
-    if device == "cpu":
+    if device == "cpu" and prebuilt.module_path(root).exists():
         return "as installed"
     reason = prebuilt.why_not(root=root)
     if reason:
-        print(f"building here: {reason}", flush=True)
-        return f"built here: {reason}"
+        print(f"no prebuilt module: {reason}", flush=True)
+        return f"built here: {reason}" if device == "cuda" else reason
     try:
         prebuilt.place(root=root)
     except OSError as error:
@@ -144,8 +145,8 @@ def report(runner: Runner) -> None:
     results = runner.results
     results["card"] = card_of(results)
     for stage in results["stages"]:
-        if stage["name"] == "benchmark":
-            stage["file"] = str(runner.out / "cuda.json")
+        if stage["name"] in FILES:
+            stage["file"] = str(runner.out / FILES[stage["name"]])
     runner.write()
     text = table.make(results)
     runner.replace("table.txt", text.encode())

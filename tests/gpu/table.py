@@ -18,8 +18,7 @@ Result = dict[str, Any]
 
 def clip(text: str, width: int = WIDTH) -> str:
     """Cut a line off where it is too long, at one line."""
-    indent = text[: len(text) - len(text.lstrip(" "))]
-    text = indent + " ".join(text.split())
+    text = " ".join(text.splitlines()).rstrip()
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
@@ -219,9 +218,22 @@ def benchmark(stage: Result) -> Lines:
 
 
 def variants(stage: Result) -> Lines:
-    """What the script printed last."""
-    said = [line for job in stage["jobs"] for line in job.get("said", [])]
-    return [clip(f"  {line}") for line in said[-26:]] or last_words(stage)
+    """A row a case, from variants.json: it is there even where its script was cut off."""
+    path = Path(stage.get("file") or "")
+    if not path.is_file():
+        return last_words(stage)
+    content = json.loads(path.read_text())
+    rows = content["summary"]
+    names = sorted({name for row in rows for name in row["ratio"] if name != content["baseline"]})
+    lines = [f"  times longer than {content['baseline']}: " + ", ".join(names)]
+    for row in rows:
+        case = f"{row['kind']} {row['dtype']} L{row['L']} N{row['N']} H{row['H']}"
+        base = row["us_per_step"].get(content["baseline"])
+        ratios = [row["ratio"].get(name) for name in names]
+        shown = " ".join("    -" if r is None else f"{r:5.2f}" for r in ratios)
+        lines.append(clip(f"  {case:34} {base or 0:7.2f} us/step {shown}"))
+    wrong = [f"  {failure['variant']}: {failure['what']}" for failure in content["failures"]]
+    return first_few(lines, 28) + first_few([clip(line) for line in wrong], 6)
 
 
 SECTIONS: dict[str, list[Callable[[Result], Lines]]] = {
