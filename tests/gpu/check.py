@@ -99,7 +99,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check")
-    parser.add_argument("--seconds", type=float, default=300, help="for all stages together")
+    parser.add_argument("--seconds", type=float, help="for all stages together: 300, or without a "
+                        "GPU as long as it takes")  # fmt: skip
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--again", type=Path, help="results.json of an earlier run")
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE")
@@ -111,6 +112,8 @@ def main() -> int:
     if options.commit_results:
         commit_results(options.commit_results)
         return 0
+    if options.seconds is None:
+        options.seconds = 300 if options.device == "cuda" or options.dry_run else 7200
     # Read before anything is written: it may lie in the same folder.
     again = None
     out = options.out.absolute()
@@ -122,7 +125,7 @@ def main() -> int:
         head = {
             "device": "none" if options.dry_run else options.device,
             "call": 2 if again else 1,
-            "revision": manifest.get("revision", "unknown"),
+            "revision": prebuilt.revision() or manifest.get("revision", "unknown"),
             "module": "none" if options.dry_run else place_module(options.device),
         }
         for name in ("results.json", "cuda.json", "table.txt", "logs.tar.gz", "variants.json"):

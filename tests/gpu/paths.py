@@ -93,9 +93,9 @@ class Driver:
         cases.write_text(json.dumps(group.cases))
         command = [*self.options.worker, "--device", self.options.device,
                    "--out", str(group.lines), "--cases", str(cases)]  # fmt: skip
-        # The operators are called directly; modules choose as they do for a user.
-        kernels = all(case["op"] != "module" for case in group.cases)
-        env = {**os.environ, **({"LSTM_EXT_CUDA": "fused"} if kernels else {})}
+        # Of the operators there is one kind; modules choose as they do for a user.
+        fused = any("fused" in case.get("options", ()) for case in group.cases)
+        env = {**os.environ, **({"LSTM_EXT_CUDA": "fused"} if fused else {})}
         group.child = process.Child(command, stem.with_suffix(".log"), env, Path.cwd())
 
     def _look_after(self, group: Group) -> bool:
