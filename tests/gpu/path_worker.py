@@ -246,13 +246,16 @@ def kernels_of(call: Callable[[], object]) -> list[dict[str, Any]]:
 
 def readable(kernel: str) -> str:
     """Shorten a kernel's name."""
-    name = re.sub(r"\(anonymous namespace\)::|lstm_ext::cuda::|void |\((int|bool)\)", "", kernel)
+    hidden = r"\(anonymous namespace\)::|_GLOBAL__N__\w+::"
+    name = re.sub(rf"{hidden}|lstm_ext::cuda::|void |\((int|bool)\)", "", kernel)
     return re.sub(r"\(.*", "", name)[:120]
 
 
 def other_way(case: dict[str, Any], kernels: list[dict[str, Any]]) -> str:
     """Say what ran if it is not what the case is for; '' if it is."""
     names = [kernel["name"] for kernel in kernels]
+    if not names:
+        return "the profiler saw no kernel"
     for wanted in WAYS[case["way"]]:
         if not any(wanted in name for name in names):
             return f"no {wanted}"
