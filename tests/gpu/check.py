@@ -32,6 +32,7 @@ from runner import NEEDS_GPU, Runner, Stage
 from stages import Stages
 
 RESULTS = ROOT / "benchmarks" / "results"
+FILES = {"benchmark": "cuda.json", "variants": "variants.json"}
 
 
 def commit_results(folder: Path) -> None:
@@ -53,12 +54,12 @@ def commit_results(folder: Path) -> None:
 
 def place_module(device: str, root: Path = ROOT) -> str:
     """Put the prebuilt module in place if it fits; say which module is used."""
-    if device == "cpu":
+    if device == "cpu" and prebuilt.module_path(root).exists():
         return "as installed"
     reason = prebuilt.why_not(root=root)
     if reason:
-        print(f"building here: {reason}", flush=True)
-        return f"built here: {reason}"
+        print(f"no prebuilt module: {reason}", flush=True)
+        return f"built here: {reason}" if device == "cuda" else reason
     try:
         prebuilt.place(root=root)
     except OSError as error:
@@ -98,7 +99,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check")
-    parser.add_argument("--seconds", type=float, default=300, help="for all stages together")
+    parser.add_argument("--seconds", type=float, help="for all stages together: 300, or without a "
+                        "GPU as long as it takes")  # fmt: skip
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--again", type=Path, help="results.json of an earlier run")
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE")
@@ -110,6 +112,8 @@ def main() -> int:
     if options.commit_results:
         commit_results(options.commit_results)
         return 0
+    if options.seconds is None:
+        options.seconds = 300 if options.device == "cuda" or options.dry_run else 7200
     # Read before anything is written: it may lie in the same folder.
     again = None
     out = options.out.absolute()
@@ -121,7 +125,7 @@ def main() -> int:
         head = {
             "device": "none" if options.dry_run else options.device,
             "call": 2 if again else 1,
-            "revision": manifest.get("revision", "unknown"),
+            "revision": prebuilt.revision() or manifest.get("revision", "unknown"),
             "module": "none" if options.dry_run else place_module(options.device),
         }
         for name in ("results.json", "cuda.json", "table.txt", "logs.tar.gz", "variants.json"):
@@ -144,8 +148,8 @@ def report(runner: Runner) -> None:
     results = runner.results
     results["card"] = card_of(results)
     for stage in results["stages"]:
-        if stage["name"] == "benchmark":
-            stage["file"] = str(runner.out / "cuda.json")
+        if stage["name"] in FILES:
+            stage["file"] = str(runner.out / FILES[stage["name"]])
     runner.write()
     text = table.make(results)
     runner.replace("table.txt", text.encode())

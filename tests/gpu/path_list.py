@@ -26,14 +26,14 @@ class Case:
     I: int = 0
     H: int = 0
     L: int = 0
-    options: tuple[str, ...] = ()  # packed, reverse, reset, no bias
+    options: tuple[str, ...] = ()  # packed, reverse, reset, no bias; of a module: fused
     watchdog: float = WATCHDOG_SECONDS
 
     @property
     def name(self) -> str:
         """Name it in words, for tables and for --only."""
         if self.op == "module":
-            return f"module {self.way} {self.dtype}"
+            return " ".join(["module", self.way, self.dtype, *self.options])
         size = f"N{self.N} H{self.H}"
         return " ".join([self.op, self.way, self.dtype, size, *self.options])
 
@@ -117,7 +117,11 @@ def groups(device: str) -> dict[str, list[Case]]:
     for dtype in ("float32", "bfloat16", "float16") if gpu else ("float32",):
         # torch's own LSTM cannot do it on every CPU.
         tests = [test for test in MODULES if gpu or test != "autocast"]
-        result[f"modules, {dtype}"] = [Case("module", test, dtype) for test in tests]
+        # As a user finds them, and with LSTM_EXT_CUDA=fused: all by our kernels.
+        for options in ((), ("fused",)) if gpu else ((),):
+            result[f"modules, {dtype} {' '.join(options)}"] = [
+                Case("module", test, dtype, options=options) for test in tests
+            ]
     result["modules, once"] = [
         Case("module", test, "float32") for test in ONCE if gpu or "graph" not in test
     ]

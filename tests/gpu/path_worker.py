@@ -32,7 +32,9 @@ NAMES = ["output", "h", "c", "grad x", "grad h", "grad c",
          "grad w_ih", "grad w_hh", "grad b_ih", "grad b_hh"]  # fmt: skip
 EPS = {"float32": 2.0**-23, "tf32": 2.0**-10, "float64": 2.0**-52, "bfloat16": 2.0**-7,
        "float16": 2.0**-10}  # fmt: skip
-ROUNDINGS = 2  # at the largest value, beyond twice torch's error
+# At the largest value, beyond twice torch's error. In float64 what is called the truth has errors
+# of its own, which torch's share where its kernels are the same.
+ROUNDINGS = {"float32": 4, "tf32": 2, "float64": 64, "bfloat16": 2, "float16": 2}
 LARGE = 768  # from here on float64 is computed on the GPU too, by torch's own kernels
 WAYS = {
     FMA: ["cell_forward_kernel<FmaTile", "cell_backward"],
@@ -179,7 +181,7 @@ def judge(
         mine = relative_error(ours[k], truth[k])
         others = [relative_error(other[k], truth[k]) for other in torchs]
         theirs = max((error for error in others if math.isfinite(error)), default=0.0)
-        errors[name] = [mine, theirs, 2 * theirs + ROUNDINGS * EPS[dtype]]
+        errors[name] = [mine, theirs, 2 * theirs + ROUNDINGS[dtype] * EPS[dtype]]
     worst = max(errors, key=lambda name: errors[name][0] / errors[name][2])
     mine, theirs, allowed = errors[worst]
     return {
@@ -244,13 +246,16 @@ def kernels_of(call: Callable[[], object]) -> list[dict[str, Any]]:
 
 def readable(kernel: str) -> str:
     """Shorten a kernel's name."""
-    name = re.sub(r"\(anonymous namespace\)::|lstm_ext::cuda::|void |\((int|bool)\)", "", kernel)
+    hidden = r"\(anonymous namespace\)::|_GLOBAL__N__\w+::"
+    name = re.sub(rf"{hidden}|lstm_ext::cuda::|void |\((int|bool)\)", "", kernel)
     return re.sub(r"\(.*", "", name)[:120]
 
 
 def other_way(case: dict[str, Any], kernels: list[dict[str, Any]]) -> str:
     """Say what ran if it is not what the case is for; '' if it is."""
     names = [kernel["name"] for kernel in kernels]
+    if not names:
+        return "the profiler saw no kernel"
     for wanted in WAYS[case["way"]]:
         if not any(wanted in name for name in names):
             return f"no {wanted}"

@@ -25,7 +25,7 @@ import process
 
 HERE = Path(__file__).resolve().parent
 START_SECONDS = 60.0  # import of torch and the first call of CUDA, several at once
-BAD = ("wrong", "error", "hung", "crashed", "not reached")
+BAD = ("wrong", "error", "hung", "crashed", "cut off", "not reached")
 
 
 @dataclass
@@ -74,7 +74,9 @@ class Driver:
                     running.remove(group)
         process.end([g.child for g in running if g.child], grace=0.5)
         for group in groups:
-            for case in group.cases:  # those that nothing was heard of
+            if group in running and group.current is not None:
+                self._done(group, group.current, status="cut off", worst="the stage's time is over")
+            for case in list(group.cases):  # those that nothing was heard of
                 self._done(group, case["name"], status="not reached")
         process.end_strays()
         results = [r for group in groups for r in group.results.values()]
@@ -93,9 +95,10 @@ class Driver:
         cases.write_text(json.dumps(group.cases))
         command = [*self.options.worker, "--device", self.options.device,
                    "--out", str(group.lines), "--cases", str(cases)]  # fmt: skip
-        # The operators are called directly; modules choose as they do for a user.
-        kernels = all(case["op"] != "module" for case in group.cases)
-        env = {**os.environ, **({"LSTM_EXT_CUDA": "fused"} if kernels else {})}
+        # Of the operators there is one kind; modules choose as they do for a user.
+        fused = any("fused" in case.get("options", ()) for case in group.cases)
+        env = {**os.environ, **({"LSTM_EXT_CUDA": "fused"} if fused else {})}
+        env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # here: no processes beside this one
         group.child = process.Child(command, stem.with_suffix(".log"), env, Path.cwd())
 
     def _look_after(self, group: Group) -> bool:

@@ -103,13 +103,6 @@ def check_module(python: Path, folder: Path) -> dict[str, Any]:
     return info
 
 
-def revision() -> str:
-    """Name the commit, and whether files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def build_native(folder: Path) -> str:
     """Build the programs without torch, where they are; say how that went."""
     script = Path(__file__).parent / "native" / "build.py"
@@ -148,7 +141,7 @@ def main() -> int:
         "arch": ARCHITECTURE,
         "compiler": info["compiler"],
         "sources": sources,
-        "revision": revision(),
+        "revision": prebuilt.revision() or "unknown",
         "native": "not yet built",
     }
     if sources != prebuilt.sources_hash():

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -25,6 +26,16 @@ def sources_hash(root: Path = ROOT) -> str:
         digest.update(f"{path.relative_to(root).as_posix()}\n{path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def revision(root: Path = ROOT) -> str | None:
+    """Name the commit, and whether files differ from it; None where there is no repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def read_manifest(folder: Path = FOLDER) -> dict[str, Any] | None:

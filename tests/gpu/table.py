@@ -18,8 +18,7 @@ Result = dict[str, Any]
 
 def clip(text: str, width: int = WIDTH) -> str:
     """Cut a line off where it is too long, at one line."""
-    indent = text[: len(text) - len(text.lstrip(" "))]
-    text = indent + " ".join(text.split())
+    text = " ".join(text.splitlines()).rstrip()
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
@@ -91,7 +90,10 @@ def kernel_paths(stage: Result) -> Lines:
             share = f" {max(shares):.2g}" if shares else ""
             cells.append(f"{len(right)}/{len(here)}{share}" if here else "-")
         lines.append(f"  {op}, {way}".ljust(36) + "".join(c.rjust(15) for c in cells))
-    bad = [p for p in paths if p["status"] != "ok"]
+    unreached = [p["path"] for p in paths if p["status"] == "not reached"]
+    if unreached:
+        lines.append(clip(f"  {len(unreached)} were not reached, from {unreached[0]} on"))
+    bad = [p for p in paths if p["status"] not in ("ok", "not reached")]
     order = {"hung": 0, "crashed": 1, "wrong": 2, "error": 3}
     bad.sort(key=lambda p: order.get(p["status"], 9))
     said = []
@@ -194,34 +196,55 @@ def ncu(stage: Result) -> Lines:
 
 
 def benchmark(stage: Result) -> Lines:
-    """The rows of cuda.json, those that are in CUDA graphs if any are."""
-    path = stage.get("file")
-    if path is None or not Path(path).exists():
+    """A line a case: microseconds in a CUDA graph, ours and torch's, for inference and training."""
+    path = Path(stage.get("file") or "")
+    if not path.is_file():
         return last_words(stage)
-    try:
-        content = json.loads(Path(path).read_text())
-    except ValueError:
-        return last_words(stage)
-    rows = content.get("rows", [])
-    graphed = [row for row in rows if "graph" in row.get("mode", "")]
-    lines = []
-    for row in graphed or rows:
-        shape = "x".join(map(str, row.get("shape", [])))
-        times = row.get("microseconds", {})
-        each = ", ".join(
-            f"{name} {value:.1f}" for name, value in times.items() if value is not None
+    cases: dict[str, dict[str, Result]] = {}
+    failed = []
+    rows = json.loads(path.read_text())["rows"]
+    for row in rows:
+        what, _, way = row["mode"].partition(", ")
+        kind, _, mode = what.rpartition(" ")
+        name = f"{kind} {row['dtype']} {'x'.join(map(str, row['shape']))}"
+        trouble = row.get("error") or "; ".join(
+            f"{k}: {v}" for k, v in row.get("failed", {}).items()
         )
-        ratio = f" ratio {row['ratio']:.2f}" if "ratio" in row else ""
-        lines.append(
-            clip(f"  {row.get('mode', '')} {row.get('dtype', '')} {shape}: {each} us{ratio}")
-        )
-    return [f"  {len(rows)} rows", *first_few(lines, 30)]
+        if trouble:
+            failed.append(clip(f"  {name} {mode}, {way}: {trouble}"))
+        # Where one of them cannot be captured, as they are called; the rows come in that order.
+        if "ratio" in row:
+            cases.setdefault(name, {}).setdefault(mode, row)
+    lines = [f"  {len(rows)} rows; us, ours / torch's = ratio (e: not in a graph)".ljust(44)]
+    for name, modes in cases.items():
+        text = f"  {name:42}"
+        for mode in ("inference", "training"):
+            if mode in modes:
+                row = modes[mode]
+                ours, theirs = list(row["microseconds"].values())[:2]
+                eager = "" if "graph" in row["mode"] else "e"
+                text += f" {mode} {ours:8.1f} /{theirs:8.1f} ={row['ratio']:5.2f}{eager:1}"
+        lines.append(text)
+    return first_few(lines, 30) + first_few(failed, 8)
 
 
 def variants(stage: Result) -> Lines:
-    """What the script printed last."""
-    said = [line for job in stage["jobs"] for line in job.get("said", [])]
-    return [clip(f"  {line}") for line in said[-26:]] or last_words(stage)
+    """A row a case, from variants.json: it is there even where its script was cut off."""
+    path = Path(stage.get("file") or "")
+    if not path.is_file():
+        return last_words(stage)
+    content = json.loads(path.read_text())
+    rows = content["summary"]
+    names = sorted({name for row in rows for name in row["ratio"] if name != content["baseline"]})
+    lines = [f"  times longer than {content['baseline']}: " + ", ".join(names)]
+    for row in rows:
+        case = f"{row['kind']} {row['dtype']} L{row['L']} N{row['N']} H{row['H']}"
+        base = row["us_per_step"].get(content["baseline"])
+        ratios = [row["ratio"].get(name) for name in names]
+        shown = " ".join("    -" if r is None else f"{r:5.2f}" for r in ratios)
+        lines.append(clip(f"  {case:34} {base or 0:7.2f} us/step {shown}"))
+    wrong = [f"  {failure['variant']}: {failure['what']}" for failure in content["failures"]]
+    return first_few(lines, 28) + first_few([clip(line) for line in wrong], 6)
 
 
 SECTIONS: dict[str, list[Callable[[Result], Lines]]] = {
