@@ -165,8 +165,16 @@ PLANTED = {
     "a lane outside the mask": (9, "none", "a lane outside the mask"),
     "unwritten shared memory": (10, "none", "off by nan"),
     "waiting in an ordinary launch": (11, "none", "not cooperative"),
+    "nothing, the grid's barrier in two parts": (12, "none", None),
+    "stored after arriving": (13, "thread", "data race"),
+    "read before waiting": (14, "none", "totals off by"),
+    "read before waiting, named": (14, "thread", "data race"),
+    "waited without arriving": (15, "none", "without having arrived"),
+    "arrived twice": (16, "none", "arrived twice"),
+    "left without waiting": (17, "none", "left before it waited"),
     "nothing, with AddressSanitizer": (0, "address", None),
     "nothing, with ThreadSanitizer": (0, "thread", None),
+    "two parts, with ThreadSanitizer": (12, "thread", None),
 }
 
 
@@ -182,7 +190,8 @@ def test_planted_bugs_are_found(bug, build):
         assert says in said, said[-3000:]
 
 
-# In the kernels themselves: file, what stands there, what is put in its place, what finds it.
+# In the kernels themselves: file, what stands there, what is put in its place (or several of each),
+# and what finds it: wrong numbers, a sanitizer, or the emulator, by what it says.
 BARRIER = "  __syncthreads();\n"
 MUTATIONS = {
     "no barrier before the sums": ("cell_forward.cu", BARRIER, "", "thread"),
@@ -219,9 +228,70 @@ MUTATIONS = {
     ),
     "blocks that do not wait": (
         "layer_forward.cu",
-        "    meet(plan);\n  }\n}",
-        "    __syncthreads();\n  }\n}",
+        "    if (meets) meeting.wait();\n",
+        "    __syncthreads();\n",
+        "arrived twice",
+    ),
+    "arrived before h is stored": (
+        "layer_forward.cu",
+        (
+            "    Element<S> late = {};\n",
+            "    if (kPublishFirst && meets) meeting.arrive();\n",
+        ),
+        (
+            "    if (goes_on) meeting.arrive();\n    Element<S> late = {};\n",
+            "",
+        ),
         "thread",
+    ),
+    "what was not stored before arriving is lost": (
+        "layer_forward.cu",
+        "    if (is_late) store(late, now, next.end);\n",
+        "",
+        "none",
+    ),
+    "products of a wrong step": (
+        "layer_forward.cu",
+        "ahead = read(step + 1, next, first_row, spots.first())",
+        "ahead = read(step, now, first_row, spots.first())",
+        "none",
+    ),
+    "products of a wrong row tile": (
+        "layer_forward.cu",
+        "read(step, now, group + plan.group, spots.first())",
+        "read(step, now, group, spots.first())",
+        "none",
+    ),
+    "products of a wrong element": (
+        "layer_forward.cu",
+        "read(step, now, group, spot)",
+        "read(step, now, group, spots.first())",
+        "none",
+    ),
+    "no barrier between row tiles": (
+        "layer_forward.cu",
+        "      if (kPublishFirst && last_group) break;\n      __syncthreads();\n",
+        "      if (kPublishFirst && last_group) break;\n",
+        "thread",
+    ),
+    "weights that are not all copied": (
+        "layer_forward.cu",
+        "at < own_units * in_row;",
+        "at < own_units * in_row - 1;",
+        "none",
+    ),
+    "the last chunk left out": (
+        "gate_tiles.cuh",
+        "if (k >= K) return;",
+        "if (k + stride >= K) return;",
+        "none",
+    ),
+    "a chunk loaded twice": ("gate_tiles.cuh", "k + kAhead * stride)", "k)", "none"),
+    "row tiles in one place": (
+        "layer_blocks.cuh",
+        "partial.from_row(in_group)",
+        "partial",
+        "none",
     ),
     "resets of c left out": (
         "layer_forward.cu",
@@ -231,19 +301,50 @@ MUTATIONS = {
     ),
     "blocks that do not wait, in backward": (
         "layer_backward.cu",
-        "    meet(plan);\n",
+        "    meeting.wait();\n",
         "    __syncthreads();\n",
+        "arrived twice",
+    ),
+    "arrived before the gradients are stored": (
+        "layer_backward.cu",
+        (
+            "    const StepRows next = rows_of(sequence, step - 1, end_row);\n",
+            "    if constexpr (kPublishFirst) meeting.arrive();\n",
+        ),
+        (
+            "    const StepRows next = rows_of(sequence, step - 1, end_row);\n"
+            "    if (step > 0 || layer.grad_hx != nullptr) meeting.arrive();\n",
+            "",
+        ),
         "thread",
+    ),
+    "gates of a wrong step": (
+        "layer_backward.cu",
+        "ahead = read(step - 1, next, spots.first())",
+        "ahead = read(step, now, spots.first())",
+        "none",
+    ),
+    "gates of a wrong element": (
+        "layer_backward.cu",
+        "ahead = read(step, now, spot)",
+        "ahead = read(step, now, spots.first())",
+        "none",
+    ),
+    "columns that are not all copied": (
+        "layer_backward.cu",
+        "hidden < all; hidden += kCount",
+        "hidden + kCount < all; hidden += kCount",
+        "none",
     ),
     "hidden units out of their places": (
         "layer_backward.cu",
-        "hidden / units, tile_row, hidden % units",
-        "hidden % kInUnit, tile_row, hidden / kInUnit",
+        "hidden / units, in_group, hidden % units",
+        "hidden % kInUnit, in_group, hidden / kInUnit",
         "none",
     ),
     "gradients through resets": (
         "layer_backward.cu",
-        "is_reset(sequence, step, row) ? S(0) : grad_c",
+        "known.reset ? S(0) : grad_c",
         "grad_c",
         "none",
     ),
@@ -252,21 +353,25 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_broken_kernels_are_found(mutation, build, tmp_path):
-    file, old, new, sanitizer = MUTATIONS[mutation]
+    file, old, new, finder = MUTATIONS[mutation]
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
     source = csrc / "cuda" / file
-    assert source.read_text().count(old) == 1
-    source.write_text(source.read_text().replace(old, new))
+    text = source.read_text()
+    for before, after in [(old, new)] if isinstance(old, str) else zip(old, new, strict=True):
+        assert text.count(before) == 1
+        text = text.replace(before, after)
+    source.write_text(text)
     # With a broken header all kernels are broken.
     broken = [k.name for k in KERNELS if file == k.name or source.suffix == ".cuh"]
     kernels = [csrc / "cuda" / k.name if k.name in broken else k for k in KERNELS]
-    check = CHECKS["layer" in file]
-    program = build([*kernels, check], sanitizer)
+    # The layer's kernels stage what they multiply, the cell's do not.
+    check = CHECKS["layer" in file or "chunk" in mutation]
+    program = build([*kernels, check], finder if finder in SANITIZERS else "none")
     result = run(program, "few")
     assert result.returncode != 0
-    wanted = {"none": "off by", "address": "AddressSanitizer", "thread": "data race"}[sanitizer]
-    assert wanted in result.stdout + result.stderr
+    wanted = {"none": "off by", "address": "AddressSanitizer", "thread": "data race"}
+    assert wanted.get(finder, finder) in result.stdout + result.stderr
 
 
 if __name__ == "__main__":

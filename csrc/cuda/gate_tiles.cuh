@@ -2,7 +2,9 @@
 //
 // A tile adds up, over the columns k of one operand (the input with W_ih, h with W_hh), a warp's
 // share: every split'th chunk from its own on. Both kinds read each number straight into the
-// registers of the lane that needs it, 16 bytes at a time where kVectors.
+// registers of the lane that needs it, 16 bytes at a time where kVectors: of the operand's rows
+// kAhead chunks before they are multiplied. kPadded: rows of weights lie on 16 bytes, and have
+// zeros up to a multiple of kPad numbers.
 #pragma once
 
 #include "cuda/mma.cuh"
@@ -119,12 +121,12 @@ struct FmaTile {
   using T = T_;
   using S = Sum<T>;
   static constexpr int kRows = kRows_, kUnits = 1;
-  static constexpr int kMostAhead = kRows == 1 ? 4 : kRows == 4 ? 2 : 1;
+  static constexpr int kMostAhead = kRows == 1 ? 4 : kRows == 4 ? 2 : 1, kPad = 1;
   static_assert(kGates * kRows <= kWarpSize);
 
   S sums[kGates * kRows] = {};
 
-  template <bool kVectors, int kAhead = 0>
+  template <bool kVectors, int kAhead = 0, bool kPadded = false>
   __device__ void add(const Operand<T>& operand, const TilePlace& place, int lane) {
     constexpr int kStep = kVectors ? kFullVector<T> : 1;
     using Numbers = Vector<T, kStep>;
@@ -169,13 +171,15 @@ struct MmaTile {
   using T = T_;
   using S = float;
   static constexpr int kRows = kRows_, kUnits = 8, kColumns = kRows / 8;
-  static constexpr int kMostAhead = kColumns == 4 ? 2 : 4;
+  static constexpr int kMostAhead = kColumns == 4 ? 2 : 4, kPad = 4 * kFullVector<T>;
 
   float sums[2][kColumns][4] = {};
 
-  template <bool kVectors, int kAhead = 0>
+  template <bool kVectors, int kAhead = 0, bool kPadded = false>
   __device__ void add(const Operand<T>& operand, const TilePlace& place, int lane) {
     constexpr int kStep = kFullVector<T>, kChunk = 4 * kStep;
+    using Numbers = Vector<T, kStep>;
+    static_assert(kPad == kChunk);
     const int K = operand.K, row = lane / 4, offset = lane % 4 * kStep;
     const int unit = min(place.first_unit + row, place.units - 1);
     const T* const weights = operand.weights + unit * operand.unit_stride;
@@ -183,7 +187,7 @@ struct MmaTile {
 #pragma unroll
     for (int column = 0; column < kColumns; ++column)
       rows[column] = operand.rows + min(place.first_row + 8 * column + row, place.rows - 1) * K;
-    in_stages<kAhead, kColumns, Vector<T, kStep>>(
+    in_stages<kAhead, kColumns, Numbers>(
         place.slice * kChunk, place.split * kChunk, K,
         [&](int column, int chunk) {
           return load<kStep, kVectors>(rows[column], chunk + offset, K);
@@ -191,13 +195,15 @@ struct MmaTile {
         [&](int chunk, const auto& numbers_of) {
           uint32_t w[kGates][4], x[kColumns][4];
 #pragma unroll
-          for (int gate = 0; gate < kGates; ++gate)
-            to_words(
-                load<kStep, kVectors>(weights + gate * operand.gate_stride, chunk + offset, K),
-                w[gate]);
+          for (int gate = 0; gate < kGates; ++gate) {
+            const T* const row = weights + gate * operand.gate_stride;
+            if constexpr (kPadded)
+              to_words(*reinterpret_cast<const Numbers*>(row + chunk + offset), w[gate]);
+            else
+              to_words(load<kStep, kVectors>(row, chunk + offset, K), w[gate]);
+          }
 #pragma unroll
-          for (int column = 0; column < kColumns; ++column)
-            to_words(numbers_of(column), x[column]);
+          for (int column = 0; column < kColumns; ++column) to_words(numbers_of(column), x[column]);
 #pragma unroll
           for (int half = 0; half < 4; half += 2)
 #pragma unroll

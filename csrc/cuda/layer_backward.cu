@@ -22,8 +22,7 @@ __device__ inline void fill(const T* w_hh, int K, int H, int first, int own, int
   for (int hidden = 0; hidden < all; hidden += kCount)
 #pragma unroll 4
     for (int k = thread; k < K; k += kThreads) {
-      const auto numbers =
-          load<kCount>(w_hh + static_cast<int64_t>(k) * H + first, hidden, own);
+      const auto numbers = load<kCount>(w_hh + static_cast<int64_t>(k) * H + first, hidden, own);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) weights[(hidden + j) * stride + k] = numbers.at[j];
     }
@@ -63,6 +62,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       fill<kVector>(layer.w_hh, K, H, first, own, units * kInUnit, weights, stride);
     else
       fill<1>(layer.w_hh, K, H, first, own, units * kInUnit, weights, stride);
+    pad_weights<Tile>(weights, units * kInUnit, stride, K);
   } else {
     for (int at = thread; at < units * kInUnit * K; at += kThreads) {
       const int hidden = at % (units * kInUnit), k = at / (units * kInUnit);
@@ -76,11 +76,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     grads_h[kept] = layer.grad_hy != nullptr ? widen(layer.grad_hy[of_state]) : S(0);
     grads_c[kept] = layer.grad_cy != nullptr ? widen(layer.grad_cy[of_state]) : S(0);
   }
-  const auto read = [&](int64_t step, const StepRows& rows, int64_t element) {
+  const Spots spots(own);
+  const auto read = [&](int64_t step, const StepRows& rows, Spot spot) {
     Known<T> known = {};
-    if (element >= (rows.end - first_row) * own) return known;
-    const int64_t row = first_row + element / own, at_row = rows.before + row;
-    const int column = first + static_cast<int>(element % own);
+    if (spot.row >= rows.end - first_row) return known;
+    const int64_t row = first_row + spot.row, at_row = rows.before + row;
+    const int column = first + spot.column;
     const T* const gates = layer.gates + at_row * K + column;
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate) known.gates[gate] = gates[gate * H];
@@ -91,30 +92,30 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   StepRows now = rows_of(sequence, sequence.L - 1, end_row);
   Known<T> ahead = {};
-  if constexpr (kLoadsFirst) ahead = read(sequence.L - 1, now, thread);
+  if constexpr (kLoadsFirst) ahead = read(sequence.L - 1, now, spots.first());
   Meeting meeting(plan);
   __syncthreads();
 
   for (int64_t step = sequence.L - 1; step >= 0; --step) {
     const StepRows next = rows_of(sequence, step - 1, end_row);
-    for (int64_t element = thread; element < (now.end - first_row) * own; element += kThreads) {
-      const int hidden = static_cast<int>(element % own), column = first + hidden;
-      const int64_t row = first_row + element / own;
-      const Known<T> known = kLoadsFirst ? ahead : read(step, now, element);
-      if constexpr (kLoadsFirst) ahead = read(step, now, element + kThreads);
-      const int64_t own_at = (row - first_row) * most + hidden;
+    for (Spot spot = spots.first(); spot.row < now.end - first_row;) {
+      const auto [own_row, hidden] = spot;
+      const int column = first + hidden, own_at = own_row * most + hidden;
+      const Known<T> known = kLoadsFirst ? ahead : read(step, now, spot);
+      spot = spots.after(spot);
+      if constexpr (kLoadsFirst) ahead = read(step, now, spot);
       S grad_h = grads_h[own_at], grad_c;
       if (layer.grad_output != nullptr) grad_h += widen(known.grad_output);
-      const Gates<S> grad = lstm_ext::cell_backward<Math>(
-          Gates<S>{widen(known.gates[0]), widen(known.gates[1]), widen(known.gates[2]),
-                   widen(known.gates[3])},
-          widen(known.c_before), grad_h, grads_c[own_at], grad_c);
-      store_gates(layer.grad_gates + (now.before + row) * K + column, H, grad);
+      const Gates<S> grad =
+          lstm_ext::cell_backward<Math>(Gates<S>{widen(known.gates[0]), widen(known.gates[1]),
+                                                 widen(known.gates[2]), widen(known.gates[3])},
+                                        widen(known.c_before), grad_h, grads_c[own_at], grad_c);
+      store_gates(layer.grad_gates + (now.before + first_row + own_row) * K + column, H, grad);
       grads_c[own_at] = known.reset ? S(0) : grad_c;
     }
     if (step == 0 && layer.grad_hx == nullptr) break;
     if constexpr (kPublishFirst) meeting.arrive();
-    if constexpr (kLoadsFirst) ahead = read(step - 1, next, thread);
+    if constexpr (kLoadsFirst) ahead = read(step - 1, next, spots.first());
     if constexpr (!kPublishFirst) meeting.arrive();
     meeting.wait();
     for (int64_t group = first_row; group < now.end; group += plan.group) {
@@ -122,10 +123,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                                   int64_t{units} * stride};
       multiply<Tile, kVectors>(plan, operand, group, now.end, units, partial);
       __syncthreads();
-      for (int element = thread; element < plan.group * own; element += kThreads) {
-        const int hidden = element % own, in_group = element / own;
+      const int rows = static_cast<int>(min(now.end - group, int64_t{plan.group}));
+      for (Spot spot = spots.first(); spot.row < rows; spot = spots.after(spot)) {
+        const auto [in_group, hidden] = spot;
         const int64_t row = group + in_group;
-        if (row >= now.end) continue;
         grads_h[(row - first_row) * most + hidden] =
             is_reset(sequence, step, row)
                 ? S(0)

@@ -131,11 +131,9 @@ Choice choose_plan(const Work& work, const Device& device) {
     return with_tile<T>(rows, device.tf32, [&](auto tile) { return Choice{plan(tile), rows}; });
   };
   const int64_t rows = work.widely ? rows_of_a_block(device.multiprocessors) : work.N;
-  Choice choice = with(
-      rows, [&](auto tile) { return plan_alone<decltype(tile)>(work, device); });
+  Choice choice = with(rows, [&](auto tile) { return plan_alone<decltype(tile)>(work, device); });
   if (choice.plan.units > 0) return choice;
-  choice = with(
-      work.N, [&](auto tile) { return plan_together<decltype(tile)>(work, device); });
+  choice = with(work.N, [&](auto tile) { return plan_together<decltype(tile)>(work, device); });
   if (choice.plan.units == 0 || !work.widely) return choice;
   return with(rows_of_a_block(device.multiprocessors / choice.plan.unit_blocks), [&](auto tile) {
     return plan_widely<decltype(tile)>(work, device, choice.plan.units, rows);
@@ -153,6 +151,41 @@ __device__ inline Part part_of_block(const Plan& plan, int all_units, int64_t N)
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) / plan.unit_blocks * plan.rows;
   return {first_unit, min(plan.units, all_units - first_unit), first_row,
           min(first_row + plan.rows, N)};
+}
+
+// The elements of a block's thread, kThreads apart, in rows of so many columns: without divisions
+// in every step.
+struct Spot {
+  int row, column;
+};
+
+class Spots {
+ public:
+  __device__ explicit Spots(int columns)
+      : columns_(columns),
+        first_{static_cast<int>(threadIdx.x) / columns, static_cast<int>(threadIdx.x) % columns},
+        step_{kThreads / columns, kThreads % columns} {}
+
+  __device__ Spot first() const { return first_; }
+  __device__ Spot after(Spot spot) const {
+    spot.row += step_.row;
+    spot.column += step_.column;
+    if (spot.column >= columns_) ++spot.row, spot.column -= columns_;
+    return spot;
+  }
+
+ private:
+  int columns_;
+  Spot first_, step_;
+};
+
+// Zeros behind the K numbers of rows of weights in shared memory.
+template <class Tile>
+__device__ inline void pad_weights(typename Tile::T* weights, int rows, int stride, int K) {
+  using T = typename Tile::T;
+  const int beyond = (K + Tile::kPad - 1) / Tile::kPad * Tile::kPad - K;
+  for (int at = static_cast<int>(threadIdx.x); at < rows * beyond; at += kThreads)
+    weights[at / beyond * stride + K + at % beyond] = narrow<T>(0);
 }
 
 // What a block wrote before it arrived, those that share its rows may read once they have waited.
@@ -176,8 +209,8 @@ class Meeting {
   cooperative_groups::grid_group::arrival_token token_ = {};
 };
 
-// The block's sums for a group of rows of the batch, from row on: sums of the warps' shares are left
-// to who reads them, after a __syncthreads.
+// The block's sums for a group of rows of the batch, from row on: sums of the warps' shares are
+// left to who reads them, after a __syncthreads.
 template <class Tile, bool kVectors>
 __device__ inline void multiply(const Plan& plan, const Operand<typename Tile::T>& operand,
                                 int64_t row, int64_t end_row, int own_units,
@@ -189,10 +222,10 @@ __device__ inline void multiply(const Plan& plan, const Operand<typename Tile::T
        tile += kWarps / plan.split * Tile::kUnits)
     for (int in_group = 0; in_group < plan.group && row + in_group < end_row;
          in_group += Tile::kRows) {
-      const TilePlace place = {row + in_group,    end_row,   tile, own_units,
-                               warp % plan.split, plan.split};
+      const TilePlace place = {row + in_group, end_row,           tile,
+                               own_units,      warp % plan.split, plan.split};
       Tile sums;
-      sums.template add<kVectors, kAhead>(operand, place, lane);
+      sums.template add<kVectors, kAhead, latency::kWideFill>(operand, place, lane);
       sums.store(partial.from_row(in_group), place.slice, tile, lane);
     }
 }

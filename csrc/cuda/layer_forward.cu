@@ -20,8 +20,8 @@ __device__ inline void fill(const T* w_hh, int H, int first_unit, int own_units,
     Vector<T, kCount> numbers[kGates];
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
-      numbers[gate] = load<kCount>(
-          w_hh + (static_cast<int64_t>(gate) * H + first_unit + unit) * H, k, H);
+      numbers[gate] =
+          load<kCount>(w_hh + (static_cast<int64_t>(gate) * H + first_unit + unit) * H, k, H);
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
       *reinterpret_cast<Vector<T, kCount>*>(weights + (gate * units + unit) * stride + k) =
@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       fill<kVector>(layer.w_hh, H, first_unit, own_units, weights, units, stride);
     else
       fill<1>(layer.w_hh, H, first_unit, own_units, weights, units, stride);
+    pad_weights<Tile>(weights, kGates * units, stride, H);
   } else {
     for (int at = thread; at < kGates * own_units * H; at += kThreads) {
       const int gate = at / (own_units * H), unit = at / H % own_units, k = at % H;
@@ -89,15 +90,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       states[(row - first_row) * units + unit] = reset ? S(0) : widen(layer.cx[at]);
     }
   };
-  const auto elements_of = [&](const StepRows& rows, int64_t group) {
-    return static_cast<int>(min(rows.end - group, int64_t{plan.group})) * own_units;
+  const auto rows_in_group = [&](const StepRows& rows, int64_t group) {
+    return static_cast<int>(min(rows.end - group, int64_t{plan.group}));
   };
-  const auto read = [&](int64_t step, const StepRows& rows, int64_t group, int element) {
+  const Spots spots(own_units);
+  const auto read = [&](int64_t step, const StepRows& rows, int64_t group, Spot spot) {
     Known<T> known = {};
-    if (element >= elements_of(rows, group)) return known;
-    const int64_t row = group + element / own_units;
+    if (spot.row >= rows_in_group(rows, group)) return known;
+    const int64_t row = group + spot.row;
     const T* const products =
-        layer.products + (rows.before + row) * kGates * H + first_unit + element % own_units;
+        layer.products + (rows.before + row) * kGates * H + first_unit + spot.column;
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate) known.products[gate] = products[gate * H];
     known.reset_after = is_reset(sequence, step + 1, row);
@@ -119,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Meeting meeting(plan);
   meeting.arrive();
   Known<T> ahead = {};
-  if constexpr (kLoadsFirst) ahead = read(0, now, first_row, thread);
+  if constexpr (kLoadsFirst) ahead = read(0, now, first_row, spots.first());
   meeting.wait();
 
   for (int64_t step = 0; step < sequence.L; ++step) {
@@ -134,14 +136,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       multiply<Tile, kVectors>(plan, operand, group, now.end, own_units, partial);
       __syncthreads();
       const bool last_group = group + plan.group >= now.end;
-      const int elements = elements_of(now, group);
-      for (int element = thread; element < elements; element += kThreads) {
-        const int unit = element % own_units, in_group = element / own_units;
+      const int rows = rows_in_group(now, group);
+      for (Spot spot = spots.first(); spot.row < rows;) {
+        const auto [in_group, unit] = spot;
+        spot = spots.after(spot);
         const int64_t row = group + in_group;
         const int column = first_unit + unit;
         const T* const products = layer.products + (now.before + row) * kGates * H + column;
         const Known<T> known = ahead;
-        if constexpr (kLoadsFirst) ahead = read(step, now, group, element + kThreads);
+        if constexpr (kLoadsFirst) ahead = read(step, now, group, spot);
         S pre[kGates];
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate)
@@ -157,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           h_next[row * H + column] = reset ? narrow<T>(0) : narrow<T>(done.h);
         // As the cell rounds its c from step to step.
         state = reset ? S(0) : widen(narrow<T>(done.c));
-        is_late = kPublishFirst && last_group && element + kThreads >= elements;
+        is_late = kPublishFirst && last_group && spot.row >= rows;
         if (is_late)
           late = done;
         else
@@ -165,14 +168,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       if (kPublishFirst && last_group) break;
       __syncthreads();
-      if constexpr (kLoadsFirst) ahead = read(step, now, group + plan.group, thread);
+      if constexpr (kLoadsFirst) ahead = read(step, now, group + plan.group, spots.first());
     }
     // Sequences that begin at the next step, in reverse.
     begin(now.end > first_row ? now.end : first_row, next.end, step + 1);
     const bool meets = goes_on || !kSkipLastMeeting;
     if (kPublishFirst && meets) meeting.arrive();
     if (is_late) store(late, now, next.end);
-    if constexpr (kLoadsFirst) ahead = read(step + 1, next, first_row, thread);
+    if constexpr (kLoadsFirst) ahead = read(step + 1, next, first_row, spots.first());
     if (!kPublishFirst && meets) meeting.arrive();
     if (meets) meeting.wait();
     now = next;
@@ -185,7 +188,7 @@ Choice choice_for(const LayerForward<T>& layer, const Device& device) {
   work.units = work.K = layer.H;
   work.N = layer.sequence.N;
   work.elements_a_unit = 1;
-  work.kept_a_unit = kGates;      // biases
+  work.kept_a_unit = kGates;     // biases
   work.kept_a_unit_and_row = 1;  // c
   work.widely = kSmallTiles;
   return choose_plan<T>(work, device);

@@ -111,15 +111,21 @@ Gradients expect_back(const Case& test, const std::vector<int64_t>& offsets,
 }
 
 // Shared memory for a test: enough for all of w_hh, or the least that will do, so that the units
-// are spread over many blocks.
-enum class Shared { kAll, kLeast };
+// are spread over many blocks. The same with the fewest multiprocessors that will do: many rows or
+// units a block. kSome: some more memory than that, for products of several row tiles at a time.
+enum class Shared { kAll, kLeast, kAllFew, kLeastFew, kSomeFew };
 
 template <class Fits>
 Device device_for(Shared shared, bool tf32, const Fits& fits) {
   Device device = {machine::multiprocessors(), machine::shared_per_block(), tf32};
-  if (shared == Shared::kAll) return device;
-  device.shared_per_block = 64;
-  while (!fits(device)) device.shared_per_block += 64;
+  if (shared != Shared::kAll && shared != Shared::kAllFew) {
+    device.shared_per_block = 64;
+    while (!fits(device)) device.shared_per_block += 64;
+  }
+  if (shared == Shared::kAll || shared == Shared::kLeast) return device;
+  device.multiprocessors = 1;
+  while (!fits(device)) ++device.multiprocessors;
+  if (shared == Shared::kSomeFew) device.shared_per_block += 12 * 1024;
   return device;
 }
 
@@ -128,7 +134,8 @@ void name_case(const char* type, const Case& test, const Device& device, const c
                  "x" + std::to_string(test.H) + (test.packed ? " packed" : "") +
                  (test.reverse ? " reverse" : "") + (test.reset ? " reset" : "") +
                  (test.off ? " off" : "") + (device.tf32 ? " tf32" : "") + " shared " +
-                 std::to_string(device.shared_per_block) + more);
+                 std::to_string(device.shared_per_block) + " of " +
+                 std::to_string(device.multiprocessors) + more);
 }
 
 std::vector<int64_t> offsets_of(const Case& test) {
@@ -331,6 +338,23 @@ void check_large(const std::vector<int>& hidden, const std::vector<int>& rows, b
     }
 }
 
+// How the work is spread, and how much of it a thread has: several elements, several row tiles,
+// blocks that have no rows in some steps, one step, weights of one chunk and of many.
+template <class T>
+void check_spread() {
+  check_layer<T>({4, 11, 40, true, true, true, true, false}, Shared::kAllFew);
+  check_layer<T>({3, 21, 24, true, false, true, true, false}, Shared::kLeastFew);
+  check_layer<T>({3, 21, 24, true, true, true, false, false}, Shared::kSomeFew);
+  check_layer<T>({6, 18, 16, true, true, true, true, false}, Shared::kLeast);
+  check_layer<T>({2, 1, 264, false, true, false, true, false}, Shared::kAllFew);
+  if (few) return;
+  check_layer<T>({1, 3, 8, false, false, true, true, false}, Shared::kLeast);
+  check_layer<T>({6, 18, 16, true, false, false, false, false}, Shared::kLeast);
+  check_layer<T>({3, 40, 32, true, true, true, true, false}, Shared::kLeastFew);
+  check_layer<T>({3, 40, 32, true, true, true, true, false}, Shared::kSomeFew);
+  check_layer<T>({2, 5, 264, false, false, true, true, false}, Shared::kAllFew);
+}
+
 // What fits, and what does not: too little memory, too few multiprocessors, too many rows.
 void check_fits() {
   report.begin("fits");
@@ -376,6 +400,13 @@ int main(int count, char** arguments) {
     check_all<double>();
     check_all<__half>();
     check_all<__nv_bfloat16>();
+    check_spread<float>();
+    check_spread<__half>();
+    if (!few) {
+      check_spread<double>();
+      check_spread<__nv_bfloat16>();
+      check_layer<float>({2, 9, 264, false, false, true, true, false}, Shared::kAllFew, true);
+    }
     check_layer<float>({3, 5, 24, true, true, true, true, false}, Shared::kAll, true);
     check_layer<float>({3, 17, 16, false, false, true, true, false}, Shared::kLeast, true);
     check_fits();

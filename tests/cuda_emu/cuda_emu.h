@@ -8,8 +8,8 @@
 // A grid's barrier in two parts orders what is done before the first and after the second, no more.
 //
 // Found and reported: threads that miss a barrier or leave before it, or do the parts of a barrier
-// out of turn, warp functions whose mask names absent lanes, launches beyond the hardware's limits. Not modelled: rounding of device
-// functions, memory fences, registers, speed.
+// out of turn, warp functions whose mask names absent lanes, launches beyond the hardware's limits.
+// Not modelled: rounding of device functions, memory fences, registers, speed.
 #pragma once
 
 #include <cuda_bf16.h>

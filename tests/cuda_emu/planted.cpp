@@ -25,6 +25,12 @@ enum Bug {
   kForeignLane,       // a shuffle that reads a lane outside its mask
   kUnwritten,         // shared memory that nobody has written
   kNotCooperative,    // blocks wait for each other in an ordinary launch
+  kTwoParts,          // none: the grid's barrier in two parts
+  kStoredLate,        // what others wait for is stored after arriving
+  kReadEarly,         // what others store is read before waiting
+  kNotArrived,        // waits without having arrived
+  kArrivedTwice,      // without waiting in between
+  kNotWaited,         // arrives, and leaves
 };
 
 // y[block] = sum of x[block, :], and then, where asked, every block has all others' sums added.
@@ -35,7 +41,7 @@ __global__ void sums_kernel(const float* x, float* y, float* totals, int columns
   const int warp = thread / kWarpSize;
   if (kBug == kLeftEarly && thread == 5) return;
   if (kBug == kAbsentLane && lane == 31) return;
-  float sum = 0;
+  float sum = 0, own_total = 0;
   for (int k = thread; k < columns; k += kThreads) sum += x[blockIdx.x * columns + k];
   for (int bit = 16; bit > 0; bit /= 2) sum += __shfl_xor_sync(kAllLanes, sum, bit);
   if (kBug == kForeignLane && lane < 16) sum += 0 * __shfl_xor_sync(0xffff, sum, 16);
@@ -63,22 +69,36 @@ __global__ void sums_kernel(const float* x, float* y, float* totals, int columns
     if (lane == 0) {
       float total = 0;
       for (int k = 0; k < kWarpSize; ++k) total += shared[kThreads / kWarpSize + k];
-      y[blockIdx.x] = total;
+      own_total = total;
+      if (kBug != kStoredLate) y[blockIdx.x] = total;
     }
   }
   if (totals == nullptr) return;
-  if (kBug != kNoGridBarrier) cooperative_groups::this_grid().sync();
-  if (thread == 0) {
+  const auto grid = cooperative_groups::this_grid();
+  const auto add_up = [&] {
+    if (thread != 0) return;
     float total = 0;
     for (unsigned k = 0; k < gridDim.x; ++k) total += y[k];
     totals[blockIdx.x] = total;
+  };
+  if (kBug < kTwoParts) {
+    if (kBug != kNoGridBarrier) grid.sync();
+    add_up();
+    return;
   }
+  auto arrival = kBug == kNotArrived ? 0 : grid.barrier_arrive();
+  if (kBug == kArrivedTwice) arrival = grid.barrier_arrive();
+  if (kBug == kStoredLate && thread == 0) y[blockIdx.x] = own_total;
+  if (kBug == kReadEarly) add_up();
+  if (kBug == kNotWaited) return;
+  grid.barrier_wait(std::move(arrival));
+  if (kBug != kReadEarly) add_up();
 }
 
 template <int kBug>
 int run() {
   constexpr int kBlocks = 3, kColumns = 300;
-  const bool in_grid = kBug == kNone || kBug == kNoGridBarrier || kBug == kNotCooperative;
+  const bool in_grid = kBug == kNone || kBug == kNoGridBarrier || kBug >= kNotCooperative;
   std::mt19937 random(1);
   const check::Values values = check::draw<float>(kBlocks * kColumns, 1, random);
   check::Values expected(kBlocks), total(kBlocks);
@@ -127,6 +147,18 @@ int main(int count, char** arguments) {
       return run<kUnwritten>();
     case kNotCooperative:
       return run<kNotCooperative>();
+    case kTwoParts:
+      return run<kTwoParts>();
+    case kStoredLate:
+      return run<kStoredLate>();
+    case kReadEarly:
+      return run<kReadEarly>();
+    case kNotArrived:
+      return run<kNotArrived>();
+    case kArrivedTwice:
+      return run<kArrivedTwice>();
+    case kNotWaited:
+      return run<kNotWaited>();
   }
   return 2;
 }
