@@ -31,7 +31,7 @@ void check_inputs(const CellInputs& in) {
   check_given(in.cx, "cx");
   check_given(in.w_ih, "w_ih");
   check_given(in.w_hh, "w_hh");
-  check_meta(in);
+  check_one_device(in);
   TORCH_CHECK(sizes_fit(in),
               "expected an input (N, I), states (N, H), weights (4H, I) and (4H, H), and biases "
               "(4H) or None; got an input of shape ",

@@ -92,9 +92,9 @@ void check_cell_backward(const std::optional<at::Tensor>& grad_hy,
                 hx.scalar_type(), " and device ", hx.device());
 }
 
-void check_meta(const CellInputs& in) {
+void check_one_device(const CellInputs& in) {
   const auto check = [&](const at::Tensor& tensor) {
-    TORCH_CHECK(!tensor.defined() || !in.hx.defined() || tensor.is_meta() == in.hx.is_meta(),
+    TORCH_CHECK(!tensor.defined() || !in.hx.defined() || tensor.device() == in.hx.device(),
                 "Expected all tensors to be on the same device, but found at least two devices, ",
                 in.hx.device(), " and ", tensor.device(), "!");
   };
@@ -127,7 +127,7 @@ CellOutputs torch_lstm_cell(const CellInputs& in) {
     log_path("lstm_cell", in.input, in.hx,
              "torch's own cell, for what the kernels do not take: a dtype, layout, size or device");
   CellOutputs out = at::lstm_cell(in.input, {in.hx, in.cx}, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
-  check_meta(in);  // torch's own error first, where it has one
+  check_one_device(in);  // torch's own error first, where it has one
   return out;
 }
 

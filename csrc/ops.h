@@ -82,9 +82,9 @@ void check_cell_backward(const std::optional<at::Tensor>& grad_hy,
                          const std::optional<at::Tensor>& grad_cy, const at::Tensor& hx,
                          const at::Tensor& gates);
 
-// Raises torch's error for some tensors on meta and others not: operations of both would compute
-// with memory that nobody has written to.
-void check_meta(const CellInputs& in);
+// Raises torch's error for tensors of several devices. Operations of some on meta and others not
+// would compute with memory that nobody has written to.
+void check_one_device(const CellInputs& in);
 
 // torch's own cell: it answers for whatever is not fusable, with its result where it has one
 // (complex numbers, sparse input, mixed dtypes) and with its error where it has none.

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from char_model import Trainer, encode, pieces, read_text, seeded_model
 from torch import Tensor, nn
+from torch.distributed import get_world_size, init_device_mesh
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -29,7 +30,11 @@ import lstm_ext
 def build(options: argparse.Namespace) -> Trainer:
     """Return the model, spread over the processes, and its optimizer."""
     model: nn.Module = seeded_model(lstm_ext.LSTM, options.hidden, options.layers)
-    return Trainer(fully_shard(model) if options.fsdp else DistributedDataParallel(model))
+    if not options.fsdp:
+        return Trainer(DistributedDataParallel(model))
+    # By name: where there is a GPU, it would be taken.
+    mesh = init_device_mesh("cpu", (get_world_size(),))
+    return Trainer(fully_shard(model, mesh=mesh))
 
 
 def resumed(options: argparse.Namespace, trainer: Trainer, x: Tensor, y: Tensor) -> bool:

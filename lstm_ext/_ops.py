@@ -101,7 +101,7 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 
 @_fake("lstm_cell")
-def _(
+def _cell_states(
     input: Tensor,
     hx: Tensor,
     cx: Tensor,
@@ -110,9 +110,12 @@ def _(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    # torch's own cell on the same tensors: its checks, its errors, its shapes.
-    hy, cy = torch.lstm_cell(input, (hx, cx), w_ih, w_hh, b_ih, b_hh)
-    return hy, cy
+    # torch's own cell on tensors of the same shapes: its checks, its errors, its results' shapes.
+    # Without memory on any device: torch's rule for a CUDA device knows no cell without biases.
+    on_meta = [t if t is None else t.to("meta") for t in (input, hx, cx, w_ih, w_hh, b_ih, b_hh)]
+    x, h, c, *weights = on_meta
+    hy, cy = torch.lstm_cell(x, (h, c), *weights)
+    return hx.new_empty(hy.shape, dtype=hy.dtype), hx.new_empty(cy.shape, dtype=cy.dtype)
 
 
 @_fake("lstm_cell_forward")
@@ -125,7 +128,7 @@ def _(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hy, cy = torch.lstm_cell(input, (hx, cx), w_ih, w_hh, b_ih, b_hh)
+    hy, cy = _cell_states(input, hx, cx, w_ih, w_hh, b_ih, b_hh)
     return hy, cy, hy.new_empty(hy.shape[0], 4 * hy.shape[1])
 
 

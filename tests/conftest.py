@@ -9,6 +9,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+# On a GPU torch's own layer rounds float32 to TF32 by default. Tests that compare float32 want it
+# as it is on the CPU; those of TF32 switch it on.
+torch.backends.cudnn.rnn.fp32_precision = "ieee"
+
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=None, help="cases for tests/test_fuzz.py to draw")

@@ -118,10 +118,15 @@ def test_layouts(device, dtype, layout, which, N):
     leaf = values[which].clone().requires_grad_()
     weight = {**values, which: LAYOUTS[layout](leaf)}
     dense = {**values, which: LAYOUTS[layout](leaf).contiguous()}
-    assert torch.equal(
-        torch.autograd.grad(ours(*weight.values()), leaf, grads)[0],
-        torch.autograd.grad(ours(*dense.values()), leaf, grads)[0],
-    )
+    # On a GPU torch adds up what overlaps in another order at each call, unless told not to.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        of_view, of_dense = (
+            torch.autograd.grad(ours(*of.values()), leaf, grads)[0] for of in (weight, dense)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(of_view, of_dense)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded rows", "expanded columns"])
@@ -202,6 +207,8 @@ def test_what_torch_takes_and_the_kernels_do_not(device):
         "bias of one": [x, h, c, w_ih, w_hh, b_ih[:1], b_hh],
         "bias per row": [x, h, c, w_ih, w_hh, b_ih.expand(4, -1), b_hh],
     }
+    if device == "cuda":
+        del odd["complex"]  # torch has no cell of them there
     for name, (x, h, c, *weights) in odd.items():
         for grad_mode in (True, False):
             weights = [w.detach().requires_grad_(grad_mode) for w in weights]

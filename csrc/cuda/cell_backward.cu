@@ -26,6 +26,23 @@ __device__ inline Vector<T, kVector> load_or_zeros(const T* numbers, int64_t at)
   return load_each<kVector, T>(nullptr, 0, 0);
 }
 
+// The sum of term(0) .. term(count - 1): eight sums side by side, which round less than one, and
+// then in pairs.
+template <class Term>
+__device__ inline auto sum_of(int64_t count, const Term& term) {
+  constexpr int kSums = 8;
+  decltype(term(0)) sums[kSums] = {};
+  for (int64_t first = 0; first < count; first += kSums)
+#pragma unroll
+    for (int j = 0; j < kSums; ++j)
+      if (first + j < count) sums[j] += term(first + j);
+#pragma unroll
+  for (int apart = kSums / 2; apart > 0; apart /= 2)
+#pragma unroll
+    for (int j = 0; j < apart; ++j) sums[j] += sums[j + apart];
+  return sums[0];
+}
+
 // partial [row blocks, 4H], or null: not wanted, or one block has all rows.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kElementwiseThreads)
@@ -82,8 +99,8 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   for (int element = thread; element < kGates * across; element += kElementwiseThreads) {
     const int gate = element / across, at_unit = first_unit + element % across;
     if (at_unit >= H) continue;
-    S sum = 0;
-    for (unsigned y = 0; y < blockDim.y; ++y) sum += shared[y * kGates * across + element];
+    const S sum = sum_of(static_cast<int>(blockDim.y),
+                         [&](int64_t y) { return shared[y * kGates * across + element]; });
     if (partial != nullptr)
       partial[(static_cast<int64_t>(blockIdx.x) * kGates + gate) * H + at_unit] = sum;
     else
@@ -96,9 +113,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     add_up_kernel(const Sum<T>* partial, int64_t count, int columns, BiasGradients<T> biases) {
   const int column = static_cast<int>(blockIdx.x) * kElementwiseThreads + threadIdx.x;
   if (column >= columns) return;
-  Sum<T> sum = 0;
-  for (int64_t k = 0; k < count; ++k) sum += partial[k * columns + column];
-  biases.store(column, sum);
+  biases.store(column, sum_of(count, [&](int64_t k) { return partial[k * columns + column]; }));
 }
 
 template <class T>

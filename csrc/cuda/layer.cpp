@@ -110,6 +110,7 @@ void run_steps(const LayerInputs& in, const Steps& steps, const Tensor& products
 Results forward(const LayerInputs& in, bool keeps) {
   check_sequence(in);
   const OnDevice guard(in.hx);
+  const LayerPrecision precision(in.hx);
   const Steps steps = {step_offsets(in)};
   const int64_t L = steps.L(), N = in.hx.size(0), H = in.hx.size(1), S = steps.S();
   const Tensor rows = in.input.reshape({S, in.input.size(-1)}), w_hh = dense(in.w_hh);
@@ -296,6 +297,7 @@ CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Option
                       output, gates, c_before);
   check_layer_backward(of_outputs, in, results);
   const OnDevice guard(hx);
+  const LayerPrecision precision(hx);
   const Steps steps = {step_offsets(in)};
   const int64_t H = hx.size(1), S = steps.S();
   const auto [want_input, want_hx, want_cx, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = mask;

@@ -135,8 +135,10 @@ Choice choose_plan(const Work& work, const Device& device) {
   if (choice.plan.units > 0) return choice;
   choice = with(work.N, [&](auto tile) { return plan_together<decltype(tile)>(work, device); });
   if (choice.plan.units == 0 || !work.widely) return choice;
-  return with(rows_of_a_block(device.multiprocessors / choice.plan.unit_blocks), [&](auto tile) {
-    return plan_widely<decltype(tile)>(work, device, choice.plan.units, rows);
+  // Blocks that wait for each other all run at once: no more than one on each multiprocessor.
+  const int64_t fewer = rows_of_a_block(device.multiprocessors / choice.plan.unit_blocks);
+  return with(fewer, [&](auto tile) {
+    return plan_widely<decltype(tile)>(work, device, choice.plan.units, fewer);
   });
 }
 

@@ -31,6 +31,24 @@ struct Launch {
   cudaStream_t stream = nullptr;
 };
 
+#if !defined(LSTM_EXT_CUDA_EMU)
+// Asked before the launch: one that fails would spoil the capture of a CUDA graph.
+template <class Kernel>
+cudaError_t all_blocks_run_at_once(const Launch& how, Kernel kernel) {
+  int device = 0, multiprocessors = 0, resident = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &resident, kernel, static_cast<int>(how.block.x * how.block.y * how.block.z), how.shared);
+  if (error != cudaSuccess) return error;
+  const int64_t most = int64_t{resident} * multiprocessors;
+  return int64_t{how.grid.x} * how.grid.y * how.grid.z <= most ? cudaSuccess
+                                                               : cudaErrorCooperativeLaunchTooLarge;
+}
+#endif
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const Launch& how, void (*kernel)(Parameters...), Arguments... arguments) {
 #if defined(LSTM_EXT_CUDA_EMU)
@@ -40,6 +58,10 @@ cudaError_t launch(const Launch& how, void (*kernel)(Parameters...), Arguments..
   if (how.shared > kAlwaysAllowed) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared));
+    if (error != cudaSuccess) return error;
+  }
+  if (how.cooperative) {
+    const cudaError_t error = all_blocks_run_at_once(how, kernel);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attribute;

@@ -75,6 +75,18 @@ inline bool may_round(const Tensor& tensor, at::Float32Op operation) {
              at::Float32Precision::TF32;
 }
 
+// Keeps the library's products within a layer from rounding where cuDNN's switch forbids it,
+// whatever cuBLAS's says.
+class LayerPrecision {
+ public:
+  explicit LayerPrecision(const Tensor& tensor) {
+    if (!may_round(tensor, at::Float32Op::RNN)) exact_.emplace();
+  }
+
+ private:
+  std::optional<at::NoTF32Guard> exact_;
+};
+
 #if defined(LSTM_EXT_CUDA_EMU)
 
 struct OnDevice {

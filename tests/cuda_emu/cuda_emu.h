@@ -431,7 +431,9 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_
       grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
   if (shared > limits.shared_per_block) return cudaErrorInvalidValue;
-  if (cooperative && blocks > resident_blocks(static_cast<unsigned>(count), shared))
+  // Registers are not modelled: a block of these kernels may need half of a multiprocessor's.
+  if (cooperative && (blocks > limits.multiprocessors ||
+                      blocks > resident_blocks(static_cast<unsigned>(count), shared)))
     return cudaErrorCooperativeLaunchTooLarge;
   ++launches;
   asked = {grid, threads, shared, cooperative};

@@ -145,7 +145,9 @@ def autocast(dtype: str, device: str) -> dict[str, Any]:
             return outputs_and_gradients(module, inputs)
 
     result = compare("float32", device, ours, theirs, [torch.randn(L, N, I)], numbers)
-    if kinds[1] != kinds[2]:
+    # cuDNN's layer computes in float16 whatever autocast asks for (torch 2.11); ours does as asked.
+    asked = [lower] * len(kinds[1])
+    if kinds[1] not in (asked, kinds[2]):
         return {"status": "wrong", "worst": f"dtypes {kinds[1]}, torch's are {kinds[2]}"}
     # Judged as what they were computed in.
     worst = max(result["errors"], key=lambda n: result["errors"][n][0])
