@@ -1,7 +1,11 @@
 // Memory as a test wants it: exactly as much as a kernel may touch, so that every stray access is
-// seen, filled with chosen numbers, and if asked off the 16 bytes that vectors need. On the emulator
-// or on a GPU: what differs between them is in namespace machine.
+// seen, filled with chosen numbers, and if asked off the 16 bytes that vectors need. On the
+// emulator or on a GPU: what differs between them is in namespace machine.
 #pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include <cmath>
 #include <cstdint>
@@ -14,10 +18,6 @@
 #include <thread>
 #include <type_traits>
 #include <vector>
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 #if defined(LSTM_EXT_CUDA_EMU)
 #include "emulated.h"
@@ -134,8 +134,7 @@ class Report {
     ++comparisons_;
     if (error != cudaSuccess) {
       ++failures_;
-      std::printf("%s: not so: %s: %s\n", where_.c_str(), what,
-                  machine::describe(error).c_str());
+      std::printf("%s: not so: %s: %s\n", where_.c_str(), what, machine::describe(error).c_str());
     }
     for (const std::string& stray : machine::strays()) {
       ++failures_;

@@ -1,5 +1,5 @@
-// The CUDA kernels of a whole layer, against plain loops in double precision: on the CPU as built by
-// tests/test_cuda_emu.py, on a GPU as built by tests/gpu/native/build.py. "few" as argument: few
+// The CUDA kernels of a whole layer, against plain loops in double precision: on the CPU as built
+// by tests/test_cuda_emu.py, on a GPU as built by tests/gpu/native/build.py. "few" as argument: few
 // cases, for a sanitizer that takes its time. Exit status 0 if all agree.
 #include <string>
 
@@ -48,8 +48,7 @@ Outputs expect(const Case& test, const std::vector<int64_t>& offsets, const Valu
           if (test.bias) gate[q] += b_ih[q * H + u] + b_hh[q * H + u];
         }
         for (int k = 0; k < H; ++k)
-          for (int q = 0; q < 4; ++q)
-            gate[q] += w_hh[(size_t(q) * H + u) * H + k] * h[n * H + k];
+          for (int q = 0; q < 4; ++q) gate[q] += w_hh[(size_t(q) * H + u) * H + k] * h[n * H + k];
         for (int q = 0; q < 4; ++q) {
           gate[q] = q == 2 ? std::tanh(gate[q]) : sigmoid(gate[q]);
           out.gates[row * 4 * H + q * H + u] = gate[q];
@@ -125,10 +124,10 @@ Device device_for(Shared shared, bool tf32, const Fits& fits) {
 
 void name_case(const char* type, const Case& test, const Device& device, const char* more = "") {
   report.begin(std::string(type) + " " + std::to_string(test.L) + "x" + std::to_string(test.N) +
-                 "x" + std::to_string(test.H) + (test.packed ? " packed" : "") +
-                 (test.reverse ? " reverse" : "") + (test.reset ? " reset" : "") +
-                 (test.off ? " off" : "") + (device.tf32 ? " tf32" : "") + " shared " +
-                 std::to_string(device.shared_per_block) + more);
+               "x" + std::to_string(test.H) + (test.packed ? " packed" : "") +
+               (test.reverse ? " reverse" : "") + (test.reset ? " reset" : "") +
+               (test.off ? " off" : "") + (device.tf32 ? " tf32" : "") + " shared " +
+               std::to_string(device.shared_per_block) + more);
 }
 
 std::vector<int64_t> offsets_of(const Case& test) {
@@ -153,8 +152,8 @@ struct Steps {
         reset(draw_resets(test, random)),
         offsets_there(Values(offsets.begin(), offsets.end())),
         reset_there(Values(reset.begin(), reset.end())),
-        sequence{test.packed ? offsets_there.at() : nullptr, test.reset ? reset_there.at() : nullptr, test.L,
-                 test.N, test.reverse} {}
+        sequence{test.packed ? offsets_there.at() : nullptr,
+                 test.reset ? reset_there.at() : nullptr, test.L, test.N, test.reverse} {}
 
   const std::vector<int64_t> offsets;
   const std::vector<char> reset;
@@ -186,8 +185,8 @@ bool backward_fits(const Case& test, const Device& device) {
 template <class T>
 void check_forward(const Case& test, Shared shared, bool tf32 = false) {
   const auto [L, N, H, packed, reverse, with_reset, bias, off] = test;
-  const Device device = device_for(
-      shared, tf32, [&](const Device& device) { return forward_fits<T>(test, device); });
+  const Device device =
+      device_for(shared, tf32, [&](const Device& device) { return forward_fits<T>(test, device); });
   name_case(check::name<T>(), test, device);
   std::mt19937 random(L * 7 + N * 31 + H);
   const Steps steps(test, random);
