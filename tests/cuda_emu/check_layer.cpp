@@ -202,7 +202,7 @@ void check_forward(const Case& test, Shared shared, bool tf32 = false) {
   Buffer<T> products_(products, off), hx_(hx, off), cx_(cx, off), w_hh_(w_hh, off);
   Buffer<T> b_ih_(b_ih, off), b_hh_(b_hh, off);
   Buffer<T> first(S * H);
-  for (unsigned order = 0; order < machine::kOrders; ++order) {
+  for (unsigned order = 0; order < machine::orders(); ++order) {
     machine::use_order(order);
     const bool keeps = order == 0;
     Buffer<T> output(S * H, off), hy(states, off), cy(states, off), gates(4 * S * H, off);
@@ -258,7 +258,7 @@ void check_backward(const Case& test, Shared shared, bool tf32 = false) {
   Buffer<T> gates_(gates, off), c_before_(c_before, off), w_hh_(w_hh, off);
   Buffer<T> of_output_(of_output, off), of_hy_(of_hy, off), of_cy_(of_cy, off);
   Buffer<T> first(4 * S * H);
-  for (unsigned order = 0; order < machine::kOrders; ++order) {
+  for (unsigned order = 0; order < machine::orders(); ++order) {
     machine::use_order(order);
     // The second time, what is not wanted is left out.
     const bool wanted = order == 0;
