@@ -96,7 +96,7 @@ void check_forward(const Case& test, bool tf32, int multiprocessors) {
                                                           test.bias ? b_hh.at() : nullptr;
   const size_t states = static_cast<size_t>(N) * H;
   Buffer<T> first(states);
-  for (unsigned order = 0; order < machine::kOrders; ++order) {
+  for (unsigned order = 0; order < machine::orders(); ++order) {
     machine::use_order(order);
     const bool keeps = order % 2 == 0;
     Buffer<T> hy(states, test.off), cy(states, test.off), gates(4 * states, test.off);
@@ -165,7 +165,7 @@ void check_backward(const Case& test, bool with_h, bool with_c) {
   Buffer<T> gates(gate_values, test.off), c(c_values, test.off);
   Buffer<T> grad_h(dh, test.off), grad_c(dc, test.off);
   Buffer<T> first(4 * H);
-  for (unsigned order = 0; order < machine::kOrders; ++order) {
+  for (unsigned order = 0; order < machine::orders(); ++order) {
     machine::use_order(order);
     Buffer<T> grads(4 * states, test.off), grad_cx(states, test.off), b_ih(4 * H), b_hh(4 * H);
     CellBackward<T> call = {with_h ? grad_h.at() : nullptr,

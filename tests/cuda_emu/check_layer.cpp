@@ -1,5 +1,5 @@
-// The CUDA kernels of a whole layer, against plain loops in double precision: on the CPU as built by
-// tests/test_cuda_emu.py, on a GPU as built by tests/gpu/native/build.py. "few" as argument: few
+// The CUDA kernels of a whole layer, against plain loops in double precision: on the CPU as built
+// by tests/test_cuda_emu.py, on a GPU as built by tests/gpu/native/build.py. "few" as argument: few
 // cases, for a sanitizer that takes its time. Exit status 0 if all agree.
 #include <string>
 
@@ -48,8 +48,7 @@ Outputs expect(const Case& test, const std::vector<int64_t>& offsets, const Valu
           if (test.bias) gate[q] += b_ih[q * H + u] + b_hh[q * H + u];
         }
         for (int k = 0; k < H; ++k)
-          for (int q = 0; q < 4; ++q)
-            gate[q] += w_hh[(size_t(q) * H + u) * H + k] * h[n * H + k];
+          for (int q = 0; q < 4; ++q) gate[q] += w_hh[(size_t(q) * H + u) * H + k] * h[n * H + k];
         for (int q = 0; q < 4; ++q) {
           gate[q] = q == 2 ? std::tanh(gate[q]) : sigmoid(gate[q]);
           out.gates[row * 4 * H + q * H + u] = gate[q];
@@ -160,8 +159,8 @@ struct Steps {
         reset(draw_resets(test, random)),
         offsets_there(Values(offsets.begin(), offsets.end())),
         reset_there(Values(reset.begin(), reset.end())),
-        sequence{test.packed ? offsets_there.at() : nullptr, test.reset ? reset_there.at() : nullptr, test.L,
-                 test.N, test.reverse} {}
+        sequence{test.packed ? offsets_there.at() : nullptr,
+                 test.reset ? reset_there.at() : nullptr, test.L, test.N, test.reverse} {}
 
   const std::vector<int64_t> offsets;
   const std::vector<char> reset;
@@ -193,8 +192,8 @@ bool backward_fits(const Case& test, const Device& device) {
 template <class T>
 void check_forward(const Case& test, Shared shared, bool tf32 = false) {
   const auto [L, N, H, packed, reverse, with_reset, bias, off] = test;
-  const Device device = device_for(
-      shared, tf32, [&](const Device& device) { return forward_fits<T>(test, device); });
+  const Device device =
+      device_for(shared, tf32, [&](const Device& device) { return forward_fits<T>(test, device); });
   name_case(check::name<T>(), test, device);
   std::mt19937 random(L * 7 + N * 31 + H);
   const Steps steps(test, random);
@@ -210,7 +209,7 @@ void check_forward(const Case& test, Shared shared, bool tf32 = false) {
   Buffer<T> products_(products, off), hx_(hx, off), cx_(cx, off), w_hh_(w_hh, off);
   Buffer<T> b_ih_(b_ih, off), b_hh_(b_hh, off);
   Buffer<T> first(S * H);
-  for (unsigned order = 0; order < machine::kOrders; ++order) {
+  for (unsigned order = 0; order < machine::orders(); ++order) {
     machine::use_order(order);
     const bool keeps = order == 0;
     Buffer<T> output(S * H, off), hy(states, off), cy(states, off), gates(4 * S * H, off);
@@ -266,7 +265,7 @@ void check_backward(const Case& test, Shared shared, bool tf32 = false) {
   Buffer<T> gates_(gates, off), c_before_(c_before, off), w_hh_(w_hh, off);
   Buffer<T> of_output_(of_output, off), of_hy_(of_hy, off), of_cy_(of_cy, off);
   Buffer<T> first(4 * S * H);
-  for (unsigned order = 0; order < machine::kOrders; ++order) {
+  for (unsigned order = 0; order < machine::orders(); ++order) {
     machine::use_order(order);
     // The second time, what is not wanted is left out.
     const bool wanted = order == 0;

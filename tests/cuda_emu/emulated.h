@@ -13,9 +13,10 @@
 namespace machine {
 
 constexpr bool kEmulated = true;  // launches are counted, limits can be narrowed, all is slow
-constexpr unsigned kOrders = 2;   // how often a call is made, each time in another order of threads
 constexpr char kSameBits[] = "the same bits in another order of threads";
 
+// How often a call is made, each time in another order of threads.
+inline unsigned orders() { return 2; }
 inline void use_order(unsigned order) { cuda_emu::seed = order; }
 
 inline int multiprocessors() { return 132; }

@@ -110,7 +110,9 @@ class Builder:
         flags += [f"-I{folder}" for folder in INCLUDES]
         # Those that the source knows nothing of would only have it compiled again.
         every = "".join(texts(source, {}).values())
-        used = [macro for macro in program.macros if re.search(rf"\b{macro.split('=')[0]}\b", every)]
+        used = [
+            macro for macro in program.macros if re.search(rf"\b{macro.split('=')[0]}\b", every)
+        ]
         return ["nvcc", *flags, *(f"-D{macro}" for macro in used), "-c", str(source)]
 
     def compile(self, source: Path, program: Program) -> Path:

@@ -17,7 +17,7 @@ namespace machine {
 template <class Raw>
 class Guarded {
  public:
-  static constexpr size_t kGuard = 256;  // bytes, a multiple of what memory is aligned to
+  static constexpr size_t kGuard = 256;         // bytes, a multiple of what memory is aligned to
   static constexpr unsigned char kFill = 0xff;  // NaN in every type; arithmetic's NaN is another
 
   // Without guards it has exactly so many bytes: a sanitizer then sees more than guards do.

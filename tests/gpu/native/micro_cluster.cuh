@@ -33,10 +33,10 @@ __device__ inline void show_barriers_to_cluster() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 __device__ inline void expect_bytes(uint64_t* barrier, unsigned bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 __device__ inline void store_async(unsigned to, uint64_t value, unsigned barrier) {
   asm volatile(
@@ -186,8 +186,8 @@ inline void measure_cluster(int size) {
   try_one("cluster_round_trip" + suffix, [&](const std::string& name) {
     How few = how;
     few.threads = 32;
-    const double found = cycles(few, cluster_ping_pong_kernel, failures.at(),
-                                static_cast<unsigned>(size), kSteps);
+    const double found =
+        cycles(few, cluster_ping_pong_kernel, failures.at(), static_cast<unsigned>(size), kSteps);
     given_up();
     result(name, found, "cycles", "st.async of 8 bytes to the last block and back");
   });

@@ -1,7 +1,7 @@
 // How long blocks take to give each other h, one step after another, in five ways.
 //
-// Each step every block writes its part of some 32-bit words (two halves each) and then reads all of
-// them. Words alternate between two buffers, so that none is written while it is still read.
+// Each step every block writes its part of some 32-bit words (two halves each) and then reads all
+// of them. Words alternate between two buffers, so that none is written while it is still read.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -216,7 +216,8 @@ inline void measure_ping_pong() {
     if (failures.first() != 0)
       no_result(name, "a wait was given up");
     else
-      result(name, static_cast<double>(found.first()), "cycles", "between two blocks, by way of L2");
+      result(name, static_cast<double>(found.first()), "cycles",
+             "between two blocks, by way of L2");
   }
 }
 

@@ -54,8 +54,7 @@ __global__ void shared_chain_kernel(long long* found, int steps, unsigned* sink)
 // A ring of all nodes, a power of two: far from each other, in no order that is easy to foresee.
 __global__ void make_ring_kernel(unsigned* ring, unsigned nodes, unsigned stride) {
   const unsigned node = blockIdx.x * blockDim.x + threadIdx.x;
-  if (node < nodes)
-    ring[size_t{node} * stride] = (1103515245u * node + 12345u) % nodes * stride;
+  if (node < nodes) ring[size_t{node} * stride] = (1103515245u * node + 12345u) % nodes * stride;
 }
 
 __global__ void memory_chain_kernel(long long* found, const unsigned* ring, int steps,

@@ -54,8 +54,8 @@ inline void measure_launches() {
   for (const bool cooperative : {false, true})
     for (const int blocks : {1, 96}) {
       const How how = {blocks, kThreads, 0, cooperative};
-      const std::string suffix =
-          std::string(cooperative ? "_cooperative" : "_plain") + "_blocks_" + std::to_string(blocks);
+      const std::string suffix = std::string(cooperative ? "_cooperative" : "_plain") + "_blocks_" +
+                                 std::to_string(blocks);
       host_microseconds(100, how, false);
       result("launch" + suffix, host_microseconds(1000, how, false), "us", "one after another");
       result("launch_and_wait" + suffix, host_microseconds(200, how, true), "us");

@@ -21,8 +21,8 @@ struct Part {
 
 // What a program of parts does besides them.
 struct Setting {
-  int (*begin)();   // in each child first; a status but 0 ends the program with it
-  bool (*settle)(); // after each part: false if this process can do no more
+  int (*begin)();    // in each child first; a status but 0 ends the program with it
+  bool (*settle)();  // after each part: false if this process can do no more
   void (*failed)(const std::string& name, const std::string& what);
   unsigned seconds;  // for a part
 };
@@ -64,8 +64,7 @@ int run_parts(const Part (&parts)[kCount], const Setting& setting, const std::st
     if (child == 0) {
       alarm(setting.seconds);
       const int unable = setting.begin();
-      const int status =
-          unable != 0 ? unable : run_here(parts, setting, first, only, current);
+      const int status = unable != 0 ? unable : run_here(parts, setting, first, only, current);
       std::fflush(stdout);
       _exit(status);
     }

@@ -1,8 +1,8 @@
 // Parts that fail in every way there is, for the test of parts.h.
-#include "parts.h"
-
 #include <cstdlib>
 #include <stdexcept>
+
+#include "parts.h"
 
 namespace {
 
@@ -14,20 +14,15 @@ void say(const char* what) {
 }
 
 const native::Part kParts[] = {
-    {"first", [] { say("first"); }},
-    {"throws", [] { throw std::runtime_error("an error"); }},
-    {"second", [] { say("second"); }},
-    {"crashes", [] { std::abort(); }},
-    {"hangs", [] { pause(); }},
-    {"spoils", [] { usable = false; }},
+    {"first", [] { say("first"); }},   {"throws", [] { throw std::runtime_error("an error"); }},
+    {"second", [] { say("second"); }}, {"crashes", [] { std::abort(); }},
+    {"hangs", [] { pause(); }},        {"spoils", [] { usable = false; }},
     {"last", [] { say("last"); }},
 };
 
 int begin() { return std::getenv("NOT_HERE") != nullptr ? 77 : 0; }
 bool settle() { return usable; }
-void failed(const std::string& name, const std::string& what) {
-  say((name + ": " + what).c_str());
-}
+void failed(const std::string& name, const std::string& what) { say((name + ": " + what).c_str()); }
 
 }  // namespace
 

@@ -108,7 +108,9 @@ class Comparison:
             for variant, rounds in of_variants.items():
                 both = [rounds[turn] / base[turn] for turn in rounds if base.get(turn)]
                 ratios[variant] = statistics.median(both) if both else None
-            medians = {name: statistics.median(found.values()) for name, found in of_variants.items()}
+            medians = {
+                name: statistics.median(found.values()) for name, found in of_variants.items()
+            }
             rows.append({**dict(zip(CASE, case, strict=True)), "us_per_step": medians,
                          "ratio": ratios})  # fmt: skip
         return rows
@@ -162,7 +164,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=20, help="seconds a program may take")
-    parser.add_argument("--seconds", type=float, default=120, help="no program begins after so many")
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="no program begins after so many"
+    )
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="of all that there are")
     options = parser.parse_args()
     there = [path.name.removeprefix(PREFIX) for path in sorted(options.programs.glob(PREFIX + "*"))]
