@@ -58,7 +58,7 @@ class Stages:
                     self.benchmark(75), self.rest()]  # fmt: skip
         return [
             *self.build(), self.environment(), self.paths(), self.native(), self.gpu_tests(),
-            self.benchmark(70), self.micro(), self.sanitizers(), self.profiler(), self.rest(),
+            self.benchmark(100), self.micro(), self.sanitizers(), self.profiler(), self.rest(),
         ]  # fmt: skip
 
     def _repeated(self) -> list[Stage]:
@@ -101,7 +101,7 @@ class Stages:
         if self.again is not None:
             arguments += ["--again", self.again]
         command = self._python(HERE / "paths.py", *arguments)
-        return Stage("kernel paths", 40, [Job("kernel paths", command, self.env, margin=2)])
+        return Stage("kernel paths", 70, [Job("kernel paths", command, self.env, margin=2)])
 
     def _programs(self) -> str:
         """Why the programs without torch cannot run."""
