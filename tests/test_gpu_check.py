@@ -219,6 +219,21 @@ def test_a_process_is_asked_before_it_is_killed(tmp_path):
     assert child.poll() == 0
 
 
+def test_a_process_that_ignores_signals_is_killed(tmp_path):
+    code = (
+        "import signal, time\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "    signal.signal(number, signal.SIG_IGN)\n"
+        "print('deaf', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    child = process.Child([sys.executable, "-c", code], tmp_path / "log", os.environ, ROOT)
+    while not (tmp_path / "log").read_text():
+        time.sleep(0.02)
+    process.end([child], grace=0.1)
+    assert child.process.wait(60) == -signal.SIGKILL
+
+
 def test_what_a_process_leaves_in_its_group_ends_with_it(tmp_path):
     sleep = f"{sys.executable} -c 'import time; time.sleep(600)' & echo $!"
     child = process.Child(["sh", "-c", sleep], tmp_path / "log", os.environ, ROOT)
@@ -626,3 +641,23 @@ def test_results_are_kept_by_the_cards_name(tmp_path, monkeypatch):
 def test_the_fakes_are_all_in_the_plan():
     assert set(fakes.FAKES) <= {stage.name for stage in fakes.stages(1)}
     assert list(DRY_RUN) == [stage.name for stage in fakes.stages(1)]
+
+
+@pytest.mark.packaging  # minutes
+@pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu-check itself")
+def test_all_that_can_be_tried_without_a_gpu(tmp_path):
+    run = Run(tmp_path / "out", "--device", "cpu")
+    code, said = run.finish()
+    found = {stage["name"]: stage for stage in run.results()["stages"]}
+    passed = ["environment", "kernel paths", "benchmark", "other tests"]
+    assert {name: stage["status"] for name, stage in found.items()} == {
+        name: "passed" if name in passed else "needs a GPU" for name in found
+    }, said
+    assert set(passed) < set(found)
+    paths = table.latest(table.json_lines(found["kernel paths"]), "path")
+    assert len(paths) > 60
+    assert {path["status"] for path in paths} == {"ok"}
+    assert code == 0
+    assert len(list(run.out.iterdir())) <= 8
+    assert len(said.split("\nGPU check on", 1)[1]) < 12_000
+    assert run.left() == []
