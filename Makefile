@@ -41,8 +41,8 @@ cuda-build:
 gpu-prebuild:
 	$(PYTHON) tests/gpu/prebuild.py --venv "$(GPU_VENV)"
 
-# On a machine with a GPU, by the Python that has its torch, and without a network: five minutes, a
-# table comes last (docs/gpu.md).
+# On a machine with a GPU, by the Python that has its torch, and without a network: six minutes at
+# most, a table comes last (docs/gpu.md).
 gpu-check:
 	$(PYTHON) tests/gpu/check.py --out "$(OUT)"
 

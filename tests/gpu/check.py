@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in about five minutes: make gpu-check.
+"""Everything that only a GPU can show, in six minutes at most: make gpu-check.
 
     python tests/gpu/check.py --out DIR                        the whole plan
     python tests/gpu/check.py --out DIR --again RESULTS.json   what failed, and variants of kernels
@@ -31,6 +31,7 @@ from prebuilt import ROOT
 from runner import NEEDS_GPU, Runner, Stage
 from stages import Stages
 
+SECONDS = 360
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = {"benchmark": "cuda.json", "variants": "variants.json"}
 
@@ -99,7 +100,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check")
-    parser.add_argument("--seconds", type=float, help="for all stages together: 300, or without a "
+    parser.add_argument("--seconds", type=float, help="for all stages together: 360, or without a "
                         "GPU as long as it takes")  # fmt: skip
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--again", type=Path, help="results.json of an earlier run")
@@ -113,7 +114,7 @@ def main() -> int:
         commit_results(options.commit_results)
         return 0
     if options.seconds is None:
-        options.seconds = 300 if options.device == "cuda" or options.dry_run else 7200
+        options.seconds = SECONDS if options.device == "cuda" or options.dry_run else 7200
     # Read before anything is written: it may lie in the same folder.
     again = None
     out = options.out.absolute()

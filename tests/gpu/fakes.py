@@ -116,7 +116,7 @@ def stages(seconds: float) -> list[Stage]:
         for name, f in FAKES.items()
     ]
     plan += [
-        Stage("together", PLENTY, [_job(n) for n in ("good", "fails", "needs_gpu")], 2),
+        Stage("together", PLENTY, [_job(n) for n in ("good", "needs_gpu", "fails")], 2),
         Stage("no program", PLENTY, [Job("missing", ["/no/such/program"])]),
         Stage("absent", PLENTY, [_job("good")], absent="failed: no such tool"),
         Stage("last", PLENTY, [_job("good")]),

@@ -42,7 +42,7 @@ class Stages:
             content = json.loads(again.read_text())
             self.before = {stage["name"]: stage for stage in content["stages"]}
         self.env = {
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE / 'plugin'}",
             "PYTHONUNBUFFERED": "1",
         }
 
