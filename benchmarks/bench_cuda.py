@@ -2,6 +2,7 @@
 
     python benchmarks/bench_cuda.py                    all cases
     python benchmarks/bench_cuda.py --seconds 120      what can be done in that time, best first
+    python benchmarks/bench_cuda.py --grid             layers at many sizes instead: where ours wins
     python benchmarks/bench_cuda.py --device cpu --quick         the script itself, without a GPU
     python benchmarks/report.py benchmarks/results/cuda.json     table and chart of a result file
 
@@ -9,8 +10,9 @@ Ours are lstm_ext.LSTM and lstm_ext.LSTMCell with ``set_cuda_backend("fused")``.
 of each call: ``graph``, replayed from a CUDA graph, so that the host does not matter; and
 ``eager``, as a user calls it. A shape is batch x input x hidden for the cell, time x batch x input
 x hidden for the layer. Modes: ``inference`` under no_grad; ``training``, a forward and a backward
-with the gradients of input, states and parameters. ``tf32`` is float32 with TF32 allowed to both
-sides, ``float32`` with TF32 forbidden to both.
+with the gradients of input, states and parameters. ``tf32`` is float32 with TF32 allowed in every
+product, ``float32`` with TF32 forbidden; ``default`` is float32 with torch's own settings, which
+allow it to cuDNN's layers alone.
 
 A case that fails is a row with its error, and the next one goes on; the results are written after
 every case.
@@ -37,6 +39,7 @@ OURS, CELL, LAYER = "lstm_ext", "nn.LSTMCell", "nn.LSTM"
 DTYPES = {
     "float32": torch.float32,
     "tf32": torch.float32,
+    "default": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
@@ -85,38 +88,51 @@ CASES = [
     Case("cell", (256, 1024, 1024), "tf32"),
     Case("cell", (64, 512, 512), "float32"),
 ]
+GRID = [
+    Case("layer", (50, N, H, H), dtype)
+    for H in (256, 128, 512, 1024, 64, 192, 768)
+    for N in (16, 1, 64, 128)
+    for dtype in ("default", "bfloat16", "float16")
+]
 QUICK = [Case("cell", (3, 4, 5), "float32"), Case("layer", (4, 3, 2, 5), "float32"),
          Case("packed layer", (4, 3, 2, 5), "bfloat16")]  # fmt: skip
 
 
-def allow_tf32(allowed: bool) -> None:
-    precision = "tf32" if allowed else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.rnn.fp32_precision = precision
+def set_precision(dtype: str) -> None:
+    """Allow TF32 or forbid it, to cuBLAS and to cuDNN."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    torch.backends.cudnn.rnn.fp32_precision = "ieee" if dtype == "float32" else "tf32"
 
 
 def modules(case: Case, device: str) -> dict[str, nn.Module]:
     """Build ours and theirs with equal weights."""
     options: dict[str, Any] = {"device": device, "dtype": DTYPES[case.dtype]}
     name = "LSTMCell" if case.kind == "cell" else "LSTM"
-    if case.kind == "bidirectional layer":
-        options["bidirectional"] = True
-    theirs, ours = (getattr(of, name)(*case.shape[-2:], **options) for of in (nn, lstm_ext))
+    direction = {"bidirectional": True} if case.kind == "bidirectional layer" else {}
+    theirs = getattr(nn, name)(*case.shape[-2:], **direction).to(**options)
+    ours = getattr(lstm_ext, name)(*case.shape[-2:], **direction).to(**options)
     ours.load_state_dict(theirs.state_dict())
     return {OURS: ours, case.rival: theirs}
 
 
 def inputs(case: Case, device: str) -> tuple[Any, tuple[Tensor, Tensor]]:
-    """Return the input, packed where the kind says so, and the states."""
+    """Return the input, packed where the kind says so, and the states: all leaves.
+
+    Drawn on the CPU: a capture that fails leaves the GPU's generator of no use.
+    """
     N, H = case.shape[-3], case.shape[-1]
     ahead = {"cell": (), "bidirectional layer": (2,)}.get(case.kind, (1,))
-    options: dict[str, Any] = {"device": device, "dtype": DTYPES[case.dtype]}
-    x = torch.randn(*case.shape[:-1], **options, requires_grad=True)
-    h, c = (torch.randn(*ahead, N, H, **options, requires_grad=True) for _ in range(2))
+
+    def leaf(values: Tensor) -> Tensor:
+        return values.to(device, DTYPES[case.dtype]).requires_grad_()
+
+    states = leaf(torch.randn(*ahead, N, H)), leaf(torch.randn(*ahead, N, H))
+    x = torch.randn(*case.shape[:-1])
     if case.kind != "packed layer":
-        return x, (h, c)
+        return leaf(x), states
     lengths = torch.linspace(case.shape[0], max(1, case.shape[0] // 4), N).long()
-    return pack_padded_sequence(x, lengths), (h, c)
+    packed = pack_padded_sequence(x, lengths)
+    return packed._replace(data=leaf(packed.data)), states
 
 
 def output_of(module: nn.Module, x: Any, states: Any) -> Tensor:
@@ -143,7 +159,7 @@ def closure(module: nn.Module, x: Any, states: Any, training: bool) -> Callable[
 
 def check_correct(calls: dict[str, Callable[[], Any]], dtype: str) -> None:
     """Fail before a row is timed unless both compute the same, outputs or gradients."""
-    eps = 2**-10 if dtype == "tf32" else torch.finfo(DTYPES[dtype]).eps
+    eps = 2**-10 if dtype in ("tf32", "default") else torch.finfo(DTYPES[dtype]).eps
     results = []
     for call in calls.values():
         found = call()
@@ -255,7 +271,7 @@ def say(row: dict[str, Any]) -> None:
 def bench_case(case: Case, device: str, rounds: int) -> list[dict[str, Any]]:
     """Time both modes of a case; what fails is a row that says so."""
     rows = []
-    allow_tf32(case.dtype == "tf32")
+    set_precision(case.dtype)
     for training in (False, True):
         try:
             found = bench_mode(case, training, device, rounds)
@@ -277,6 +293,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--kinds", nargs="+", default=None, help="cell, layer, 'packed layer', ..")
+    parser.add_argument("--grid", action="store_true", help="layers at many sizes")
     parser.add_argument("--quick", action="store_true", help="small shapes only")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time to be done in")
     parser.add_argument("--rounds", type=int, default=5, help="timings of each call")
@@ -290,7 +307,7 @@ def main() -> int:
     torch.manual_seed(0)
     cases = [
         case
-        for case in (QUICK if options.quick else CASES)
+        for case in (QUICK if options.quick else GRID if options.grid else CASES)
         if case.dtype in options.dtypes and (options.kinds is None or case.kind in options.kinds)
     ]
     rows: list[dict[str, Any]] = []

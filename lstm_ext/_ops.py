@@ -112,9 +112,9 @@ def _cell_states(
 ) -> tuple[Tensor, Tensor]:
     # torch's own cell on tensors of the same shapes: its checks, its errors, its results' shapes.
     # Without memory on any device: torch's rule for a CUDA device knows no cell without biases.
-    on_meta = [t if t is None else t.to("meta") for t in (input, hx, cx, w_ih, w_hh, b_ih, b_hh)]
-    x, h, c, *weights = on_meta
-    hy, cy = torch.lstm_cell(x, (h, c), *weights)
+    x, h, c, *weights = (t.to("meta") for t in (input, hx, cx, w_ih, w_hh))
+    biases = (b if b is None else b.to("meta") for b in (b_ih, b_hh))
+    hy, cy = torch.lstm_cell(x, (h, c), *weights, *biases)
     return hx.new_empty(hy.shape, dtype=hy.dtype), hx.new_empty(cy.shape, dtype=cy.dtype)
 
 
