@@ -338,7 +338,7 @@ MUTATIONS = {
     ),
     "hidden units out of their places": (
         "layer_backward.cu",
-        "hidden / units, in_group, hidden % units",
+        "part, in_group, hidden - part * units",
         "hidden % kInUnit, in_group, hidden / kInUnit",
         "none",
     ),

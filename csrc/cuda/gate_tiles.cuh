@@ -197,10 +197,12 @@ struct MmaTile {
 #pragma unroll
           for (int gate = 0; gate < kGates; ++gate) {
             const T* const row = weights + gate * operand.gate_stride;
+            Numbers numbers;  // a copy: 16 bytes at a time
             if constexpr (kPadded)
-              to_words(*reinterpret_cast<const Numbers*>(row + chunk + offset), w[gate]);
+              numbers = *reinterpret_cast<const Numbers*>(row + chunk + offset);
             else
-              to_words(load<kStep, kVectors>(row, chunk + offset, K), w[gate]);
+              numbers = load<kStep, kVectors>(row, chunk + offset, K);
+            to_words(numbers, w[gate]);
           }
 #pragma unroll
           for (int column = 0; column < kColumns; ++column) to_words(numbers_of(column), x[column]);

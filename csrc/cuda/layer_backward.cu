@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     grads_c[kept] = layer.grad_cy != nullptr ? widen(layer.grad_cy[of_state]) : S(0);
   }
   const Spots spots(own);
+  const int first_part = spots.first().column / units;  // mostly that of all of a thread's elements
   const auto read = [&](int64_t step, const StepRows& rows, Spot spot) {
     Known<T> known = {};
     if (spot.row >= rows.end - first_row) return known;
@@ -94,6 +95,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Known<T> ahead = {};
   if constexpr (kLoadsFirst) ahead = read(sequence.L - 1, now, spots.first());
   Meeting meeting(plan);
+  const WarpShare share = share_of_warp<Tile>(plan);
   __syncthreads();
 
   for (int64_t step = sequence.L - 1; step >= 0; --step) {
@@ -121,16 +123,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int64_t group = first_row; group < now.end; group += plan.group) {
       const Operand<T> operand = {layer.grad_gates + now.before * K, weights, K, stride,
                                   int64_t{units} * stride};
-      multiply<Tile, kVectors>(plan, operand, group, now.end, units, partial);
+      multiply<Tile, kVectors>(plan, share, operand, group, now.end, units, partial);
       __syncthreads();
       const int rows = static_cast<int>(min(now.end - group, int64_t{plan.group}));
       for (Spot spot = spots.first(); spot.row < rows; spot = spots.after(spot)) {
         const auto [in_group, hidden] = spot;
         const int64_t row = group + in_group;
+        const int part = hidden == spots.first().column ? first_part : hidden / units;
         grads_h[(row - first_row) * most + hidden] =
             is_reset(sequence, step, row)
                 ? S(0)
-                : partial.sum(plan.split, hidden / units, in_group, hidden % units);
+                : partial.sum(plan.split, part, in_group, hidden - part * units);
       }
       __syncthreads();
     }

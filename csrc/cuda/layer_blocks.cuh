@@ -131,10 +131,15 @@ Choice choose_plan(const Work& work, const Device& device) {
     return with_tile<T>(rows, device.tf32, [&](auto tile) { return Choice{plan(tile), rows}; });
   };
   const int64_t rows = work.widely ? rows_of_a_block(device.multiprocessors) : work.N;
-  Choice choice = with(rows, [&](auto tile) { return plan_alone<decltype(tile)>(work, device); });
-  if (choice.plan.units > 0) return choice;
-  choice = with(work.N, [&](auto tile) { return plan_together<decltype(tile)>(work, device); });
-  if (choice.plan.units == 0 || !work.widely) return choice;
+  const Choice alone =
+      with(rows, [&](auto tile) { return plan_alone<decltype(tile)>(work, device); });
+  // With more than this a step of one block alone takes longer than a meeting of all (H200).
+  constexpr size_t kQuickAlone = 80 * 1024;
+  if (alone.plan.units > 0 && (alone.plan.shared <= kQuickAlone || !work.widely)) return alone;
+  const Choice choice =
+      with(work.N, [&](auto tile) { return plan_together<decltype(tile)>(work, device); });
+  if (choice.plan.units == 0) return alone;
+  if (!work.widely) return choice;
   // Blocks that wait for each other all run at once: no more than one on each multiprocessor.
   const int64_t fewer = rows_of_a_block(device.multiprocessors / choice.plan.unit_blocks);
   return with(fewer, [&](auto tile) {
@@ -211,24 +216,34 @@ class Meeting {
   cooperative_groups::grid_group::arrival_token token_ = {};
 };
 
+// A warp's part in a block's sums: its share of them, and its tiles of units.
+struct WarpShare {
+  int slice, first_unit, next_unit;
+};
+
+template <class Tile>
+__device__ inline WarpShare share_of_warp(const Plan& plan) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  return {warp % plan.split, warp / plan.split * Tile::kUnits, kWarps / plan.split * Tile::kUnits};
+}
+
 // The block's sums for a group of rows of the batch, from row on: sums of the warps' shares are
 // left to who reads them, after a __syncthreads.
 template <class Tile, bool kVectors>
-__device__ inline void multiply(const Plan& plan, const Operand<typename Tile::T>& operand,
-                                int64_t row, int64_t end_row, int own_units,
+__device__ inline void multiply(const Plan& plan, const WarpShare& share,
+                                const Operand<typename Tile::T>& operand, int64_t row,
+                                int64_t end_row, int own_units,
                                 const PartialSums<typename Tile::S>& partial) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int warp = thread / kWarpSize, lane = thread % kWarpSize;
-  constexpr int kAhead = latency::kStageNext && kVectors ? Tile::kMostAhead : 0;
-  for (int tile = warp / plan.split * Tile::kUnits; tile < plan.units;
-       tile += kWarps / plan.split * Tile::kUnits)
+  constexpr bool kStage = latency::kStageNext<typename Tile::T> && kVectors;
+  constexpr int kAhead = kStage ? Tile::kMostAhead : 0;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  for (int unit = share.first_unit; unit < plan.units; unit += share.next_unit)
     for (int in_group = 0; in_group < plan.group && row + in_group < end_row;
          in_group += Tile::kRows) {
-      const TilePlace place = {row + in_group, end_row,           tile,
-                               own_units,      warp % plan.split, plan.split};
+      const TilePlace place = {row + in_group, end_row, unit, own_units, share.slice, plan.split};
       Tile sums;
       sums.template add<kVectors, kAhead, latency::kWideFill>(operand, place, lane);
-      sums.store(partial.from_row(in_group), place.slice, tile, lane);
+      sums.store(partial.from_row(in_group), place.slice, unit, lane);
     }
 }
 

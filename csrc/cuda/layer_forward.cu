@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   StepRows now = rows_of(sequence, 0, end_row);
   begin(first_row, now.end, 0);
   Meeting meeting(plan);
+  const WarpShare share = share_of_warp<Tile>(plan);
   meeting.arrive();
   Known<T> ahead = {};
   if constexpr (kLoadsFirst) ahead = read(0, now, first_row, spots.first());
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     bool is_late = false;
     for (int64_t group = first_row; group < now.end; group += plan.group) {
       const Operand<T> operand = {h, weights, H, stride, int64_t{units} * stride};
-      multiply<Tile, kVectors>(plan, operand, group, now.end, own_units, partial);
+      multiply<Tile, kVectors>(plan, share, operand, group, now.end, own_units, partial);
       __syncthreads();
       const bool last_group = group + plan.group >= now.end;
       const int rows = rows_in_group(now, group);

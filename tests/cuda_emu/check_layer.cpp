@@ -116,7 +116,9 @@ enum class Shared { kAll, kLeast, kAllFew, kLeastFew, kSomeFew };
 
 template <class Fits>
 Device device_for(Shared shared, bool tf32, const Fits& fits) {
-  Device device = {machine::multiprocessors(), machine::shared_per_block(), tf32};
+  // The emulator is slow with many blocks, and ThreadSanitizer holds some 30 of 256 threads.
+  const int multiprocessors = few || machine::kEmulated ? 28 : machine::multiprocessors();
+  Device device = {multiprocessors, machine::shared_per_block(), tf32};
   if (shared != Shared::kAll && shared != Shared::kAllFew) {
     device.shared_per_block = 64;
     while (!fits(device)) device.shared_per_block += 64;
@@ -344,7 +346,7 @@ void check_spread() {
   check_layer<T>({4, 11, 40, true, true, true, true, false}, Shared::kAllFew);
   check_layer<T>({3, 21, 24, true, false, true, true, false}, Shared::kLeastFew);
   check_layer<T>({3, 21, 24, true, true, true, false, false}, Shared::kSomeFew);
-  check_layer<T>({6, 18, 16, true, true, true, true, false}, Shared::kLeast);
+  check_layer<T>({6, 18, 8, true, true, true, true, false}, Shared::kLeast);
   check_layer<T>({2, 1, 264, false, true, false, true, false}, Shared::kAllFew);
   if (few) return;
   check_layer<T>({1, 3, 8, false, false, true, true, false}, Shared::kLeast);
