@@ -90,8 +90,8 @@ CASES = [
 ]
 GRID = [
     Case("layer", (50, N, H, H), dtype)
-    for H in (256, 128, 512, 1024, 64, 192, 768)
-    for N in (16, 1, 64, 128)
+    for H in (256, 128, 512, 1024, 64, 192, 384, 768)
+    for N in (16, 1, 64, 128, 32)
     for dtype in ("default", "bfloat16", "float16")
 ]
 QUICK = [Case("cell", (3, 4, 5), "float32"), Case("layer", (4, 3, 2, 5), "float32"),

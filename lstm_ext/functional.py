@@ -134,10 +134,18 @@ def lstm(
         raise ValueError(f"checkpoint_every should be positive, got {checkpoint_every}")
     if not torch.is_grad_enabled():
         checkpoint_every = None
-    needs_ours = reset is not None or checkpoint_every is not None
-    reason = _backend.why_layer_by_torch(input, weights[0].w_hr is not None, needs_ours)
+    first = weights[0]
+    call = _backend.LayerCall(
+        N=h.shape[1],
+        H=first.w_hh.shape[0] // 4,
+        single=len(weights) == 1,
+        packed=batch_sizes is not None,
+        projects=first.w_hr is not None,
+        needs_ours=reset is not None or checkpoint_every is not None,
+    )
+    reason = _backend.why_layer_by_torch(input, call)
     empty = reset is None and 0 in input.shape
-    if empty or (reason is not None and not needs_ours):
+    if empty or (reason is not None and not call.needs_ours):
         reason = "the input is empty" if empty else reason
         _backend.log_path("lstm", input, f"torch's own LSTM: {reason}")
         return _torch_lstm(input, hx, weights, bidirectional, dropout, batch_sizes)

@@ -303,7 +303,15 @@ class _Run:
 
     def __call__(self, input: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run fused."""
-        if _backend.why_layer_by_torch(input, self.w.w_hr is not None, needs_ours=True):
+        call = _backend.LayerCall(
+            N=h.shape[0],
+            H=c.shape[1],
+            single=True,
+            packed=self.batch_sizes is not None,
+            projects=self.w.w_hr is not None,
+            needs_ours=True,
+        )
+        if _backend.why_layer_by_torch(input, call):
             return self.in_steps(input, h, c)
         output, _, c_n, gates, c_before = _ops.lstm_layer_forward(
             input, h, c, *self.w[:4], self.batch_sizes, self.reset, self.reverse

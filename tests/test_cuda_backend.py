@@ -36,15 +36,25 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def cuda_input(dtype=torch.float32):
+    """As much of an input on a CUDA device as the choice looks at."""
+    device = torch.device("cuda")
+    return types.SimpleNamespace(is_cpu=False, is_cuda=True, device=device, dtype=dtype)
+
+
+def pretend_card(monkeypatch, major, minor):
+    card = types.SimpleNamespace(major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+
+
 @pytest.fixture
 def as_if_on_cuda(monkeypatch):
     """The CPU's tensors go the ways of a CUDA device's."""
-    there = types.SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda"))
+    there = cuda_input()
     for name in ("why_layer_by_torch", "cell_by_torch"):
         real = getattr(_backend, name)
-        monkeypatch.setattr(
-            _backend, name, lambda _, *more, real=real, **named: real(there, *more, **named)
-        )
+        monkeypatch.setattr(_backend, name, lambda _, *more, real=real: real(there, *more))
+    pretend_card(monkeypatch, 9, 0)
     # These take nothing but the CPU's, and here hand over to what looks at the mode.
     for name in ("fast_lstm", "fast_lstm_cell"):
         monkeypatch.setattr(_ops, name, lambda *_: None)
@@ -111,6 +121,37 @@ def test_a_trace_goes_the_same_ways(mode, as_if_on_cuda):
         trace = lstm_ext.trace_gates(module, torch.ones(L, N, I))
     assert any(op.startswith("lstm_ext.") for op in seen.names) == (mode != "torch")
     torch.testing.assert_close(trace.h[0], module(torch.ones(L, N, I))[0])
+
+
+def chosen(dtype, N, H, single=True, packed=False):
+    call = _backend.LayerCall(N, H, single, packed, projects=False, needs_ours=False)
+    return _backend.why_layer_by_torch(cuda_input(dtype), call) is None
+
+
+def test_auto_takes_ours_where_it_was_measured_to_be_faster(monkeypatch):
+    pretend_card(monkeypatch, 9, 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert chosen(dtype, 128, 256)
+        assert chosen(dtype, 16, 1024)
+        assert not chosen(dtype, 16, 128)  # smaller: cuDNN has a kernel for it
+        assert not chosen(dtype, 64, 1024)
+        assert not chosen(dtype, 16, 2048)
+        assert not chosen(dtype, 16, 250)
+        assert not chosen(dtype, 16, 256, single=False)
+    assert chosen(torch.float16, 16, 200)
+    assert chosen(torch.float16, 1, 256)
+    assert not chosen(torch.float16, 16, 256)  # cuDNN's persistent kernel
+    assert chosen(torch.float16, 16, 256, packed=True)  # which takes no packed sequences
+    assert not chosen(torch.float64, 16, 256)
+    lstm_ext.set_cuda_backend("fused")
+    assert chosen(torch.float64, 16, 128, single=False)
+    lstm_ext.set_cuda_backend("torch")
+    assert not chosen(torch.bfloat16, 16, 256)
+
+
+def test_auto_leaves_cards_that_were_not_measured_to_cudnn(monkeypatch):
+    pretend_card(monkeypatch, 8, 0)
+    assert not chosen(torch.bfloat16, 16, 256)
 
 
 def test_a_device_without_kernels_gets_torchs():

@@ -203,6 +203,26 @@ def test_a_layer_trains(name, training, packed, mode):
         lstm_ext.set_cuda_backend(before)
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="not a card that was measured",
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_auto_takes_ours_where_it_was_measured_to_be_faster(compiled):
+    """In a whole compiled graph too."""
+    layer = lstm_ext.LSTM(64, 256, device="cuda", dtype=torch.bfloat16)
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    x = torch.randn(L, N, 64, device="cuda", dtype=torch.bfloat16)
+    output, _ = call(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call(x)
+        torch.cuda.synchronize()
+    assert any("layer_forward_kernel" in event.key for event in profile.key_averages())
+    theirs = nn.LSTM(64, 256, device="cuda", dtype=torch.bfloat16)
+    theirs.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(output, theirs(x)[0], rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("mode", ["auto", "fused", "torch"])
 def test_whose_kernels_run(mode):
     before = lstm_ext.set_cuda_backend(mode)

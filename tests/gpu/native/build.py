@@ -42,10 +42,11 @@ KERNEL_FLAGS = [
 ]
 
 
-def variants() -> dict[str, list[str]]:
-    """Return each variant's switches that are off: none, each by itself, all."""
-    alone = {f"no_{switch.lower()}": [switch] for switch in SWITCHES}
-    return {ALL_ON: [], **alone, "all_off": SWITCHES}
+def variants() -> dict[str, dict[str, int]]:
+    """Return the switches that each variant sets: none, each by itself, all."""
+    alone = {f"no_{switch.lower()}": {switch: 0} for switch in SWITCHES}
+    all_off = dict.fromkeys(SWITCHES, 0)
+    return {ALL_ON: {}, **alone, "stage_16_bits": {"STAGE_NEXT": 2}, "all_off": all_off}
 
 
 @dataclass
@@ -68,8 +69,9 @@ def programs() -> dict[str, Program]:
         Program("check_layer", [CHECKS / "check_layer.cpp", *layer, copy], lines=True),
         Program("micro", [HERE / "micro.cu"]),
     ]
-    for variant, off in variants().items():
-        macros = [f"LSTM_EXT_{switch}=0" for switch in off] + [f'VARIANT="{variant}"']
+    for variant, switches in variants().items():
+        macros = [f"LSTM_EXT_{switch}={value}" for switch, value in switches.items()]
+        macros.append(f'VARIANT="{variant}"')
         sources = [HERE / "bench_layer.cu", HERE / "variant.cpp", *layer]
         found.append(Program(f"bench_layer-{variant}", sources, macros))
     return {program.name: program for program in found}
