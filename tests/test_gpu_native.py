@@ -220,7 +220,7 @@ def test_checks_with_emulated_kernels(check, build_host, tmp_path):
     program = build_host(check.stem, [check, NATIVE / "fake_runtime.cpp"], objects)
     result = run(program, "few")
     assert result.returncode == 0, result.stdout[-3000:]
-    assert int(result.stdout.split()[-4]) > 1000
+    assert int(result.stdout.split()[-4]) > 400
     broken = run(program, "few", FAKE_KERNEL_ERROR="1")
     assert broken.returncode == 1
     assert "illegal memory access was encountered; stopped here" in broken.stdout
@@ -289,7 +289,7 @@ def test_variants_that_fail_are_named_and_cost_no_other(compare):
         "all_on": good,
         "crashes": good + "kill -ABRT $$\n",
         "fails": "echo a reason\nexit 3\n",
-        "hangs": good + "sleep 60 & sleep 60\n",
+        "hangs": good + "sleep 600 & sleep 600\n",
         "one_error": good + f'echo \'{{{CASE % 128}, "error": "does not fit"}}\'\n',
         "silent": "exit 0\n",
         "works": LINE % (64, "2.2"),
