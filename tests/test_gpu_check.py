@@ -442,7 +442,7 @@ def test_a_long_table_is_cut_short():
               "jobs": [{**job, "lines": some.get(name, [])}] * 6} for name in names]  # fmt: skip
     text = table.make({"status": "complete", "stages": found, "plan": [*names, "never begun"]})
     assert len(text) <= 11_000
-    assert len(text.splitlines()) <= 100
+    assert len(text.splitlines()) <= 110
     assert text.splitlines()[-1].split() == ["never", "begun", "not", "reached"]
     for name in names:
         assert f"\n{name} " in text
@@ -454,6 +454,66 @@ def test_the_table_survives_what_it_cannot_read():
     text = table.make({"status": "complete", "stages": found})
     assert "this part of the table fails" in text
     assert "benchmark" in text.splitlines()[-3]
+
+
+NCU = """
+==PROF== Connected to process 8343 (/usr/bin/python3.12)
+"ID","Kernel Name","Grid Size","Metric Name","Metric Unit","Metric Value","Rule Name","Advice"
+"0","void unnamed>::a_kernel<Tile<__half, 32>, 1>(A<T>)","(128, 1, 1)","Duration","ns","278,592",
+"0","void unnamed>::a_kernel<Tile<__half, 32>, 1>(A<T>)","(128, 1, 1)","No Eligible","%","80.1"
+"0","void unnamed>::a_kernel<Tile<__half, 32>, 1>(A<T>)","(128, 1, 1)","","","","Rule","words"
+"1","b_kernel(B)","(8, 1, 1)","Duration","us","1.5",
+"""
+
+
+def test_what_ncu_says_is_a_line_a_kernel():
+    stage = {"name": "ncu", "jobs": [{"name": "ncu", "status": "passed", "said": NCU.splitlines()}]}
+    assert table.section(stage) == [
+        "  a_kernel: blocks (128, 1, 1), time 278,592ns, idle 80.1%",
+        "  b_kernel: blocks (8, 1, 1), time 1.5us",
+    ]
+
+
+def test_what_fails_alike_is_one_line():
+    lines = [
+        {"test": f"tests/test_a.py::test_b[{k}]", "status": "failed", "said": "AssertionError"}
+        for k in range(9)
+    ]
+    lines += [
+        {"test": "tests/test_a.py::test_c", "status": "begun"},
+        {"test": "tests/test_a.py::test_d", "status": "passed"},
+    ]
+    stage = {"name": "test_gpu.py", "jobs": [{"name": "t", "status": "failed", "lines": lines}]}
+    assert table.section(stage) == [
+        "  9 failed, 1 begun, 1 passed",
+        "  failed: test_a.py::test_b and 8 more: AssertionError",
+        "  begun: test_a.py::test_c:",
+    ]
+
+
+def test_the_benchmark_is_a_line_a_case(tmp_path):
+    rows = [
+        {"mode": "layer inference, graph", "us": (10, None), "failed": {"nn.LSTM": "no capture"}},
+        {"mode": "layer inference, eager", "us": (10, 14)},
+        {"mode": "layer training, graph", "us": (20, 10)},
+        {"mode": "layer training, eager", "us": (99, 99)},
+        {"mode": "cell training, failed", "us": (None, None), "error": "CUDA error"},
+    ]
+    for row in rows:
+        ours, theirs = row.pop("us")
+        times = {"lstm_ext": ours, "nn.LSTM": theirs}
+        row.update(dtype="float16", shape=[5, 4, 3])
+        row["microseconds"] = {name: value for name, value in times.items() if value}
+        if ours and theirs:
+            row["ratio"] = theirs / ours
+    (tmp_path / "cuda.json").write_text(json.dumps({"rows": rows}))
+    stage = {"name": "benchmark", "jobs": [], "file": str(tmp_path / "cuda.json")}
+    _, *lines = table.section(stage)
+    assert [" ".join(line.split()) for line in lines] == [
+        "layer float16 5x4x3 inference, graph: nn.LSTM: no capture",
+        "cell float16 5x4x3 training, failed: CUDA error",
+        "layer float16 5x4x3 inference 10.0 / 14.0 = 1.40e training 20.0 / 10.0 = 0.50",
+    ]
 
 
 TESTS = """
