@@ -645,6 +645,7 @@ def before(tmp_path, **statuses):
         "kernel paths": [{"path": "a", "status": "ok"}, {"path": "b", "status": "hung"},
                          {"path": "c", "status": "ok", "other_way": "steps"}],
         "test_gpu.py": [{"test": "t::a", "status": "passed"}, {"test": "t::b", "status": "failed"}],
+        "other tests": [{"test": "o::a", "status": "passed"}, {"test": "o::b", "status": "begun"}],
     }  # fmt: skip
     found = [{"name": name, "status": status, "jobs": [{"lines": lines.get(name, [])}]}
              for name, status in statuses.items()]  # fmt: skip
@@ -656,7 +657,7 @@ def test_a_second_call_repeats_what_failed(tmp_path):
     results = before(tmp_path, **{
         "environment": "passed", "kernel paths": "failed (1)", "native checks": "passed",
         "test_gpu.py": "failed (1)", "microbenchmarks": "passed",
-        "compute-sanitizer": "cut off after 60 s", "ncu": "passed",
+        "compute-sanitizer": "cut off after 60 s", "ncu": "passed", "other tests": "failed (1)",
     })  # fmt: skip
     plan = {stage.name: stage for stage in stages.Stages("cuda", tmp_path, results).plan()}
     plan.pop("build", None)
@@ -666,6 +667,9 @@ def test_a_second_call_repeats_what_failed(tmp_path):
     assert "t::b" in command
     assert "t::a" not in command
     assert paths.were_right(results) == {"a"}
+    command = plan["other tests"].jobs[0].command
+    assert "o::b" in command
+    assert not any("ignore" in part for part in command)
 
 
 def test_a_file_of_tests_that_was_cut_off_is_repeated_whole(tmp_path):
