@@ -27,6 +27,7 @@ import fakes  # noqa: E402
 import path_list  # noqa: E402
 import path_worker  # noqa: E402
 import paths  # noqa: E402
+import prebuild  # noqa: E402
 import prebuilt  # noqa: E402
 import process  # noqa: E402
 import stages  # noqa: E402
@@ -637,6 +638,53 @@ def test_a_prebuilt_module_that_does_not_fit_is_refused(checkout):
     assert "missing" in prebuilt.why_not(folder, checkout)
     shutil.rmtree(folder)
     assert "no prebuilt module" in prebuilt.why_not(folder, checkout)
+
+
+@pytest.fixture
+def prebuilding(tmp_path, monkeypatch):
+    """prebuild.main with nothing compiled; what its parts do, by their names."""
+
+    def compile_module(python, folder):
+        (folder / "lstm_ext").mkdir(parents=True, exist_ok=True)
+        (folder / "lstm_ext" / "_C.so").write_bytes(b"0" * 2**20)
+
+    monkeypatch.setattr(prebuild, "environment", lambda *_: Path("python"))
+    monkeypatch.setattr(prebuild, "compile_module", compile_module)
+    monkeypatch.setattr(prebuild, "check_module", lambda *_: {"compiler": "12"})
+    monkeypatch.setattr(prebuild, "build_native", lambda _: "built")
+    monkeypatch.setattr(sys, "argv", ["prebuild.py", "--out", str(tmp_path / "gpu")])
+    return monkeypatch
+
+
+def test_a_manifest_says_what_was_prebuilt(tmp_path, prebuilding):
+    assert prebuild.main() == 0
+    manifest = prebuilt.read_manifest(tmp_path / "gpu")
+    assert manifest["sources"] == prebuilt.sources_hash()
+    assert (manifest["python"], manifest["torch"]) == ("3.12", "2.11.0+cu130")
+    assert manifest["native"] == "built"
+
+
+def test_programs_that_do_not_build_do_not_lose_the_module(tmp_path, prebuilding):
+    prebuilding.setattr(prebuild, "build_native", lambda _: "failed (1)")
+    assert prebuild.main() == 1
+    assert prebuilt.read_manifest(tmp_path / "gpu")["native"] == "failed (1)"
+
+
+def test_a_module_that_does_not_work_has_no_manifest(tmp_path, prebuilding):
+    def refuse(*_):
+        raise SystemExit("the module does not work")
+
+    assert prebuild.main() == 0
+    prebuilding.setattr(prebuild, "check_module", refuse)
+    with pytest.raises(SystemExit, match="does not work"):
+        prebuild.main()
+    assert prebuilt.read_manifest(tmp_path / "gpu") is None
+
+
+def test_too_much_to_carry_is_an_error(prebuilding):
+    prebuilding.setattr(prebuild, "MOST_MIB", 0.5)
+    with pytest.raises(SystemExit, match="too much to carry"):
+        prebuild.main()
 
 
 def before(tmp_path, **statuses):
