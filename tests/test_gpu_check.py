@@ -27,6 +27,7 @@ import fakes  # noqa: E402
 import path_list  # noqa: E402
 import path_worker  # noqa: E402
 import paths  # noqa: E402
+import prebuild  # noqa: E402
 import prebuilt  # noqa: E402
 import process  # noqa: E402
 import stages  # noqa: E402
@@ -442,7 +443,7 @@ def test_a_long_table_is_cut_short():
               "jobs": [{**job, "lines": some.get(name, [])}] * 6} for name in names]  # fmt: skip
     text = table.make({"status": "complete", "stages": found, "plan": [*names, "never begun"]})
     assert len(text) <= 11_000
-    assert len(text.splitlines()) <= 100
+    assert len(text.splitlines()) <= 110
     assert text.splitlines()[-1].split() == ["never", "begun", "not", "reached"]
     for name in names:
         assert f"\n{name} " in text
@@ -454,6 +455,66 @@ def test_the_table_survives_what_it_cannot_read():
     text = table.make({"status": "complete", "stages": found})
     assert "this part of the table fails" in text
     assert "benchmark" in text.splitlines()[-3]
+
+
+NCU = """
+==PROF== Connected to process 8343 (/usr/bin/python3.12)
+"ID","Kernel Name","Grid Size","Metric Name","Metric Unit","Metric Value","Rule Name","Advice"
+"0","void unnamed>::a_kernel<Tile<__half, 32>, 1>(A<T>)","(128, 1, 1)","Duration","ns","278,592",
+"0","void unnamed>::a_kernel<Tile<__half, 32>, 1>(A<T>)","(128, 1, 1)","No Eligible","%","80.1"
+"0","void unnamed>::a_kernel<Tile<__half, 32>, 1>(A<T>)","(128, 1, 1)","","","","Rule","words"
+"1","b_kernel(B)","(8, 1, 1)","Duration","us","1.5",
+"""
+
+
+def test_what_ncu_says_is_a_line_a_kernel():
+    stage = {"name": "ncu", "jobs": [{"name": "ncu", "status": "passed", "said": NCU.splitlines()}]}
+    assert table.section(stage) == [
+        "  a_kernel: blocks (128, 1, 1), time 278,592ns, idle 80.1%",
+        "  b_kernel: blocks (8, 1, 1), time 1.5us",
+    ]
+
+
+def test_what_fails_alike_is_one_line():
+    lines = [
+        {"test": f"tests/test_a.py::test_b[{k}]", "status": "failed", "said": "AssertionError"}
+        for k in range(9)
+    ]
+    lines += [
+        {"test": "tests/test_a.py::test_c", "status": "begun"},
+        {"test": "tests/test_a.py::test_d", "status": "passed"},
+    ]
+    stage = {"name": "test_gpu.py", "jobs": [{"name": "t", "status": "failed", "lines": lines}]}
+    assert table.section(stage) == [
+        "  9 failed, 1 begun, 1 passed",
+        "  failed: test_a.py::test_b and 8 more: AssertionError",
+        "  begun: test_a.py::test_c:",
+    ]
+
+
+def test_the_benchmark_is_a_line_a_case(tmp_path):
+    rows = [
+        {"mode": "layer inference, graph", "us": (10, None), "failed": {"nn.LSTM": "no capture"}},
+        {"mode": "layer inference, eager", "us": (10, 14)},
+        {"mode": "layer training, graph", "us": (20, 10)},
+        {"mode": "layer training, eager", "us": (99, 99)},
+        {"mode": "cell training, failed", "us": (None, None), "error": "CUDA error"},
+    ]
+    for row in rows:
+        ours, theirs = row.pop("us")
+        times = {"lstm_ext": ours, "nn.LSTM": theirs}
+        row.update(dtype="float16", shape=[5, 4, 3])
+        row["microseconds"] = {name: value for name, value in times.items() if value}
+        if ours and theirs:
+            row["ratio"] = theirs / ours
+    (tmp_path / "cuda.json").write_text(json.dumps({"rows": rows}))
+    stage = {"name": "benchmark", "jobs": [], "file": str(tmp_path / "cuda.json")}
+    _, *lines = table.section(stage)
+    assert [" ".join(line.split()) for line in lines] == [
+        "layer float16 5x4x3 inference, graph: nn.LSTM: no capture",
+        "cell float16 5x4x3 training, failed: CUDA error",
+        "layer float16 5x4x3 inference 10.0 / 14.0 = 1.40e training 20.0 / 10.0 = 0.50",
+    ]
 
 
 TESTS = """
@@ -579,12 +640,60 @@ def test_a_prebuilt_module_that_does_not_fit_is_refused(checkout):
     assert "no prebuilt module" in prebuilt.why_not(folder, checkout)
 
 
+@pytest.fixture
+def prebuilding(tmp_path, monkeypatch):
+    """prebuild.main with nothing compiled; what its parts do, by their names."""
+
+    def compile_module(python, folder):
+        (folder / "lstm_ext").mkdir(parents=True, exist_ok=True)
+        (folder / "lstm_ext" / "_C.so").write_bytes(b"0" * 2**20)
+
+    monkeypatch.setattr(prebuild, "environment", lambda *_: Path("python"))
+    monkeypatch.setattr(prebuild, "compile_module", compile_module)
+    monkeypatch.setattr(prebuild, "check_module", lambda *_: {"compiler": "12"})
+    monkeypatch.setattr(prebuild, "build_native", lambda _: "built")
+    monkeypatch.setattr(sys, "argv", ["prebuild.py", "--out", str(tmp_path / "gpu")])
+    return monkeypatch
+
+
+def test_a_manifest_says_what_was_prebuilt(tmp_path, prebuilding):
+    assert prebuild.main() == 0
+    manifest = prebuilt.read_manifest(tmp_path / "gpu")
+    assert manifest["sources"] == prebuilt.sources_hash()
+    assert (manifest["python"], manifest["torch"]) == ("3.12", "2.11.0+cu130")
+    assert manifest["native"] == "built"
+
+
+def test_programs_that_do_not_build_do_not_lose_the_module(tmp_path, prebuilding):
+    prebuilding.setattr(prebuild, "build_native", lambda _: "failed (1)")
+    assert prebuild.main() == 1
+    assert prebuilt.read_manifest(tmp_path / "gpu")["native"] == "failed (1)"
+
+
+def test_a_module_that_does_not_work_has_no_manifest(tmp_path, prebuilding):
+    def refuse(*_):
+        raise SystemExit("the module does not work")
+
+    assert prebuild.main() == 0
+    prebuilding.setattr(prebuild, "check_module", refuse)
+    with pytest.raises(SystemExit, match="does not work"):
+        prebuild.main()
+    assert prebuilt.read_manifest(tmp_path / "gpu") is None
+
+
+def test_too_much_to_carry_is_an_error(prebuilding):
+    prebuilding.setattr(prebuild, "MOST_MIB", 0.5)
+    with pytest.raises(SystemExit, match="too much to carry"):
+        prebuild.main()
+
+
 def before(tmp_path, **statuses):
     path = tmp_path / "before.json"
     lines = {
         "kernel paths": [{"path": "a", "status": "ok"}, {"path": "b", "status": "hung"},
                          {"path": "c", "status": "ok", "other_way": "steps"}],
         "test_gpu.py": [{"test": "t::a", "status": "passed"}, {"test": "t::b", "status": "failed"}],
+        "other tests": [{"test": "o::a", "status": "passed"}, {"test": "o::b", "status": "begun"}],
     }  # fmt: skip
     found = [{"name": name, "status": status, "jobs": [{"lines": lines.get(name, [])}]}
              for name, status in statuses.items()]  # fmt: skip
@@ -596,7 +705,7 @@ def test_a_second_call_repeats_what_failed(tmp_path):
     results = before(tmp_path, **{
         "environment": "passed", "kernel paths": "failed (1)", "native checks": "passed",
         "test_gpu.py": "failed (1)", "microbenchmarks": "passed",
-        "compute-sanitizer": "cut off after 60 s", "ncu": "passed",
+        "compute-sanitizer": "cut off after 60 s", "ncu": "passed", "other tests": "failed (1)",
     })  # fmt: skip
     plan = {stage.name: stage for stage in stages.Stages("cuda", tmp_path, results).plan()}
     plan.pop("build", None)
@@ -606,6 +715,9 @@ def test_a_second_call_repeats_what_failed(tmp_path):
     assert "t::b" in command
     assert "t::a" not in command
     assert paths.were_right(results) == {"a"}
+    command = plan["other tests"].jobs[0].command
+    assert "o::b" in command
+    assert not any("ignore" in part for part in command)
 
 
 def test_a_file_of_tests_that_was_cut_off_is_repeated_whole(tmp_path):

@@ -123,11 +123,15 @@ def main() -> int:
             again = Path(folder) / "before.json"
             shutil.copy(options.again, again)
         manifest = prebuilt.read_manifest() or {}
+        module = "none" if options.dry_run else place_module(options.device)
+        # Where the checkout was carried to, a repository may know less than the manifest.
+        known = manifest.get("revision") if module == "prebuilt" else None
         head = {
             "device": "none" if options.dry_run else options.device,
             "call": 2 if again else 1,
-            "revision": prebuilt.revision() or manifest.get("revision", "unknown"),
-            "module": "none" if options.dry_run else place_module(options.device),
+            "revision": known or prebuilt.revision() or "unknown",
+            "checkout": prebuilt.revision(),
+            "module": module,
         }
         for name in ("results.json", "cuda.json", "table.txt", "logs.tar.gz", "variants.json"):
             (out / name).unlink(missing_ok=True)  # of an earlier run

@@ -205,7 +205,7 @@ class Runner:
         """Take over what a job has said so far."""
         head, tail = _ends(child.log)
         lines = [line for line in tail.decode(errors="replace").splitlines() if line.strip()]
-        record["said"] = [line[:300] for line in lines[-job.keep :]]
+        record["said"] = [line[:600] for line in lines[-job.keep :]]
         if job.prints_lines:
             text = (head + tail).decode(errors="replace")
         else:

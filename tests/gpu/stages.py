@@ -123,15 +123,17 @@ class Stages:
             command += [f"--timeout={timeout}", "--timeout-method=thread"]
         return command
 
-    def gpu_tests(self) -> Stage:
-        """tests/test_gpu.py, or of it what failed before."""
-        names = ["tests/test_gpu.py"]
-        before = self.before.get("test_gpu.py", {})
+    def _failed_before(self, stage: str) -> list[str]:
+        """The tests that failed in the first call, if it reached all; else none."""
+        before = self.before.get(stage, {})
         lines = [line for job in before.get("jobs", []) for line in job.get("lines", [])]
         latest = {line["test"]: line["status"] for line in lines if "test" in line}
         failed = [test for test, status in latest.items() if status not in ("passed", "skipped")]
-        if failed and before["status"] == "failed (1)":  # else not all were reached
-            names = failed
+        return failed if before.get("status") == "failed (1)" else []
+
+    def gpu_tests(self) -> Stage:
+        """tests/test_gpu.py, or of it what failed before."""
+        names = self._failed_before("test_gpu.py") or ["tests/test_gpu.py"]
         env = {**self.env, "OMP_NUM_THREADS": "2"}
         workers = 4 if self.device == "cuda" else 1
         command = self._pytest(*names, workers=workers, timeout=35)
@@ -191,7 +193,8 @@ class Stages:
 
     def rest(self) -> Stage:
         """The other tests, the GPU's first."""
-        names = [f"--ignore=tests/{name}.py" for name in [*WITHOUT_GPU, "test_gpu"]]
+        ignored = [f"--ignore=tests/{name}.py" for name in [*WITHOUT_GPU, "test_gpu"]]
+        names = self._failed_before("other tests") or ignored
         workers = 12
         if self.device == "cpu":
             names, workers = [f"tests/{name}.py" for name in CPU_TESTS], 2

@@ -1,17 +1,19 @@
-"""The table that comes last: what happened, in at most 100 lines and 11,000 characters.
+"""The table that comes last: what happened, in at most 110 lines and 11,000 characters.
 
 python table.py RESULTS.json        prints it anew
 """
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-MOST_LINES, MOST_CHARACTERS, WIDTH = 100, 11_000, 118
+MOST_LINES, MOST_CHARACTERS, WIDTH = 110, 11_000, 118
 Lines = list[str]
 Result = dict[str, Any]
 
@@ -100,7 +102,7 @@ def kernel_paths(stage: Result) -> Lines:
     for p in bad:
         numbers = f" {p['error']:.2g} (torch {p['torch']:.2g})" if "torch" in p else ""
         said.append(clip(f"  {p['status']}: {p['path']}: {p.get('worst', '')}{numbers}"))
-    said += [clip(f"  other way: {p['path']}: {p['other_way']}") for p in other]
+    said += grouped((f"other way: {p['path']}", p["other_way"]) for p in other)
     return lines + first_few(said, 22)
 
 
@@ -127,9 +129,13 @@ def tests(stage: Result) -> Lines:
         counts[test["status"]] = counts.get(test["status"], 0) + 1
     lines = ["  " + (", ".join(f"{n} {status}" for status, n in counts.items()) or "no test ran")]
     bad = [t for t in found if t["status"] not in ("passed", "skipped")]
-    return lines + first_few(
-        [clip(f"  {t['status']}: {t['test'].removeprefix('tests/')}: {t.get('said', '')}")
-         for t in bad], 10)  # fmt: skip
+    pairs = []
+    for test in bad:
+        name, _, values = test["test"].removeprefix("tests/").partition("[")
+        # Of a test with many values, those that say the same count as one.
+        said = test.get("said") or (f"[{values}" if values else "")
+        pairs.append((f"{test['status']}: {name}", said))
+    return lines + first_few(grouped(pairs), 12)
 
 
 def last_words(stage: Result) -> Lines:
@@ -166,33 +172,42 @@ def micro(stage: Result) -> Lines:
 
 def ncu(stage: Result) -> Lines:
     """A line a kernel with the metrics that matter."""
-    import csv
-
     wanted = {
         "Duration": "time", "Registers Per Thread": "registers",
-        "Dynamic Shared Memory Per Block": "shared", "Achieved Occupancy": "occupancy %",
-        "Compute (SM) Throughput": "SM %", "L2 Cache Throughput": "L2 %",
-        "DRAM Throughput": "DRAM %",
-        "Warp Cycles Per Issued Instruction": "cycles/issue",
+        "Dynamic Shared Memory Per Block": "shared", "Achieved Active Warps Per SM": "warps",
+        "Compute (SM) Throughput": "SM", "L2 Cache Throughput": "L2", "DRAM Throughput": "DRAM",
+        "Warp Cycles Per Issued Instruction": "cycles/issue", "No Eligible": "idle",
     }  # fmt: skip
     said = [line for job in stage["jobs"] for line in job.get("said", [])]
     rows = list(csv.reader(line for line in said if line.startswith('"')))
-    heads = [row for row in rows if "Metric Name" in row]
-    if not heads:
+    head = next((row for row in rows if "Metric Name" in row), None)
+    if head is None:
         return last_words(stage)
-    head = heads[0]
     kernels: dict[str, Lines] = {}
     for row in rows[rows.index(head) + 1 :]:
-        if len(row) != len(head):
-            continue
-        entry = dict(zip(head, row, strict=True))
-        name = entry["Kernel Name"].split("(")[0].split("<")[0].split("::")[-1]
-        what = wanted.get(entry["Metric Name"])
-        if what:
-            kernels.setdefault(name, []).append(
-                f"{what} {entry['Metric Value']} {entry['Metric Unit'].replace('%', '')}".strip()
-            )
+        # Rows of metrics end early: the last columns are for advice.
+        entry = dict(zip(head, row, strict=False))
+        what = wanted.get(entry.get("Metric Name", ""))
+        if what and "Metric Value" in entry:
+            # As in "void unnamed>::layer_forward_kernel<MmaTile<__half, 32>, 1>(..)".
+            found = re.search(r"(\w+)(<.*)?\(", entry["Kernel Name"])
+            name = found.group(1) if found else entry["Kernel Name"]
+            unit = entry["Metric Unit"] if entry["Metric Unit"] in ("ns", "us", "ms", "%") else ""
+            value = f"{what} {entry['Metric Value']}{unit}"
+            if value not in kernels.setdefault(name, [f"blocks {entry.get('Grid Size')}"]):
+                kernels[name].append(value)
     return [clip(f"  {name}: {', '.join(values)}", 2 * WIDTH) for name, values in kernels.items()]
+
+
+def grouped(pairs: Iterable[tuple[str, str]]) -> Lines:
+    """Join names for which the same is said: the first, how many more, and what it is."""
+    names: dict[str, Lines] = {}
+    for name, said in pairs:
+        names.setdefault(said, []).append(name)
+    return [
+        clip(f"  {some[0]}{f' and {len(some) - 1} more' if len(some) > 1 else ''}: {said}")
+        for said, some in names.items()
+    ]
 
 
 def benchmark(stage: Result) -> Lines:
@@ -211,7 +226,7 @@ def benchmark(stage: Result) -> Lines:
             f"{k}: {v}" for k, v in row.get("failed", {}).items()
         )
         if trouble:
-            failed.append(clip(f"  {name} {mode}, {way}: {trouble}"))
+            failed.append((f"{name} {mode}, {way}", trouble))
         # Where one of them cannot be captured, as they are called; the rows come in that order.
         if "ratio" in row:
             cases.setdefault(name, {}).setdefault(mode, row)
@@ -225,7 +240,7 @@ def benchmark(stage: Result) -> Lines:
                 eager = "" if "graph" in row["mode"] else "e"
                 text += f" {mode} {ours:8.1f} /{theirs:8.1f} ={row['ratio']:5.2f}{eager:1}"
         lines.append(text)
-    return first_few(lines, 30) + first_few(failed, 8)
+    return lines[:1] + first_few(grouped(failed), 8) + first_few(lines[1:], 30)
 
 
 def variants(stage: Result) -> Lines:

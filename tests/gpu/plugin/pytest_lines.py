@@ -59,7 +59,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     said = [line for line in report.longreprtext.splitlines() if line.strip()]
     if report.failed:
         errors = [line[1:].strip() for line in said if line.startswith("E ")]
-        said = errors or said
+        # What was raised, and where that quotes another process, how it ends.
+        said = [" .. ".join(dict.fromkeys((errors or said)[:1] + (errors or said)[-1:]))]
         print(f"\nFAILED {report.nodeid}\n{report.longreprtext[-3000:]}", flush=True)
     if report.outcome in _counts:
         _counts[report.outcome] += 1
