@@ -26,28 +26,42 @@ def _from_environment() -> str:
     return value
 
 
-# Where one layer in one direction by our kernels is faster than by cuDNN, alone and with backward,
-# both replayed from CUDA graphs: up to a hidden size (from the one before on), up to so many rows.
-# Measured by benchmarks/bench_cuda.py --grid on an H200 (docs/gpu.md).
+class LayerCall(NamedTuple):
+    """What the choice of a layer's kernels looks at, beside its input."""
+
+    rows: int  # of the batch
+    hidden: int
+    single: bool  # one layer, one direction
+    packed: bool
+    projects: bool  # h is projected, which our kernels do not do
+    needs_ours: bool  # an option is used that torch's kernels do not have
+
+
+# Where one layer in one direction by our kernels is faster than by cuDNN's, forward alone and with
+# backward, both replayed from CUDA graphs: measured by benchmarks/bench_cuda.py --grid on an H200
+# (docs/gpu.md). Of each dtype: from which hidden size on, and up to which, how many rows at most.
 _MEASURED_CAPABILITY = (9, 0)
-_LEAST_HIDDEN = 192
-_MOST_ROWS = {256: 128, 512: 64, 1024: 16}
-_MOST_ROWS_FLOAT32 = {256: 128, 512: 16, 1024: 16}
+_FASTER = {
+    torch.float32: (192, {256: 128, 512: 64, 1024: 16}),
+    torch.bfloat16: (64, {256: 128, 512: 64, 1024: 32}),
+    torch.float16: (192, {256: 128, 512: 64, 1024: 32}),
+}
 
 
-def _measured_faster(input: Tensor, N: int, H: int, packed: bool) -> bool:
-    properties = torch.cuda.get_device_properties(input.device)
-    if (properties.major, properties.minor) != _MEASURED_CAPABILITY:
+def _is_measured_faster(input: Tensor, call: LayerCall) -> bool:
+    card = torch.cuda.get_device_properties(input.device)
+    if (card.major, card.minor) != _MEASURED_CAPABILITY or input.dtype not in _FASTER:
         return False
-    if input.dtype == torch.float16 and not packed and H % 128 == 0 and N % 8 == 0:
-        return False  # cuDNN's own persistent kernel
-    if input.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    least_hidden, most_rows = _FASTER[input.dtype]
+    if not call.single or call.hidden < least_hidden or call.hidden % 8 != 0:
         return False
-    if H < _LEAST_HIDDEN or H % 8 != 0:
-        return False
-    most_rows = _MOST_ROWS_FLOAT32 if input.dtype == torch.float32 else _MOST_ROWS
-    rows = next((rows for hidden, rows in most_rows.items() if hidden >= H), 0)
-    return rows >= N
+    plain_half = input.dtype == torch.float16 and not call.packed
+    if plain_half and call.hidden % 128 == 0 and call.rows % 8 == 0:
+        # cuDNN has a kernel of its own for these, which is slower with many rows.
+        return call.hidden <= 512 and 64 <= call.rows <= 128
+    return (
+        next((rows for hidden, rows in most_rows.items() if call.hidden <= hidden), 0) >= call.rows
+    )
 
 
 _mode = _from_environment()
@@ -95,17 +109,6 @@ def cell_by_torch(input: Tensor) -> bool:
     return _mode == "torch" and input.is_cuda
 
 
-class LayerCall(NamedTuple):
-    """What the choice of a layer's kernels looks at, beside its input."""
-
-    N: int
-    H: int
-    single: bool  # one layer, one direction
-    packed: bool
-    projects: bool  # h is projected, which our kernels do not do
-    needs_ours: bool  # an option is used that torch's kernels do not have
-
-
 def why_layer_by_torch(input: Tensor, call: LayerCall) -> str | None:
     """Say why a layer goes to torch's own kernels; None if it runs in ours."""
     if call.projects:
@@ -118,7 +121,7 @@ def why_layer_by_torch(input: Tensor, call: LayerCall) -> str | None:
         return "LSTM_EXT_CUDA=torch"
     if _mode == "fused" or call.needs_ours:
         return None
-    if call.single and _measured_faster(input, call.N, call.H, call.packed):
+    if _is_measured_faster(input, call):
         return None
     return "LSTM_EXT_CUDA=auto, and ours is not measured to be faster here"
 

@@ -136,8 +136,8 @@ def lstm(
         checkpoint_every = None
     first = weights[0]
     call = _backend.LayerCall(
-        N=h.shape[1],
-        H=first.w_hh.shape[0] // 4,
+        rows=h.shape[1],
+        hidden=first.w_hh.shape[0] // 4,
         single=len(weights) == 1,
         packed=batch_sizes is not None,
         projects=first.w_hr is not None,

@@ -304,8 +304,8 @@ class _Run:
     def __call__(self, input: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run fused."""
         call = _backend.LayerCall(
-            N=h.shape[0],
-            H=c.shape[1],
+            rows=h.shape[0],
+            hidden=c.shape[1],
             single=True,
             packed=self.batch_sizes is not None,
             projects=self.w.w_hr is not None,

@@ -132,16 +132,21 @@ def test_auto_takes_ours_where_it_was_measured_to_be_faster(monkeypatch):
     pretend_card(monkeypatch, 9, 0)
     for dtype in (torch.float32, torch.bfloat16):
         assert chosen(dtype, 128, 256)
+        assert chosen(dtype, 64, 512)
         assert chosen(dtype, 16, 1024)
-        assert not chosen(dtype, 16, 128)  # smaller: cuDNN has a kernel for it
+        assert not chosen(dtype, 128, 512)
         assert not chosen(dtype, 64, 1024)
         assert not chosen(dtype, 16, 2048)
         assert not chosen(dtype, 16, 250)
         assert not chosen(dtype, 16, 256, single=False)
+    assert chosen(torch.bfloat16, 16, 64)
+    assert not chosen(torch.float32, 16, 128)  # cuDNN has a kernel for it, as for small halves
+    assert not chosen(torch.float16, 1, 128)
     assert chosen(torch.float16, 16, 200)
     assert chosen(torch.float16, 1, 256)
     assert not chosen(torch.float16, 16, 256)  # cuDNN's persistent kernel
     assert chosen(torch.float16, 16, 256, packed=True)  # which takes no packed sequences
+    assert chosen(torch.float16, 128, 512)  # and is slower with many rows
     assert not chosen(torch.float64, 16, 256)
     lstm_ext.set_cuda_backend("fused")
     assert chosen(torch.float64, 16, 128, single=False)

@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int64_t group = first_row; group < now.end; group += plan.group) {
       const Operand<T> operand = {layer.grad_gates + now.before * K, weights, K, stride,
                                   int64_t{units} * stride};
-      multiply<Tile, kVectors>(plan, share, operand, group, now.end, units, partial);
+      multiply<Tile, kVectors, kStageNext<T, true>>(plan, share, operand, group, now.end, units,
+                                                    partial);
       __syncthreads();
       const int rows = static_cast<int>(min(now.end - group, int64_t{plan.group}));
       for (Spot spot = spots.first(); spot.row < rows; spot = spots.after(spot)) {

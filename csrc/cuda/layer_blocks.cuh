@@ -228,14 +228,13 @@ __device__ inline WarpShare share_of_warp(const Plan& plan) {
 }
 
 // The block's sums for a group of rows of the batch, from row on: sums of the warps' shares are
-// left to who reads them, after a __syncthreads.
-template <class Tile, bool kVectors>
+// left to who reads them, after a __syncthreads. kStage: as in kStageNext.
+template <class Tile, bool kVectors, bool kStage>
 __device__ inline void multiply(const Plan& plan, const WarpShare& share,
                                 const Operand<typename Tile::T>& operand, int64_t row,
                                 int64_t end_row, int own_units,
                                 const PartialSums<typename Tile::S>& partial) {
-  constexpr bool kStage = latency::kStageNext<typename Tile::T> && kVectors;
-  constexpr int kAhead = kStage ? Tile::kMostAhead : 0;
+  constexpr int kAhead = kStage && kVectors ? Tile::kMostAhead : 0;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   for (int unit = share.first_unit; unit < plan.units; unit += share.next_unit)
     for (int in_group = 0; in_group < plan.group && row + in_group < end_row;

@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     bool is_late = false;
     for (int64_t group = first_row; group < now.end; group += plan.group) {
       const Operand<T> operand = {h, weights, H, stride, int64_t{units} * stride};
-      multiply<Tile, kVectors>(plan, share, operand, group, now.end, own_units, partial);
+      multiply<Tile, kVectors, kStageNext<T, false>>(plan, share, operand, group, now.end,
+                                                     own_units, partial);
       __syncthreads();
       const bool last_group = group + plan.group >= now.end;
       const int rows = rows_in_group(now, group);
