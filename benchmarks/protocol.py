@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -116,6 +117,8 @@ def _cpu_name() -> str:
 
 
 def _revision() -> str:
+    if "LSTM_EXT_REVISION" in os.environ:  # of a checkout that was carried without its history
+        return os.environ["LSTM_EXT_REVISION"]
     root = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty"]
     try:

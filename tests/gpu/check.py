@@ -49,7 +49,7 @@ def commit_results(folder: Path) -> None:
         ("variants.json", f"cuda_{name}_variants.json"),
     ):
         if (folder / source).exists():
-            shutil.copy(folder / source, RESULTS / target)
+            shutil.copyfile(folder / source, RESULTS / target)
             print(RESULTS / target)
 
 

@@ -45,6 +45,9 @@ class Stages:
             "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE / 'plugin'}",
             "PYTHONUNBUFFERED": "1",
         }
+        manifest = prebuilt.read_manifest()
+        if manifest:  # the checkout may have been carried without its history
+            self.env["LSTM_EXT_REVISION"] = manifest["revision"]
 
     def plan(self) -> list[Stage]:
         """Return the stages in the order in which they tell most."""
