@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.utils.cpp_extension
 from cuda_tools import KERNELS, ROOT, headers
+from limits import HUNG
 
 CSRC = ROOT / "csrc"
 EMULATOR = ROOT / "tests" / "cuda_emu"
@@ -69,7 +70,7 @@ def run(program, *arguments):
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=HUNG,
         env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"},
     )
 
@@ -142,7 +143,7 @@ def test_operators(shared, multiprocessors, operators):
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=HUNG,
         env={**os.environ, **{name: str(size) for name, size in sizes.items()}},
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.multiprocessing
+from limits import HUNG
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import lstm_ext
 
-SECONDS = 120  # of waiting until a child counts as hung
 SIZES = (6, 40, 64, 96)  # L, N, I, H: enough work for several threads
 
 
@@ -46,7 +46,7 @@ def test_children(method, threads, used_threads):
     with context.Pool(2) as pool:  # ended by force, a hung one too
         results = [pool.apply_async(child, (threads, module, x)) for _ in range(4)]
         for result in results:
-            torch.testing.assert_close(result.get(timeout=SECONDS), expected)
+            torch.testing.assert_close(result.get(timeout=HUNG), expected)
 
 
 def test_child_shares_the_weights(used_threads):
@@ -57,7 +57,7 @@ def test_child_shares_the_weights(used_threads):
     context = torch.multiprocessing.get_context("spawn")
     process = context.Process(target=hogwild, args=(module, x))
     process.start()
-    process.join(SECONDS)
+    process.join(HUNG)
     assert process.exitcode == 0
     for p, old in zip(module.parameters(), before, strict=True):
         assert not torch.equal(p, old)
@@ -100,7 +100,7 @@ def test_data_loader_workers(method, frozen, used_threads):
     data = Encoded(lstm_ext.freeze(module.eval()) if frozen else module)
     expected = torch.stack([data[k] for k in range(len(data))])
     loader = DataLoader(
-        data, batch_size=4, num_workers=2, multiprocessing_context=method, timeout=SECONDS
+        data, batch_size=4, num_workers=2, multiprocessing_context=method, timeout=HUNG
     )
     consumer = nn.Linear(SIZES[3], 1)
     found = []
