@@ -1,5 +1,7 @@
 """Other processes: fork, spawn and DataLoader workers, while the parent has used its threads."""
 
+import functools
+
 import pytest
 import torch
 import torch.multiprocessing
@@ -9,6 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import lstm_ext
 
+# What a fork copies is the parent with all that it has done: here a process of the test's own.
+FORK = functools.partial(pytest.param, "fork", marks=pytest.mark.alone)
 SIZES = (6, 40, 64, 96)  # L, N, I, H: enough work for several threads
 
 
@@ -37,7 +41,7 @@ def used_threads():
 
 
 # What torch itself asks for after a fork is one thread: GNU OpenMP's are not there any more.
-@pytest.mark.parametrize(("method", "threads"), [("fork", 1), ("spawn", 1), ("spawn", 2)])
+@pytest.mark.parametrize(("method", "threads"), [FORK(1), ("spawn", 1), ("spawn", 2)])
 def test_children(method, threads, used_threads):
     module, x, expected = used_threads
     if method == "fork" and torch.cuda.is_initialized():
@@ -93,7 +97,7 @@ class Encoded(Dataset):
             return self.module(x)[0]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", [FORK(), "spawn"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_data_loader_workers(method, frozen, used_threads):
     module, x, _ = used_threads
