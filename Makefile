@@ -1,5 +1,5 @@
-# Two commands: `make demo` and `make test`. Both set up what they need in .venv first, from any
-# Python >= 3.10 and a C++ compiler.
+# Two commands: `make demo` and `make test`. Both set up what they need in .venv first, and no more,
+# from any Python >= 3.10 and a C++ compiler.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,33 +8,39 @@ CUDA_TORCH ?= torch==2.14.1
 OUT ?= build/gpu-check
 GPU_VENV ?= .venv-gpu
 BIN := $(VENV)/bin
-MARK := $(VENV)/.built
+BUILT := $(VENV)/.built
+TESTS := $(VENV)/.tests
 SOURCES := setup.py build_backend.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-packaging test-published cuda-build gpu-prebuild gpu-check bench lint format clean
+# Two files at a time: the tests themselves compute on all cores, some of the time.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+SLOW ?= slow
 
-demo: $(MARK)
+.PHONY: demo test test-slow test-all cuda-build gpu-prebuild gpu-check bench lint format clean
+
+demo: $(BUILT)
 	$(BIN)/python -m lstm_ext demo
 
-# Two files at a time: the tests themselves compute on all cores, some of the time.
-test: $(MARK)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(TESTS)
+	$(PYTEST)
 
-# Builds the package in every way it can be installed, each in an environment of its own.
-test-packaging: $(MARK)
-	$(BIN)/python -m pytest -m packaging
+# What `make test` leaves out (docs/testing.md): long runs, sanitizers, published packages, and the
+# package built and installed in every way, each in an environment of its own.
+test-slow: $(VENV)/.published
+	$(PYTEST) -m "$(SLOW)"
 
-# On published packages that know nothing of ours.
-test-published: $(MARK)
-	$(BIN)/python -m pip install -e ".[published]"
-	$(BIN)/python -m pytest -m published
+# Every test there is, each once.
+test-all:
+	$(MAKE) test
+	$(MAKE) test-slow
 
 # The whole package against a CUDA build of torch, in a clone with an environment of its own (6 GB):
-# builds, links, imports, and passes the tests; a GPU is not needed. Some fifteen minutes.
+# builds, links, imports, and passes the tests; a GPU is not needed.
 cuda-build:
 	rm -rf build/cuda
 	git clone --quiet . build/cuda
-	LSTM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0" $(MAKE) -C build/cuda test TORCH="$(CUDA_TORCH)"
+	LSTM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0" $(MAKE) -C build/cuda test-all \
+		TORCH="$(CUDA_TORCH)" SLOW="slow and not packaging"
 
 # On a machine without a GPU, for one with: build/gpu, to be carried there with the checkout. Makes
 # an environment of 5 GB if GPU_VENV has none.
@@ -47,7 +53,7 @@ gpu-check:
 	$(PYTHON) tests/gpu/check.py --out "$(OUT)"
 
 # On a machine with nothing else to do: it takes about forty minutes.
-bench: $(MARK)
+bench: $(TESTS)
 	$(BIN)/python benchmarks/bench_cell.py
 	$(BIN)/python benchmarks/report.py benchmarks/results/cell.json --png
 	$(BIN)/python -m pip install -e ".[bench,published]"
@@ -73,11 +79,26 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(MARK): $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install "$(TORCH)"
-	$(BIN)/python -m pip install -e ".[test]"
+# --no-compile: of torch's thousands of Python files few are ever imported, and those that are get
+# compiled then; to compile all of them takes longer than to install torch.
+PIP := $(BIN)/python -m pip install --no-compile
+
+$(BUILT): $(BIN)/python $(SOURCES)
+	$(PIP) "$(TORCH)"
+	$(PIP) -e ".[demo]"
 	touch $@
 
-$(VENV)/.tools: $(MARK) requirements-dev.txt
-	$(BIN)/python -m pip install -r requirements-dev.txt
+# By the name of the package that is installed already: its extra, and no build. The tests start
+# Python many times: where it may not write what it compiles, all is compiled here.
+$(TESTS): $(BUILT)
+	$(PIP) "lstm_ext[test]"
+	$(if $(PYTHONDONTWRITEBYTECODE),-$(BIN)/python -m compileall -qq -j 2 $(VENV)/lib)
+	touch $@
+
+$(VENV)/.published: $(TESTS)
+	$(PIP) "lstm_ext[published]"
+	touch $@
+
+$(VENV)/.tools: $(BUILT) requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@

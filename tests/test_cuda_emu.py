@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.utils.cpp_extension
 from cuda_tools import KERNELS, ROOT, headers
+from limits import HUNG, slow, slow_but
 
 CSRC = ROOT / "csrc"
 EMULATOR = ROOT / "tests" / "cuda_emu"
@@ -69,16 +70,19 @@ def run(program, *arguments):
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=HUNG,
         env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"},
     )
 
 
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize(
+    ("sanitizer", "amount"),
+    [("none", "few"), *slow(("none", "all"), ("address", "few"), ("thread", "few"))],
+)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.stem)
-def test_kernels(check, sanitizer, build):
+def test_kernels(check, sanitizer, amount, build):
     program = build([*KERNELS, check], sanitizer)
-    result = run(program, *([] if sanitizer == "none" else ["few"]))
+    result = run(program, *([amount] if amount == "few" else []))
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     comparisons, failures = result.stdout.split()[-4], result.stdout.split()[-2]
     assert int(comparisons) > 300
@@ -132,6 +136,7 @@ def operators(build, tmp_path_factory):
 
 # Shared memory: all of w_hh on the chip; some units a block; none, and step by step. And blocks
 # that would wait for each other, but may not all run at once.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shared", "multiprocessors"), [(227 * 1024, 132), (2048, 132), (64, 132), (2048, 1)]
 )
@@ -142,7 +147,7 @@ def test_operators(shared, multiprocessors, operators):
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=HUNG,
         env={**os.environ, **{name: str(size) for name, size in sizes.items()}},
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -178,7 +183,7 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("bug", PLANTED)
+@pytest.mark.parametrize("bug", slow_but([b for b in PLANTED if PLANTED[b][1] == "none"], PLANTED))
 def test_planted_bugs_are_found(bug, build):
     number, sanitizer, says = PLANTED[bug]
     result = run(build([EMULATOR / "planted.cpp"], sanitizer), number)
@@ -351,7 +356,9 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize(
+    "mutation", slow_but(["gates in another order", "one copy of h"], MUTATIONS)
+)
 def test_broken_kernels_are_found(mutation, build, tmp_path):
     file, old, new, finder = MUTATIONS[mutation]
     csrc = tmp_path / "csrc"

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import why_lstm
+from limits import HUNG
 
 import lstm_ext
 
@@ -36,7 +37,7 @@ def test_character_model():
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=HUNG,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "ok    both losses are the same" in result.stdout
@@ -71,7 +72,7 @@ def test_two_processes(options, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=HUNG,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from cuda_tools import ROOT, headers
+from limits import HUNG
 from test_cuda_emu import CHECKS, CSRC, EMULATOR, Builder
 
 NATIVE = ROOT / "tests" / "gpu" / "native"
@@ -31,7 +32,7 @@ NO_GPU = 77
 def run(program, *arguments, **env):
     return subprocess.run(
         [str(program), *arguments],
-        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, **env},
+        capture_output=True, text=True, check=False, timeout=HUNG, env={**os.environ, **env},
     )  # fmt: skip
 
 
@@ -49,6 +50,7 @@ def programs():
     return {name: out / name for name in names}
 
 
+@pytest.mark.slow
 def test_programs_say_that_there_is_no_gpu(programs):
     for name, program in programs.items():
         result = run(program, CUDA_VISIBLE_DEVICES="")
@@ -56,6 +58,7 @@ def test_programs_say_that_there_is_no_gpu(programs):
         assert result.stdout.startswith("no GPU: "), name
 
 
+@pytest.mark.slow
 def test_programs_explain_themselves(programs):
     for name, program in programs.items():
         result = run(program, "--help")
@@ -63,6 +66,7 @@ def test_programs_explain_themselves(programs):
         assert run(program, "--nonsense").returncode == 2, name
 
 
+@pytest.mark.slow
 def test_programs_are_small(programs):
     # Of which the benchmark is there once a variant; all of them travel to the GPU together.
     sizes = {name: program.stat().st_size for name, program in programs.items()}
@@ -208,6 +212,7 @@ def test_what_a_check_on_a_gpu_finds(what, planted):
         assert result.stdout.count(PLANTED[what]) == (1 if what == "hang" else 2), result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.stem)
 def test_checks_with_emulated_kernels(check, build_host, tmp_path):
     """All that a GPU would run of a check but the kernels."""

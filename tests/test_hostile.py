@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import HUNG
 
 import lstm_ext
 
@@ -19,7 +20,7 @@ def test_hostile_calls():
     script = Path(__file__).with_name("hostile.py")
     result = subprocess.run(
         [sys.executable, script, str(CALLS)],
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=HUNG,
     )  # fmt: skip
     said = "\n".join(result.stderr.replace("\r", "\n").splitlines()[-30:])
     assert result.returncode == 0, f"exit status {result.returncode}: {said}"

@@ -8,14 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 import torch.utils.cpp_extension
+from built import objects as built_objects
+from limits import HUNG
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [
-    *sorted((ROOT / "csrc" / "cpu").glob("kernels_*.cpp")),
-    ROOT / "tests" / "native" / "check_kernels.cpp",
-]
+KERNELS = sorted((ROOT / "csrc" / "cpu").glob("kernels_*.cpp"))
+CHECK = ROOT / "tests" / "native" / "check_kernels.cpp"
 WARNINGS = ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 BUILDS = {
@@ -31,26 +30,37 @@ BUILDS = {
 }
 
 
-@pytest.mark.parametrize("build", BUILDS)
-def test_kernels(build, tmp_path):
-    compiler, options, emulator = BUILDS[build]
+def check_kernels(folder, sources, objects=(), compiler="g++", options=("-O1",), emulator=()):
+    """Build the check of all tables of kernels and run it."""
     for tool in (compiler, *emulator):
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool}")
 
     def compile_one(source):
-        result = tmp_path / f"{source.stem}.o"
+        result = folder / f"{source.stem}.o"
         command = [compiler, "-std=c++20", f"-I{ROOT / 'csrc'}", *WARNINGS, *options, "-c"]
         subprocess.run([*command, str(source), "-o", str(result)], check=True)
         return str(result)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, SOURCES))
-    program = tmp_path / "check_kernels"
-    subprocess.run([compiler, *options, *objects, "-o", str(program)], check=True)
+        linked = [*pool.map(compile_one, sources), *map(str, objects)]
+    program = folder / "check_kernels"
+    subprocess.run([compiler, *options, *linked, "-o", str(program)], check=True)
     result = subprocess.run([*emulator, str(program)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " 0 failures" in result.stdout
+
+
+def test_kernels_as_built(tmp_path):
+    """The object files of the package itself: every instruction set that this machine can run."""
+    check_kernels(tmp_path, [CHECK], built_objects("csrc/cpu/kernels_*.o"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", BUILDS)
+def test_kernels(build, tmp_path):
+    compiler, options, emulator = BUILDS[build]
+    check_kernels(tmp_path, [*KERNELS, CHECK], (), compiler, options, emulator)
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +69,14 @@ def watched(tmp_path_factory):
 
     Returns a function: of a header and what to replace in it, if anything, to the library.
     """
-    objects = sorted(ROOT.glob(f"build/cp3{sys.version_info.minor}-torch{torch.__version__}-*"))
+    unwatched = [
+        o for o in built_objects("csrc/*.o") if o.stem not in ("bindings", "direct_calls")
+    ]
     runtime = subprocess.run(
         ["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    if not objects or not Path(runtime).is_absolute():
-        pytest.skip("the package was not built in this checkout, or no ThreadSanitizer")
-    unwatched = [
-        o for o in objects[0].glob("csrc/*.o") if o.stem not in ("bindings", "direct_calls")
-    ]
+    if not Path(runtime).is_absolute():
+        pytest.skip("no ThreadSanitizer")
     folder = tmp_path_factory.mktemp("threads")
 
     def compile_one(source, csrc, to):
@@ -116,7 +125,7 @@ def watched(tmp_path_factory):
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=HUNG,
             env={
                 **os.environ,
                 "LD_PRELOAD": runtime,
@@ -128,6 +137,7 @@ def watched(tmp_path_factory):
     return build, run, folder / "right" / "operators.so"
 
 
+@pytest.mark.slow
 def test_threads(watched):
     """The time loops themselves, by four threads, forward and backward: right, and no race."""
     _, run, library = watched
@@ -136,6 +146,7 @@ def test_threads(watched):
     assert int(result.stdout.split()[0]) > 200
 
 
+@pytest.mark.slow
 def test_a_barrier_left_out_is_seen(watched):
     build, run, _ = watched
     result = run(build("cpu/team.h", "    if (shares == shares_) return;\n", "    return;\n"))

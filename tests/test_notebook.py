@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HUNG
 
 jupytext = pytest.importorskip("jupytext")
 nbformat = pytest.importorskip("nbformat")
@@ -24,7 +25,12 @@ def run(notebook):
     manager = jupyter_client.AsyncKernelManager(kernel_name="python3")
     manager.kernel_spec.argv[0] = sys.executable
     nbclient.NotebookClient(
-        notebook, km=manager, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}
+        notebook,
+        km=manager,
+        timeout=HUNG,
+        startup_timeout=HUNG,
+        iopub_timeout=HUNG,  # for what a cell has printed or drawn: else it is left out
+        resources={"metadata": {"path": str(EXAMPLES)}},
     ).execute()
     return notebook
 

@@ -1,14 +1,18 @@
 """Other processes: fork, spawn and DataLoader workers, while the parent has used its threads."""
 
+import functools
+
 import pytest
 import torch
 import torch.multiprocessing
+from limits import HUNG
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import lstm_ext
 
-SECONDS = 120  # of waiting until a child counts as hung
+# What a fork copies is the parent with all that it has done: here a process of the test's own.
+FORK = functools.partial(pytest.param, "fork", marks=pytest.mark.alone)
 SIZES = (6, 40, 64, 96)  # L, N, I, H: enough work for several threads
 
 
@@ -37,7 +41,7 @@ def used_threads():
 
 
 # What torch itself asks for after a fork is one thread: GNU OpenMP's are not there any more.
-@pytest.mark.parametrize(("method", "threads"), [("fork", 1), ("spawn", 1), ("spawn", 2)])
+@pytest.mark.parametrize(("method", "threads"), [FORK(1), ("spawn", 1), ("spawn", 2)])
 def test_children(method, threads, used_threads):
     module, x, expected = used_threads
     if method == "fork" and torch.cuda.is_initialized():
@@ -46,7 +50,7 @@ def test_children(method, threads, used_threads):
     with context.Pool(2) as pool:  # ended by force, a hung one too
         results = [pool.apply_async(child, (threads, module, x)) for _ in range(4)]
         for result in results:
-            torch.testing.assert_close(result.get(timeout=SECONDS), expected)
+            torch.testing.assert_close(result.get(timeout=HUNG), expected)
 
 
 def test_child_shares_the_weights(used_threads):
@@ -57,7 +61,7 @@ def test_child_shares_the_weights(used_threads):
     context = torch.multiprocessing.get_context("spawn")
     process = context.Process(target=hogwild, args=(module, x))
     process.start()
-    process.join(SECONDS)
+    process.join(HUNG)
     assert process.exitcode == 0
     for p, old in zip(module.parameters(), before, strict=True):
         assert not torch.equal(p, old)
@@ -93,14 +97,14 @@ class Encoded(Dataset):
             return self.module(x)[0]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", [FORK(), "spawn"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_data_loader_workers(method, frozen, used_threads):
     module, x, _ = used_threads
     data = Encoded(lstm_ext.freeze(module.eval()) if frozen else module)
     expected = torch.stack([data[k] for k in range(len(data))])
     loader = DataLoader(
-        data, batch_size=4, num_workers=2, multiprocessing_context=method, timeout=SECONDS
+        data, batch_size=4, num_workers=2, multiprocessing_context=method, timeout=HUNG
     )
     consumer = nn.Linear(SIZES[3], 1)
     found = []

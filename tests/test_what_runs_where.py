@@ -1,0 +1,83 @@
+"""docs/testing.md says what runs where: it names every slow test, and no other."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "testing.md"
+
+# Run in a process of its own, so that it collects everything, whatever was asked of this one.
+COLLECT = """
+import pytest
+
+class Listed:
+    def pytest_collection_finish(self, session):
+        for item in session.items:
+            print("LISTED", int(item.get_closest_marker("slow") is not None), item.nodeid)
+
+raise SystemExit(pytest.main(["--collect-only", "-qq", "-p", "no:xdist", "-m", ""], [Listed()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def collected():
+    """Names of tests, as file.py::name[parameters], by whether they are slow."""
+    result = subprocess.run(
+        [sys.executable, "-c", COLLECT],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = re.findall(r"^LISTED (\d) tests/(.*)", result.stdout, re.M)
+    return {kind: [name for digit, name in found if int(digit) == kind] for kind in (0, 1)}
+
+
+def patterns(cell):
+    """What is between backticks in a cell of the table; a * stands for anything."""
+    return re.findall(r"`(test_[^`]*)`", cell)
+
+
+def rows():
+    table = [line for line in PAGE.read_text().splitlines() if line.startswith("| `test_")]
+    return [line.strip("| ").split(" | ") for line in table]
+
+
+def matches(pattern, name):
+    """A pattern without parameters is that of all of them."""
+    expression = ".*".join(map(re.escape, pattern.split("*")))
+    return re.fullmatch(expression + r"(\[.*\])?", name) is not None
+
+
+def test_the_page_names_every_slow_test_and_no_other(collected):
+    fast, slow = collected[0], collected[1]
+    assert len(fast) > 2000
+    listed = [pattern for row in rows() for pattern in patterns(row[0])]
+    assert listed
+    for name in slow:
+        assert any(matches(pattern, name) for pattern in listed), f"not in {PAGE.name}: {name}"
+    for pattern in listed:
+        assert any(matches(pattern, name) for name in slow), f"no slow test: {pattern}"
+        assert not any(matches(pattern, name) for name in fast), f"in make test: {pattern}"
+
+
+def test_what_stays_in_make_test_is_there(collected):
+    for row in rows():
+        for pattern in patterns(row[-1]):
+            assert any(matches(pattern, name) for name in collected[0]), pattern
+
+
+def test_the_commands_select_by_the_marker():
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^SLOW \?= slow$", makefile, re.M)
+    assert re.search(r'^test-slow: .*\n\t\$\(PYTEST\) -m "\$\(SLOW\)"$', makefile, re.M)
+    assert re.search(r"^test-all:\n\t\$\(MAKE\) test\n\t\$\(MAKE\) test-slow$", makefile, re.M)
+    assert "make test-all" in (ROOT / ".ci" / "run").read_text()
+    assert "-m 'not slow'" in (ROOT / "pyproject.toml").read_text()
