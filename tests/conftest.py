@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Run a test marked `alone` in a process that no other test has used: memory, files, threads."""
+    """Run a test marked `alone` in a process that no other test has used."""
     inside = "LSTM_EXT_TEST_ALONE"
     if pyfuncitem.get_closest_marker("alone") is None or inside in os.environ:
         return None

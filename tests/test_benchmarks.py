@@ -123,6 +123,7 @@ def test_shapes_are_checked():
     assert "'3x2' is not batch x input x hidden" in result.stderr
 
 
+@pytest.mark.slow
 def test_cuda_benchmark(tmp_path):
     """The script itself, on the CPU: what runs on a GPU is made of the same rows."""
     out = tmp_path / "cuda.json"
