@@ -531,11 +531,13 @@ def test_on_cuda(): pass
 def with_lines(folder, text, *arguments, which=""):
     (folder / "test_it.py").write_text(text)
     lines = folder / "lines.jsonl"
+    # It is no worker, where this is one.
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "pytest_lines", "-p", "no:cacheprovider", "-v",
          "--rootdir", folder, "-c", os.devnull, *arguments, f"{folder}/test_it.py{which}"],
         capture_output=True, text=True, check=False, cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(GPU / "plugin"), "GPU_CHECK_LINES": str(lines)},
+        env={**alone, "PYTHONPATH": str(GPU / "plugin"), "GPU_CHECK_LINES": str(lines)},
     )  # fmt: skip
     found = [json.loads(line) for line in lines.read_text().splitlines()]
     return done, found
