@@ -176,6 +176,16 @@ def test_killed_it_leaves_what_was_known(tmp_path):
     assert run.left() == []
 
 
+def test_nobody_has_to_read_what_it_prints(tmp_path):
+    run = Run(tmp_path / "out", "--dry-run", "--only", "good", "fails", "last")
+    run.process.stdout.close()
+    assert run.process.wait(600) == 1
+    assert run.results()["status"] == "complete"
+    statuses = [stage["status"] for stage in run.results()["stages"]]
+    assert statuses == ["passed", "failed (1)", "passed"]
+    assert "GPU check on" in (tmp_path / "out" / "table.txt").read_text()
+
+
 def test_the_time_of_all_is_limited(tmp_path):
     run = Run(tmp_path / "out", "--dry-run", "--only", "stubborn", "last", "--seconds", "12",
               "--seconds-each", "600")  # fmt: skip
