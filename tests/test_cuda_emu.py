@@ -224,8 +224,8 @@ MUTATIONS = {
     ),
     "one row of threads left out": (
         "cell_backward.cu",
-        "y < blockDim.y;",
-        "y + 1 < blockDim.y;",
+        "sum_of(static_cast<int>(blockDim.y),",
+        "sum_of(static_cast<int>(blockDim.y) - 1,",
         "none",
     ),
     "no barrier before the biases' sums": ("cell_backward.cu", BARRIER, "", "thread"),
