@@ -304,8 +304,8 @@ MUTATIONS = {
     ),
     "resets of c left out": (
         "layer_forward.cu",
-        "reset ? S(0) : widen(narrow<T>(c))",
-        "widen(narrow<T>(c))",
+        "reset ? S(0) : widen(narrow<T>(done.c))",
+        "widen(narrow<T>(done.c))",
         "none",
     ),
     "blocks that do not wait, in backward": (

@@ -132,11 +132,11 @@ Device device_for(Shared shared, bool tf32, const Fits& fits) {
 
 void name_case(const char* type, const Case& test, const Device& device, const char* more = "") {
   report.begin(std::string(type) + " " + std::to_string(test.L) + "x" + std::to_string(test.N) +
-                 "x" + std::to_string(test.H) + (test.packed ? " packed" : "") +
-                 (test.reverse ? " reverse" : "") + (test.reset ? " reset" : "") +
-                 (test.off ? " off" : "") + (device.tf32 ? " tf32" : "") + " shared " +
-                 std::to_string(device.shared_per_block) + " of " +
-                 std::to_string(device.multiprocessors) + more);
+               "x" + std::to_string(test.H) + (test.packed ? " packed" : "") +
+               (test.reverse ? " reverse" : "") + (test.reset ? " reset" : "") +
+               (test.off ? " off" : "") + (device.tf32 ? " tf32" : "") + " shared " +
+               std::to_string(device.shared_per_block) + " of " +
+               std::to_string(device.multiprocessors) + more);
 }
 
 std::vector<int64_t> offsets_of(const Case& test) {
