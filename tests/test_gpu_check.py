@@ -291,6 +291,7 @@ def test_a_path_that_goes_wrong_costs_itself_alone(tmp_path):
     assert "cannot open shared object" in found["b no start"]["worst"]
     assert "profiler" in found["c hangs in the profiler"]["other_way"]
     assert "7 of 12 paths agree" in done.stdout
+    assert "ImportError: libsomething.so" in done.stdout  # what the process said last
     assert done.returncode == 1
 
 
