@@ -3,6 +3,7 @@
 // (docs/architecture.md has the figures).
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -38,13 +39,15 @@ bool plain_cpu_tensor(const Tensor& tensor) {
 }
 
 // The .grad tensors of the four parameters, where .backward() would add to them and do nothing
-// else: all exist, no hook wants to see the gradient first, none is asked for by name, and no
-// graph of the backward is recorded.
+// else: all exist, no hook wants to see the gradient first, none is asked for by name, no graph of
+// the backward is recorded, and anomaly mode does not look for NaN in what a node returns. Not in
+// bfloat16 and float16: there autograd adds the steps up before it adds them to .grad, in which
+// the term of one step can be too small to count.
 class ExistingGradients {
  public:
   // edges: those of w_ih, w_hh, b_ih and b_hh.
   ExistingGradients(const torch::autograd::Edge* edges, const bool* wanted) {
-    if (at::GradMode::is_enabled()) return;
+    if (at::GradMode::is_enabled() || torch::autograd::AnomalyMode::is_enabled()) return;
     const auto* asked_by_name = torch::autograd::get_current_graph_task_exec_info();
     if (asked_by_name == nullptr || !asked_by_name->empty()) return;
     for (int k = 0; k < kCellParameters; ++k) {
@@ -59,7 +62,8 @@ class ExistingGradients {
       const Tensor& variable = accumulate->variable;
       const Tensor& grad = variable.grad();
       if (!grad.defined() || !grad.is_contiguous() || grad.requires_grad() ||
-          grad.scalar_type() != variable.scalar_type() || grad.sizes() != variable.sizes() ||
+          grad.scalar_type() != variable.scalar_type() ||
+          at::isReducedFloatingType(grad.scalar_type()) || grad.sizes() != variable.sizes() ||
           !plain_cpu_tensor(grad))
         return;
       // One parameter in two places, or two with one .grad, would be written twice at a time.
@@ -185,6 +189,7 @@ CellTrainingOutputs forward_with_graph(const CellInputs& in) {
                  SavedVariable(in.cx, false),    SavedVariable(in.w_ih, false),
                  SavedVariable(in.w_hh, false),  SavedVariable(b_ih, false),
                  SavedVariable(b_hh, false),     SavedVariable(std::get<2>(out), false)};
+  node->biases = {b_ih, b_hh};
   torch::autograd::set_history(std::get<0>(out), node);
   torch::autograd::set_history(std::get<1>(out), node);
   return out;

@@ -1,6 +1,7 @@
 #include "direct_calls.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/zeros.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
@@ -10,6 +11,7 @@
 #include <atomic>
 
 #include "lstm.h"
+#include "module_options.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -33,14 +35,6 @@ auto without_lock(bool brief, const Call& call) {
 
 bool plain_mode() {
   return !torch::jit::tracer::isTracing() && !at::impl::torch_function_mode_enabled();
-}
-
-// None -> no tensor. False for anything that is neither.
-bool unpack(PyObject* arg, std::optional<at::Tensor>& tensor) {
-  if (arg == Py_None) return true;
-  if (!THPVariable_CheckExact(arg)) return false;
-  tensor = THPVariable_Unpack(arg);
-  return true;
 }
 
 template <class... Tensors>
@@ -78,16 +72,6 @@ PyObject* call_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
   END_HANDLE_TH_ERRORS
 }
 
-struct Sizes {
-  int64_t input, hidden;
-};
-std::optional<Sizes> sizes_of(PyObject* input_size, PyObject* hidden_size) {
-  const Sizes sizes = {PyLong_AsLongLong(input_size), PyLong_AsLongLong(hidden_size)};
-  if (!PyErr_Occurred()) return sizes;
-  PyErr_Clear();
-  return std::nullopt;
-}
-
 // What the modules' own checks would find right.
 bool usual(const at::Tensor& input, int64_t I, const at::Tensor& h, const at::Tensor& c,
            at::IntArrayRef h_sizes) {
@@ -98,68 +82,109 @@ bool usual(const at::Tensor& input, int64_t I, const at::Tensor& h, const at::Te
          h.is_cpu() && c.is_cpu();
 }
 
-template <LayerOutputs Run(const LSTMInputs&), int64_t WeightsPerLayer>
+// (h, c) or None for zeros. False for anything else.
+bool unpack_states(PyObject* arg, std::optional<at::Tensor>& h, std::optional<at::Tensor>& c) {
+  if (arg == Py_None) return true;
+  return PyTuple_CheckExact(arg) && PyTuple_GET_SIZE(arg) == 2 &&
+         THPVariable_CheckExact(PyTuple_GET_ITEM(arg, 0)) &&
+         THPVariable_CheckExact(PyTuple_GET_ITEM(arg, 1)) && unpack(PyTuple_GET_ITEM(arg, 0), h) &&
+         unpack(PyTuple_GET_ITEM(arg, 1), c);
+}
+
+// Two zero states: two tensors, for a user may write into one.
+void zeros_if_none(std::optional<at::Tensor>& h, std::optional<at::Tensor>& c,
+                   at::IntArrayRef sizes, const at::Tensor& input) {
+  if (h) return;
+  h = at::zeros(sizes, input.options());
+  c = at::zeros(sizes, input.options());
+}
+
+template <bool Packed>
 PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 9 || !plain_mode() || !THPVariable_CheckExact(args[0]) || !PyTuple_Check(args[3]))
-    Py_RETURN_NONE;
-  at::Tensor input = THPVariable_Unpack(args[0]);
+  if (count != 4 || !plain_mode() || !THPVariable_CheckExact(args[1])) Py_RETURN_NONE;
+  if (Packed && at::autocast::is_autocast_enabled(at::kCPU)) Py_RETURN_NONE;
+  at::Tensor input = THPVariable_Unpack(args[1]);
   std::optional<at::Tensor> h, c, batch_sizes;
-  if (!unpack(args[1], h) || !unpack(args[2], c) || !unpack(args[8], batch_sizes)) Py_RETURN_NONE;
-  const Py_ssize_t weight_count = PyTuple_GET_SIZE(args[3]);
-  OptionalTensors weights(weight_count);
-  for (Py_ssize_t k = 0; k < weight_count; ++k)
-    if (!unpack(PyTuple_GET_ITEM(args[3], k), weights[k])) Py_RETURN_NONE;
-  const std::optional<Sizes> sizes = sizes_of(args[4], args[5]);
-  if (!sizes) Py_RETURN_NONE;
-  const auto [I, H] = *sizes;
-  const bool bidirectional = args[6] == Py_True, batch_first = args[7] == Py_True;
-  if (input.dim() != (batch_sizes ? 2 : 3) || h.has_value() != c.has_value()) Py_RETURN_NONE;
+  if (!unpack_states(args[2], h, c) || !unpack(args[3], batch_sizes)) Py_RETURN_NONE;
+  if (input.dim() != (batch_sizes ? 2 : 3)) Py_RETURN_NONE;
   if (batch_sizes && (batch_sizes->dim() != 1 || batch_sizes->scalar_type() != at::kLong ||
                       !batch_sizes->is_cpu() || batch_sizes->numel() == 0))
     Py_RETURN_NONE;
-  const int64_t N =
-      batch_sizes ? *batch_sizes->const_data_ptr<int64_t>() : input.size(batch_first ? 0 : 1);
-  const int64_t h_sizes[] = {weight_count / WeightsPerLayer, N, H};
+  const std::optional<LSTMOptions> options = read_options(args[0]);
+  if (!options) Py_RETURN_NONE;
+  const int64_t I = options->input_size, H = options->hidden_size;
+  const int64_t N = batch_sizes ? *batch_sizes->const_data_ptr<int64_t>()
+                                : input.size(options->batch_first ? 0 : 1);
   if (N < 0) Py_RETURN_NONE;
-  // No states of a size that no weights have.
-  constexpr int64_t kRecurrent = WeightsPerLayer == kPackedLayerWeights ? 0 : 1;
-  if (weight_count < WeightsPerLayer || !weights[kRecurrent] || weights[kRecurrent]->numel() < H)
-    Py_RETURN_NONE;
-  if (!h) h = c = at::zeros(h_sizes, input.options());
+  std::optional<OptionalTensors> weights =
+      Packed ? read_packed_weights(args[0], options->states()) : read_weights(args[0], *options);
+  if (!weights) Py_RETURN_NONE;
+  const int64_t h_sizes[] = {options->states(), N, H};
+  zeros_if_none(h, c, h_sizes, input);
   if (!usual(input, I, *h, *c, h_sizes)) Py_RETURN_NONE;
-  for (Py_ssize_t k = 0; k < weight_count; ++k) {
-    const bool packed = WeightsPerLayer == kPackedLayerWeights && k % WeightsPerLayer == 0;
-    if (weights[k] && !packed && weights[k]->scalar_type() != input.scalar_type()) Py_RETURN_NONE;
+  constexpr size_t kPerLayer = Packed ? kPackedLayerWeights : kLayerWeights;
+  for (size_t k = 0; k < weights->size(); ++k) {
+    const bool of_bytes = Packed && k % kPerLayer == 0;
+    const auto& weight = (*weights)[k];
+    if (weight && !of_bytes && weight->scalar_type() != input.scalar_type()) Py_RETURN_NONE;
   }
-  const bool transposed = batch_first && !batch_sizes;
+  const bool transposed = options->batch_first && !batch_sizes;
   if (transposed) input = input.transpose(0, 1);
   const bool brief = input.numel() / I * 4 * H * (I + H) * h_sizes[0] < kBriefWork;
   auto [output, h_n, c_n] = without_lock(brief, [&] {
-    return Run({input, *h, *c, weights, bidirectional, 0, batch_sizes, std::nullopt});
+    const LSTMInputs in = {input, *h,          *c,          *weights, options->directions == 2,
+                           0,     batch_sizes, std::nullopt};
+    return Packed ? lstm_packed(in) : lstm(in);
   });
   if (transposed) output = output.transpose(0, 1);
-  return wrap(std::move(output), std::move(h_n), std::move(c_n));
+  const py::object states = py::reinterpret_steal<py::object>(wrap(std::move(h_n), std::move(c_n)));
+  return PyTuple_Pack(2,
+                      py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output))).ptr(),
+                      states.ptr());
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* call_cell_module(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 3 || !plain_mode() || !THPVariable_CheckExact(args[1])) Py_RETURN_NONE;
+  const at::Tensor& input = THPVariable_Unpack(args[1]);
+  std::optional<at::Tensor> h, c;
+  if (input.dim() != 2 || !unpack_states(args[2], h, c)) Py_RETURN_NONE;
+  if (input.is_cuda() && gpu_cells_by_torch) Py_RETURN_NONE;
+  const std::optional<CellParameters> w = read_cell_weights(args[0]);
+  if (!w) Py_RETURN_NONE;
+  if (!h) {
+    const std::optional<CellSizes> sizes = read_cell_sizes(args[0]);
+    if (!sizes || !input.is_cpu() || input.layout() != at::kStrided ||
+        input.unsafeGetTensorImpl()->has_symbolic_sizes_strides())
+      Py_RETURN_NONE;
+    zeros_if_none(h, c, {input.size(0), sizes->hidden}, input);
+  } else if (h->dim() != 2 || c->dim() != 2) {
+    Py_RETURN_NONE;
+  }
+  const CellInputs in = {input, *h, *c, *(*w)[0], *(*w)[1], (*w)[2], (*w)[3]};
+  auto [hy, cy] = without_lock(brief(in), [&] { return call_lstm_cell(in); });
+  return wrap(std::move(hy), std::move(cy));
   END_HANDLE_TH_ERRORS
 }
 
 PyObject* call_cell_packed(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 8 || !plain_mode()) Py_RETURN_NONE;
-  for (int k = 0; k < 4; ++k)
-    if (!THPVariable_CheckExact(args[k])) Py_RETURN_NONE;
-  std::optional<at::Tensor> b_ih, b_hh;
-  if (!unpack(args[4], b_ih) || !unpack(args[5], b_hh)) Py_RETURN_NONE;
-  const at::Tensor &input = THPVariable_Unpack(args[0]), &h = THPVariable_Unpack(args[1]),
-                   &c = THPVariable_Unpack(args[2]);
-  const std::optional<Sizes> sizes = sizes_of(args[6], args[7]);
-  if (!sizes || input.dim() != 2) Py_RETURN_NONE;
+  if (count != 3 || !plain_mode() || !THPVariable_CheckExact(args[1])) Py_RETURN_NONE;
+  const at::Tensor& input = THPVariable_Unpack(args[1]);
+  std::optional<at::Tensor> h, c;
+  if (input.dim() != 2 || !unpack_states(args[2], h, c)) Py_RETURN_NONE;
+  const std::optional<CellSizes> sizes = read_cell_sizes(args[0]);
+  const std::optional<OptionalTensors> w = read_packed_weights(args[0], 1);
+  if (!sizes || !w) Py_RETURN_NONE;
   const auto [I, H] = *sizes;
   const int64_t h_sizes[] = {input.size(0), H};
-  if (!usual(input, I, h, c, h_sizes)) Py_RETURN_NONE;
+  zeros_if_none(h, c, h_sizes, input);
+  if (!usual(input, I, *h, *c, h_sizes)) Py_RETURN_NONE;
   auto [output, h_n, c_n] = without_lock(input.size(0) * 4 * H * (I + H) < kBriefWork, [&] {
-    return call_lstm_layer_packed(input.unsqueeze(0), h, c, THPVariable_Unpack(args[3]),
-                                  {b_ih, b_hh, std::nullopt, std::nullopt, false});
+    return call_lstm_layer_packed(input.unsqueeze(0), *h, *c, *(*w)[0],
+                                  {(*w)[1], (*w)[2], std::nullopt, std::nullopt, false});
   });
   return wrap(std::move(h_n), std::move(c_n));
   END_HANDLE_TH_ERRORS
@@ -179,11 +204,10 @@ void set_gpu_cells_by_torch(bool by_torch) { gpu_cells_by_torch = by_torch; }
 PyMethodDef* direct_calls() {
   static PyMethodDef methods[] = {
       method("lstm_cell", call_cell, "The operator lstm_ext::lstm_cell, called directly."),
-      method("lstm", call_lstm<lstm, kLayerWeights>, "lstm_ext::lstm, called directly."),
-      method("lstm_packed", call_lstm<lstm_packed, kPackedLayerWeights>,
-             "lstm_ext::lstm_packed, called directly."),
-      method("lstm_cell_packed", call_cell_packed,
-             "One step of lstm_ext::lstm_layer_packed, called directly."),
+      method("lstm_cell_module", call_cell_module, "A torch.nn.LSTMCell, by its __dict__."),
+      method("lstm_module", call_lstm<false>, "A torch.nn.LSTM, by its __dict__."),
+      method("frozen_lstm_module", call_lstm<true>, "A frozen LSTM, by its __dict__."),
+      method("frozen_lstm_cell_module", call_cell_packed, "A frozen cell, by its __dict__."),
       {nullptr, nullptr, 0, nullptr}};
   return methods;
 }

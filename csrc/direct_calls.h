@@ -7,15 +7,15 @@
 namespace lstm_ext {
 
 // lstm_cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh) -> (h', c')
-// lstm(input, hx, cx, weights, input_size, hidden_size, bidirectional, batch_first, batch_sizes)
-//   -> (output, h_n, c_n), where hx and cx may be None for zeros, and weights is a tuple as in
-//   lstm.h; lstm_packed: the same with packed weights.
-// lstm_cell_packed(input, hx, cx, packed, b_ih, b_hh, input_size, hidden_size) -> (h', c')
+// lstm_cell_module(module.__dict__, input, (h, c) or None) -> (h', c')
+// lstm_module(module.__dict__, input, (h, c) or None, batch_sizes or None) -> (output, (h_n, c_n))
+// frozen_lstm_cell_module, frozen_lstm_module: the same for what lstm_ext.freeze makes.
 //
 // They return None for what is left to torch.ops and to the checks in Python: arguments that are
-// no tensors (the operator's error names them) or of a subclass other than Parameter,
-// __torch_function__ modes, torch.jit.trace; input or states whose rank or size is not the usual;
-// but for lstm_cell also other devices than the CPU and empty input.
+// no tensors (the operator's error names them) or of a subclass other than Parameter; options and
+// weights of a module that are not as they were when it was built; __torch_function__ modes,
+// torch.jit.trace; input or states whose rank or size is not the usual; but for cells also other
+// devices than the CPU and empty input.
 PyMethodDef* direct_calls();  // ends with a null name
 
 // Whether lstm_cell returns None for a cell on a CUDA device: Python then gives it to torch.

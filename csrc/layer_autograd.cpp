@@ -59,6 +59,7 @@ LayerTrainingOutputs forward_with_graph(const LayerInputs& in) {
       // Detached: the node shall not own itself. A change in place is noticed all the same.
       SavedVariable(output.detach(), false), SavedVariable(gates, false),
       SavedVariable(c_before, false)};
+  node->biases = {b_ih, b_hh};
   node->reverse = in.reverse;
   torch::autograd::set_history(output, node);
   torch::autograd::set_history(hy, node);

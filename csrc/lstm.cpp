@@ -15,6 +15,13 @@ const at::Tensor& required(Optional tensor) {
   return *tensor;
 }
 
+// The layer's node keeps its output, which may then not be changed in place before backward. Where
+// torch's LSTM keeps it too, that is so there: float32, padded. Elsewhere the user gets a copy.
+at::Tensor open_to_change(at::Tensor output, const LSTMInputs& in) {
+  const bool kept_by_torch = output.scalar_type() == at::kFloat && !defined(in.batch_sizes);
+  return output.requires_grad() && !kept_by_torch ? output.clone() : output;
+}
+
 // layer(input, h, c, the layer's weights, reverse) for one after the other.
 template <class Layer>
 LayerOutputs run_layers(const LSTMInputs& in, int64_t weights_per_layer, const Layer& layer) {
@@ -32,7 +39,8 @@ LayerOutputs run_layers(const LSTMInputs& in, int64_t weights_per_layer, const L
   if (count == 1) {
     auto [output, h, c] =
         layer(in.input, in.hx.select(0, 0), in.cx.select(0, 0), weights_of(0), false);
-    return {std::move(output), h.unsqueeze(0), c.unsqueeze(0)};
+    // In place: a view could not be detached in place (h.detach_()), as people do between steps.
+    return {open_to_change(std::move(output), in), h.unsqueeze_(0), c.unsqueeze_(0)};
   }
   at::Tensor input = in.input;
   std::vector<at::Tensor> h_n(count), c_n(count);
@@ -44,6 +52,7 @@ LayerOutputs run_layers(const LSTMInputs& in, int64_t weights_per_layer, const L
           layer(input, in.hx.select(0, k + d), in.cx.select(0, k + d), weights_of(k + d), d == 1);
     input = directions == 1 ? outputs[0] : at::cat(outputs, -1);
   }
+  if (directions == 1) input = open_to_change(std::move(input), in);
   return {input, at::stack(h_n), at::stack(c_n)};
 }
 

@@ -2,6 +2,7 @@
 // keep, and how compiled autograd records a call of theirs instead of making it.
 #pragma once
 
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
@@ -28,16 +29,24 @@ struct RecordedNode : public torch::autograd::Node {
   using Kept = std::array<std::optional<at::Tensor>, kKept>;
 
   std::array<torch::autograd::SavedVariable, kKept> saved;
+  // b_ih and b_hh themselves, beside the saved ones that notice a change in place: only a graph of
+  // the backward depends on what is in them, and torch's modules let them change before.
+  std::array<at::Tensor, 2> biases;
   bool reverse = false;
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto& variable : saved) variable.reset_data();
+    for (auto& bias : biases) bias.reset();
   }
 
   Kept unpack() const {
+    const bool checked = at::GradMode::is_enabled();
     Kept kept;
-    for (size_t k = 0; k < kKept; ++k) kept[k] = or_none(saved[k].unpack());
+    for (size_t k = 0; k < kKept; ++k) {
+      const bool bias = k == kFirstBias || k == kFirstBias + 1;
+      kept[k] = or_none(bias && !checked ? biases[k - kFirstBias] : saved[k].unpack());
+    }
     return kept;
   }
 
@@ -56,7 +65,8 @@ struct RecordedNode : public torch::autograd::Node {
                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
     using namespace torch::dynamo::autograd;
     for (auto& variable : saved) swap.before(variable);
-    const Kept kept = unpack();
+    Kept kept;
+    for (size_t k = 0; k < kKept; ++k) kept[k] = or_none(saved[k].unpack());
     PackedArgs args;
     args.pack(KeptList(kept.begin(), kept.end()));
     args.pack(wanted());
@@ -79,6 +89,7 @@ struct RecordedNode : public torch::autograd::Node {
   }
 
  private:
+  static constexpr size_t kFirstBias = 5;  // in CellInputs
   using KeptList = std::vector<std::optional<at::Tensor>>;
 
   // The call as it is made later, with the tensors of then.

@@ -63,9 +63,11 @@ lstm_packed = torch.ops.lstm_ext.lstm_packed
 lstm_layer_pack = torch.ops.lstm_ext.lstm_layer_pack
 lstm_layer_packed = torch.ops.lstm_ext.lstm_layer_packed
 fast_lstm_cell: Callable[..., tuple[Tensor, Tensor] | None] = _C.lstm_cell
-fast_lstm: Callable[..., tuple[Tensor, Tensor, Tensor] | None] = _C.lstm
-fast_lstm_cell_packed: Callable[..., tuple[Tensor, Tensor] | None] = _C.lstm_cell_packed
-fast_lstm_packed: Callable[..., tuple[Tensor, Tensor, Tensor] | None] = _C.lstm_packed
+# Of a module: see lstm_ext/_call.py.
+fast_cell_module: Callable[..., tuple[Tensor, Tensor] | None] = _C.lstm_cell_module
+fast_frozen_cell: Callable[..., tuple[Tensor, Tensor] | None] = _C.frozen_lstm_cell_module
+fast_lstm_module: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]] | None] = _C.lstm_module
+fast_frozen_lstm: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]] | None] = _C.frozen_lstm_module
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -45,23 +46,20 @@ class LSTMCell(nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute (h', c') from the input and the states."""
-        # Straight from the dictionary: four look-ups through Module.__getattr__ would take as long
-        # as a small cell. Parametrizations and pruning put the weights elsewhere.
-        p = self._parameters
-        weights: tuple[Tensor | None, ...]
-        try:
-            weights = p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]
-        except KeyError:
-            weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        if type(hx) is tuple and len(hx) == 2 and not torch.compiler.is_compiling():
-            out = _ops.fast_lstm_cell(input, *hx, *weights)
+        if not torch.compiler.is_compiling():
+            out = _ops.fast_cell_module(self.__dict__, input, hx)
             if out is not None:
                 return out
+            if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+                # For tools that know torch's own cell alone.
+                return super().forward(input, hx)
         if isinstance(input, Tensor) and input.dim() in (1, 2):
             if hx is None:
                 hx = self._zero_state(input)
             if _is_state_pair(hx):
-                return lstm_cell(input, hx, *weights)
+                return lstm_cell(
+                    input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+                )
         return self._torch_forward(input, hx)
 
     def _zero_state(self, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,6 +67,12 @@ class LSTMCell(nn.LSTMCell):
         size = (*input.shape[:-1], self.hidden_size)
         h = torch.zeros(size, dtype=input.dtype, device=input.device)
         return h, torch.zeros_like(h)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            "torch.jit.script cannot compile lstm_ext.LSTMCell; lstm_ext.revert(model) makes its "
+            "modules torch.nn's, which it can"
+        )
 
     def _torch_forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None

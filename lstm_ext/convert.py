@@ -44,8 +44,6 @@ def convert(model: Model) -> Model:
     for name, module in model.named_modules():
         kind = plain_kind(module)
         if kind in _OURS:
-            if kind is nn.LSTM:
-                module.checkpoint_every = None
             _become(module, _OURS[kind])
         elif isinstance(module, torch.jit.ScriptModule):
             if module.original_name in ("LSTM", "LSTMCell"):
@@ -84,7 +82,7 @@ def revert(model: Model) -> Model:
                         f"{module.checkpoint_every}, which torch.nn.LSTM does not have",
                         stacklevel=2,
                     )
-                del module.checkpoint_every
+                vars(module).pop("checkpoint_every", None)
             _become(module, _TORCHS[kind])
         elif isinstance(module, (FrozenLSTM, FrozenLSTMCell)):
             _left("revert", name, module, "it is frozen; call lstm_ext.unfreeze first")

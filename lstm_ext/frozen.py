@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lstm_ext import _ops
+from lstm_ext import _call, _ops
+from lstm_ext._call import States
 from lstm_ext.cell import LSTMCell
-from lstm_ext.layer import LSTM, States, layer_weights
+from lstm_ext.layer import LSTM
 
 Module = TypeVar("Module", bound=nn.Module)
 _FUSED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -117,8 +118,8 @@ class _Frozen(nn.Module):
     def __init__(self, original: nn.Module, where: str) -> None:
         nn.Module.__init__(self)  # the construction was the original's
         self.__dict__.update(original.__dict__)
-        self._buffers: dict[str, Tensor | None] = {}
-        self._non_persistent_buffers_set: set[str] = set()
+        self._buffers: dict[str, Tensor | None] = dict(original._buffers)
+        self._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
         # Not a submodule: its weights would appear twice.
         self.__dict__["original"] = original
         names = []
@@ -183,22 +184,14 @@ class FrozenLSTM(_Frozen, LSTM):
 
     def _pack_original(self, where: str) -> list[Tensor | None]:
         packed: list[Tensor | None] = []
-        for weights in layer_weights(self.original):
+        for weights in _call.read(self.original).layers():
             packed += _pack(where, *weights[:4])
         return packed
 
-    def _run_directly(
-        self, input: Any, hx: Any, batch_sizes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        return self._call_directly(_ops.fast_lstm_packed, input, hx, self._packed(), batch_sizes)
+    _direct = staticmethod(_ops.fast_frozen_lstm)
 
-    def _run(
-        self, input: Tensor, hx: States, batch_sizes: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        out: tuple[Tensor, Tensor, Tensor] = _ops.lstm_packed(
-            input, *hx, list(self._packed()), self.bidirectional, batch_sizes, reset
-        )
-        return out
+    def _run(self, input: Any, hx: Any, reset: Tensor | None) -> tuple[Any, States]:
+        return _call.run_frozen(self, self._packed(), input, hx, reset)
 
 
 class FrozenLSTMCell(_Frozen, LSTMCell):
@@ -212,9 +205,8 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         """Compute (h', c') from the input and the states."""
-        packed = self._packed()
-        if type(hx) is tuple and len(hx) == 2 and not torch.compiler.is_compiling():
-            out = _ops.fast_lstm_cell_packed(input, *hx, *packed, self.input_size, self.hidden_size)
+        if not torch.compiler.is_compiling():
+            out = _ops.fast_frozen_cell(self.__dict__, input, hx)
             if out is not None:
                 return out
         if isinstance(input, Tensor) and input.dim() in (1, 2):
@@ -226,7 +218,7 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
                     step = input[None, None], h.unsqueeze(0), c.unsqueeze(0)
                 else:
                     step = input.unsqueeze(0), h, c
-                _, h_n, c_n = _ops.lstm_layer_packed(*step, *packed, None, None, False)
+                _, h_n, c_n = _ops.lstm_layer_packed(*step, *self._packed(), None, None, False)
                 return (h_n.squeeze(0), c_n.squeeze(0)) if input.dim() == 1 else (h_n, c_n)
         # torch's own errors; what it would compute nevertheless has no packed form.
         super().forward(input, hx)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lstm_ext import _backend, _ops
+from lstm_ext import _backend, _call, _ops
+from lstm_ext._call import States
 from lstm_ext.cell import LSTMCell
 from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell
 from lstm_ext.functional import LayerWeights, layer_in_steps
-from lstm_ext.layer import LSTM, States, layer_weights, prepare
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -228,21 +228,26 @@ def trace_gates(
         module = module.original
     if isinstance(module, nn.LSTMCell):
         return _trace_cell(module, input, hx, reset, differentiable)
-    if not isinstance(module, (nn.LSTM, LSTM)):
+    if not isinstance(module, nn.LSTM):
         raise TypeError(
             f"trace_gates: expected an LSTM or LSTMCell, of torch.nn or lstm_ext, "
             f"got {type(module).__name__}"
         )
-    ready = prepare(module, input, hx, reset)
+    try:
+        options = _call.read(module)
+    except _call.TorchAnswersError as error:
+        module(input, hx)  # raises torch's own error, if that is one
+        raise ValueError(f"trace_gates: {error}") from None
+    ready = _call.prepare(module, options, input, hx, reset)
     if 0 in ready.input.shape:
         module(input, hx)  # raises torch's own error, if that is one
-    data, sizes, weights = ready.input, ready.batch_sizes, layer_weights(module)
-    directions = 2 if module.bidirectional else 1
+    data, sizes, weights = ready.input, ready.batch_sizes, options.layers()
+    directions = options.directions
     layers: list[tuple[Tensor, ...]] = []
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         for k in range(0, len(weights), directions):
-            if k > 0 and module.dropout > 0 and module.training:
-                data = torch.dropout(data, module.dropout, True)
+            if k > 0 and options.dropout > 0:
+                data = torch.dropout(data, options.dropout, True)
             outputs = []
             for d in range(directions):
                 state = ready.hx[0][k + d], ready.hx[1][k + d]
@@ -263,7 +268,7 @@ def trace_gates(
         parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
         for parts in zip(*layers, strict=True)
     )
-    return GateTrace(i, f, g, o, c, h, lengths, module.bidirectional)
+    return GateTrace(i, f, g, o, c, h, lengths, options.bidirectional)
 
 
 def _trace_cell(

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import hypothesis
 import pytest
 import torch
+import torch._dynamo
 
 if torch.cuda.is_available():
     # torch's own layer rounds float32 to TF32 there by default. Tests that compare float32 want it
@@ -68,6 +69,13 @@ def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture
+def allow_rnn():
+    """torch's switch, without which torch.compile takes no nn.LSTM into a graph."""
+    with torch._dynamo.config.patch(allow_rnn=True):
+        yield
 
 
 @pytest.fixture(autouse=True)

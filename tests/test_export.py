@@ -56,6 +56,7 @@ def gradients(call, model, x):
 
 
 @pytest.mark.parametrize("dynamic", [False, *slow(True)])
+@pytest.mark.usefixtures("allow_rnn")
 def test_compile_forward_and_backward(model, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
@@ -68,6 +69,7 @@ def test_compile_forward_and_backward(model, dynamic):
 
 
 @pytest.mark.parametrize("model", ["tagger", *slow("stepper")], indirect=True)
+@pytest.mark.usefixtures("allow_rnn")
 def test_compile_for_less_overhead(model, device):
     """mode="reduce-overhead": CUDA graphs on a GPU, which are replayed from the third call on."""
     torch._dynamo.reset()
@@ -179,6 +181,7 @@ def test_compiled_autograd_tells_directions_apart():
         torch.testing.assert_close(found[True], found[False])
 
 
+@pytest.mark.usefixtures("allow_rnn")
 def test_compile_does_not_recompile_for_every_size():
     model = Tagger()
     torch._dynamo.reset()

@@ -295,6 +295,7 @@ def test_packed_for_another():
         op.lstm_layer_pack(torch.randn(16, 3), torch.randn(16, 4).double())
 
 
+@pytest.mark.usefixtures("allow_rnn")
 def test_compiles_whole():
     for kind, x in ((lstm_ext.LSTM, torch.randn(5, 2, 3)), (lstm_ext.LSTMCell, torch.randn(2, 3))):
         _, frozen = frozen_pair(3, 4, kind=kind)

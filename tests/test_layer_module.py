@@ -198,6 +198,7 @@ def test_weights_are_read_at_every_call():
     torch.testing.assert_close(normed(x), expected(x))
 
 
+@pytest.mark.usefixtures("allow_rnn")
 def test_compile_full_graph():
     mine = lstm_ext.LSTM(4, 6, num_layers=2, bidirectional=True)
     compiled = torch.compile(mine, fullgraph=True, backend="aot_eager")
