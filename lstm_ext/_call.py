@@ -32,6 +32,9 @@ class _Fields(NamedTuple):
     weights: Sequence[Tensor]
 
 
+_FEWER_LAYERS = "there are weights for more layers than num_layers says"
+
+
 class Options(_Fields):
     """A module's options, of the types that torch's own call takes, and its weights.
 
@@ -68,7 +71,14 @@ class Options(_Fields):
 
 
 class TorchAnswersError(Exception):
-    """Options or weights that are torch's to judge: with its result, or with its error."""
+    """Options or weights that are torch's to judge: with its result, or with its error.
+
+    ``options`` are what is computed if torch raises none; None if torch always raises one.
+    """
+
+    def __init__(self, reason: str, options: Options | None = None) -> None:
+        super().__init__(reason)
+        self.options = options
 
 
 def _weights_per_layer(options: Any) -> int:
@@ -88,10 +98,11 @@ def flat_weights(module: Any) -> list[Any]:
     return list(module._flat_weights)
 
 
-def read(module: Any) -> Options:
-    """Read an LSTM's options and weights, torch's module or ours.
+def read(module: Any, weights: Sequence[Tensor] | None = None) -> Options:
+    """Read an LSTM's options, and its weights if they are not given; torch's module or ours.
 
     Raises:
+        RuntimeError: the weights do not fit the options.
         TorchAnswersError: they are not what an LSTM is built with; says in what way.
     """
     for name in ("bias", "batch_first", "bidirectional", "training"):
@@ -108,9 +119,10 @@ def read(module: Any) -> Options:
     options = Options(
         module.input_size, module.hidden_size, module.proj_size, module.num_layers, module.bias,
         module.batch_first, module.bidirectional, float(dropout) if module.training else 0.0,
-        flat_weights(module),
+        flat_weights(module) if weights is None else weights,
     )  # fmt: skip
-    _check_weights(options)
+    if weights is None:
+        _check_weights(options)
     return options
 
 
@@ -135,7 +147,7 @@ def _check_weights(options: Options) -> None:
                     f"{k // options.directions}, got {list(weight.shape)}"
                 )
     if len(options.weights) != expected:
-        raise TorchAnswersError(f"num_layers is {options.num_layers}, with weights for more")
+        raise TorchAnswersError(_FEWER_LAYERS, options)
 
 
 class Prepared(NamedTuple):
@@ -284,10 +296,10 @@ def run_frozen(
     reset: Tensor | None,
 ) -> tuple[Any, States]:
     """Call a frozen module, with the weights that were packed."""
-    ready = prepare(module, _read_frozen(module, input, hx), input, hx, reset)
-    options = ready.options
-    count = options.num_layers * options.directions * len(("packed", "b_ih", "b_hh"))
-    arguments = list(packed[:count]), options.bidirectional, ready.batch_sizes, ready.reset
+    options = _read_frozen(module, len(packed), input, hx)
+    ready = prepare(module, options, input, hx, reset)
+    wanted = packed[: _packed_tensors(options)]
+    arguments = list(wanted), options.bidirectional, ready.batch_sizes, ready.reset
     low = None if ready.batch_sizes is not None else _autocast_dtype(ready.input)
     if low is None:
         output, h, c = _ops.lstm_packed(ready.input, *ready.hx, *arguments)
@@ -300,13 +312,24 @@ def run_frozen(
     return ready.as_asked(output), ready.states_as_asked((h, c))
 
 
-def _read_frozen(module: Any, input: Any, hx: Any) -> Options:
+def _packed_tensors(options: Options) -> int:
+    return options.num_layers * options.directions * len(("packed", "b_ih", "b_hh"))
+
+
+def _read_frozen(module: Any, packed: int, input: Any, hx: Any) -> Options:
     """Read the options of a frozen module, or raise torch's error for them."""
     try:
-        return read(module)
+        options = read(module, (module.like_weights,))
+        if packed < _packed_tensors(options):
+            raise RuntimeError("got an incorrect number of RNN parameters")
+        if packed > _packed_tensors(options):
+            raise TorchAnswersError(_FEWER_LAYERS, options)
+        return options
     except TorchAnswersError as error:
         nn.LSTM.forward(module, input, hx)
-        raise RuntimeError(f"a frozen module cannot be called like this: {error}") from None
+        if error.options is None:
+            raise RuntimeError(f"a frozen module cannot be called like this: {error}") from None
+        return error.options
 
 
 def _autocast_dtype(input: Tensor) -> torch.dtype | None:

@@ -217,13 +217,23 @@ def test_half_a_model_is_never_frozen():
         lstm_ext.freeze(lstm_ext.LSTM(3, 4, device="meta").eval())
 
 
-def test_subclasses_are_left_alone():
-    class Own(lstm_ext.LSTM):
+def test_subclasses_with_a_forward_of_their_own_are_left():
+    class Doubled(lstm_ext.LSTM):
+        def forward(self, input, hx=None):
+            return super().forward(2 * input, hx)
+
+    class Checked(lstm_ext.LSTM):
+        def check_input(self, input, batch_sizes):
+            raise RuntimeError("checked")
+
+    class Plain(lstm_ext.LSTM):
         pass
 
-    model = nn.ModuleList([Own(3, 4), lstm_ext.LSTM(3, 4)]).eval()
-    lstm_ext.freeze(model)
-    assert type(model[0]) is Own
+    model = nn.ModuleList([kind(3, 4) for kind in (Doubled, Checked, Plain)]).eval()
+    with pytest.warns(UserWarning, match="freeze left") as seen:
+        lstm_ext.freeze(model)
+    assert [str(w.message).split()[2] for w in seen] == ["0", "1"]
+    assert [type(m).__name__ for m in model] == ["Doubled", "Checked", "FrozenLSTM"]
 
 
 WRONG = {
