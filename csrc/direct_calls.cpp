@@ -118,7 +118,8 @@ PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
                                 : input.size(options->batch_first ? 0 : 1);
   if (N < 0) Py_RETURN_NONE;
   std::optional<OptionalTensors> weights =
-      Packed ? read_packed_weights(args[0], options->states()) : read_weights(args[0], *options);
+      Packed ? read_packed_weights(args[0], options->states(), options->bias)
+             : read_weights(args[0], *options);
   if (!weights) Py_RETURN_NONE;
   const int64_t h_sizes[] = {options->states(), N, H};
   zeros_if_none(h, c, h_sizes, input);
@@ -176,7 +177,7 @@ PyObject* call_cell_packed(PyObject* /*module*/, PyObject* const* args, Py_ssize
   std::optional<at::Tensor> h, c;
   if (input.dim() != 2 || !unpack_states(args[2], h, c)) Py_RETURN_NONE;
   const std::optional<CellSizes> sizes = read_cell_sizes(args[0]);
-  const std::optional<OptionalTensors> w = read_packed_weights(args[0], 1);
+  const std::optional<OptionalTensors> w = read_packed_weights(args[0], 1, std::nullopt);
   if (!sizes || !w) Py_RETURN_NONE;
   const auto [I, H] = *sizes;
   const int64_t h_sizes[] = {input.size(0), H};

@@ -134,7 +134,8 @@ std::optional<OptionalTensors> read_weights(PyObject* dict, const LSTMOptions& o
   return weights;
 }
 
-std::optional<OptionalTensors> read_packed_weights(PyObject* dict, int64_t layers) {
+std::optional<OptionalTensors> read_packed_weights(PyObject* dict, int64_t layers,
+                                                   std::optional<bool> bias) {
   PyObject* const buffers = dict_in(dict, names().buffers);
   PyObject* const buffer_names = list_in(dict, names().packed_names);
   if (buffers == nullptr || buffer_names == nullptr ||
@@ -147,6 +148,7 @@ std::optional<OptionalTensors> read_packed_weights(PyObject* dict, int64_t layer
     if (buffer == nullptr || !unpack(buffer, weights[k])) return std::nullopt;
     if (k % kPackedLayerWeights == 0 && !weights[k]) return std::nullopt;
   }
+  if (bias && *bias != weights[1].has_value()) return std::nullopt;
   return weights;
 }
 

@@ -29,8 +29,10 @@ std::optional<LSTMOptions> read_options(PyObject* module_dict);
 // parameter of the module and the same tensor in _flat_weights, of the size of the options.
 std::optional<OptionalTensors> read_weights(PyObject* module_dict, const LSTMOptions& options);
 
-// The buffers of a frozen module: packed weights, b_ih, b_hh, for each layer and direction.
-std::optional<OptionalTensors> read_packed_weights(PyObject* module_dict, int64_t layers);
+// The buffers of a frozen module: packed weights, b_ih, b_hh, for each layer and direction. None
+// unless there are biases exactly if bias says so.
+std::optional<OptionalTensors> read_packed_weights(PyObject* module_dict, int64_t layers,
+                                                   std::optional<bool> bias);
 
 // w_ih, w_hh, b_ih, b_hh of a torch.nn.LSTMCell. None unless each is a parameter of the module.
 using CellParameters = std::array<std::optional<at::Tensor>, kCellParameters>;

@@ -98,8 +98,13 @@ def flat_weights(module: Any) -> list[Any]:
     return list(module._flat_weights)
 
 
-def read(module: Any, weights: Sequence[Tensor] | None = None) -> Options:
+def read(module: Any, packed: bool = False, weights: Sequence[Tensor] | None = None) -> Options:
     """Read an LSTM's options, and its weights if they are not given; torch's module or ours.
+
+    Args:
+        module: the LSTM.
+        packed: whether it is called with a packed sequence, for which torch asks no batch_first.
+        weights: where the module's own are not to be read.
 
     Raises:
         RuntimeError: the weights do not fit the options.
@@ -107,14 +112,14 @@ def read(module: Any, weights: Sequence[Tensor] | None = None) -> Options:
     """
     for name in ("bias", "batch_first", "bidirectional", "training"):
         value = getattr(module, name)
-        if type(value) is not bool:
+        if type(value) is not bool and not (packed and name == "batch_first"):
             raise TorchAnswersError(f"{name} is no bool, but {value!r}")
     for name in ("input_size", "hidden_size", "proj_size", "num_layers"):
         value = getattr(module, name)
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise TorchAnswersError(f"{name} is no int, but {value!r}")
     dropout = module.dropout
-    if not isinstance(dropout, (float, int)) or not 0 <= dropout <= 1:
+    if not isinstance(dropout, (float, int)):
         raise TorchAnswersError(f"dropout is {dropout!r}")
     options = Options(
         module.input_size, module.hidden_size, module.proj_size, module.num_layers, module.bias,
@@ -137,7 +142,8 @@ def _check_weights(options: Options) -> None:
         )
     H, P = options.hidden_size, options.proj_size or options.hidden_size
     for k, layer in enumerate(options.layers()[: options.num_layers * options.directions]):
-        I = options.input_size if k < options.directions else P * options.directions
+        # The input is compared with the weights when it is there.
+        I = layer.w_ih.shape[-1] if k < options.directions else P * options.directions
         shapes = (4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H)
         for weight, shape in zip(layer, shapes, strict=True):
             # torch's fused LSTM reads memory that is not there, where its others raise an error.
@@ -214,6 +220,7 @@ def _prepare_packed(
     module: Any, options: Options, packed: PackedSequence, hx: States | None, reset: Tensor | None
 ) -> Prepared:
     data, batch_sizes, order, _ = packed
+    options = options._replace(input_size=data.shape[-1])  # which torch does not look at here
     if hx is None:
         hx = _zero_states(options, data, int(batch_sizes[0]))
     else:
@@ -271,7 +278,7 @@ def run(
     if reason is not None:
         return by_torch(module, input, hx, reset, reason)
     try:
-        options = read(module)
+        options = read(module, isinstance(input, PackedSequence))
     except TorchAnswersError as error:
         return by_torch(module, input, hx, reset, str(error))
     ready = prepare(module, options, input, hx, reset)
@@ -296,7 +303,7 @@ def run_frozen(
     reset: Tensor | None,
 ) -> tuple[Any, States]:
     """Call a frozen module, with the weights that were packed."""
-    options = _read_frozen(module, len(packed), input, hx)
+    options = _read_frozen(module, packed, input, hx)
     ready = prepare(module, options, input, hx, reset)
     wanted = packed[: _packed_tensors(options)]
     arguments = list(wanted), options.bidirectional, ready.batch_sizes, ready.reset
@@ -316,13 +323,13 @@ def _packed_tensors(options: Options) -> int:
     return options.num_layers * options.directions * len(("packed", "b_ih", "b_hh"))
 
 
-def _read_frozen(module: Any, packed: int, input: Any, hx: Any) -> Options:
+def _read_frozen(module: Any, packed: Sequence[Tensor | None], input: Any, hx: Any) -> Options:
     """Read the options of a frozen module, or raise torch's error for them."""
     try:
-        options = read(module, (module.like_weights,))
-        if packed < _packed_tensors(options):
+        options = read(module, isinstance(input, PackedSequence), (module.like_weights,))
+        if len(packed) < _packed_tensors(options) or (packed[1] is not None) != options.bias:
             raise RuntimeError("got an incorrect number of RNN parameters")
-        if packed > _packed_tensors(options):
+        if len(packed) > _packed_tensors(options):
             raise TorchAnswersError(_FEWER_LAYERS, options)
         return options
     except TorchAnswersError as error:

@@ -270,7 +270,11 @@ class FrozenLSTM(_Frozen, LSTM):
 
     def _pack_original(self, where: str) -> list[Tensor | None]:
         packed: list[Tensor | None] = []
-        for weights in _call.read(self.original).layers():
+        try:
+            options = _call.read(self.original)
+        except _call.TorchAnswersError as error:
+            raise TypeError(f"{where}: {error}") from None
+        for weights in options.layers():
             packed += _pack(where, *weights[:4])
         return packed
 

@@ -234,7 +234,7 @@ def trace_gates(
             f"got {type(module).__name__}"
         )
     try:
-        options = _call.read(module)
+        options = _call.read(module, isinstance(input, PackedSequence))
     except _call.TorchAnswersError as error:
         module(input, hx)  # raises torch's own error, if that is one
         raise ValueError(f"trace_gates: {error}") from None
