@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
@@ -118,8 +119,7 @@ PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
                                 : input.size(options->batch_first ? 0 : 1);
   if (N < 0) Py_RETURN_NONE;
   std::optional<OptionalTensors> weights =
-      Packed ? read_packed_weights(args[0], options->states(), options->bias)
-             : read_weights(args[0], *options);
+      Packed ? read_packed_weights(args[0], *options) : read_weights(args[0], *options);
   if (!weights) Py_RETURN_NONE;
   const int64_t h_sizes[] = {options->states(), N, H};
   zeros_if_none(h, c, h_sizes, input);
@@ -170,22 +170,33 @@ PyObject* call_cell_module(PyObject* /*module*/, PyObject* const* args, Py_ssize
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* call_cell_packed(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
+PyObject* call_frozen_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 3 || !plain_mode() || !THPVariable_CheckExact(args[1])) Py_RETURN_NONE;
   const at::Tensor& input = THPVariable_Unpack(args[1]);
   std::optional<at::Tensor> h, c;
   if (input.dim() != 2 || !unpack_states(args[2], h, c)) Py_RETURN_NONE;
-  const std::optional<CellSizes> sizes = read_cell_sizes(args[0]);
-  const std::optional<OptionalTensors> w = read_packed_weights(args[0], 1, std::nullopt);
-  if (!sizes || !w) Py_RETURN_NONE;
-  const auto [I, H] = *sizes;
-  const int64_t h_sizes[] = {input.size(0), H};
-  zeros_if_none(h, c, h_sizes, input);
+  const std::optional<FrozenCell> cell = read_frozen_cell(args[0]);
+  if (!cell || !input.is_cpu() || cell->plain[1]->dim() != 2) Py_RETURN_NONE;
+  const int64_t N = input.sym_size(0).maybe_as_int().value_or(-1), H = cell->plain[1]->size(1);
+  if (N < 0) Py_RETURN_NONE;
+  zeros_if_none(h, c, {N, H}, input);
+  const auto& [w_ih, w_hh, b_ih, b_hh] = cell->plain;
+  if (!packed_cell_is_faster(input, H)) {
+    // Packed weights refuse to be differentiated through, in any size.
+    if (h->dim() != 2 || c->dim() != 2 || input.scalar_type() != w_ih->scalar_type() ||
+        torch::autograd::compute_requires_grad(input, *h, *c))
+      Py_RETURN_NONE;
+    const CellInputs in = {input, *h, *c, *w_ih, *w_hh, b_ih, b_hh};
+    auto [hy, cy] = without_lock(brief(in), [&] { return call_lstm_cell(in); });
+    return wrap(std::move(hy), std::move(cy));
+  }
+  const int64_t I = w_ih->size(1), h_sizes[] = {N, H};
   if (!usual(input, I, *h, *c, h_sizes)) Py_RETURN_NONE;
-  auto [output, h_n, c_n] = without_lock(input.size(0) * 4 * H * (I + H) < kBriefWork, [&] {
-    return call_lstm_layer_packed(input.unsqueeze(0), *h, *c, *(*w)[0],
-                                  {(*w)[1], (*w)[2], std::nullopt, std::nullopt, false});
+  const bool is_brief = N * 4 * H * (I + H) < kBriefWork;
+  auto [output, h_n, c_n] = without_lock(is_brief, [&] {
+    return call_lstm_layer_packed(input.unsqueeze(0), *h, *c, cell->packed,
+                                  {b_ih, b_hh, std::nullopt, std::nullopt, false});
   });
   return wrap(std::move(h_n), std::move(c_n));
   END_HANDLE_TH_ERRORS
@@ -208,7 +219,7 @@ PyMethodDef* direct_calls() {
       method("lstm_cell_module", call_cell_module, "A torch.nn.LSTMCell, by its __dict__."),
       method("lstm_module", call_lstm<false>, "A torch.nn.LSTM, by its __dict__."),
       method("frozen_lstm_module", call_lstm<true>, "A frozen LSTM, by its __dict__."),
-      method("frozen_lstm_cell_module", call_cell_packed, "A frozen cell, by its __dict__."),
+      method("frozen_lstm_cell_module", call_frozen_cell, "A frozen cell, by its __dict__."),
       {nullptr, nullptr, 0, nullptr}};
   return methods;
 }

@@ -134,22 +134,38 @@ std::optional<OptionalTensors> read_weights(PyObject* dict, const LSTMOptions& o
   return weights;
 }
 
-std::optional<OptionalTensors> read_packed_weights(PyObject* dict, int64_t layers,
-                                                   std::optional<bool> bias) {
+namespace {
+
+// Into as many tensors as there are buffers; false if there are more or fewer.
+bool read_buffers(PyObject* dict, std::optional<at::Tensor>* tensors, int64_t count) {
   PyObject* const buffers = dict_in(dict, names().buffers);
   PyObject* const buffer_names = list_in(dict, names().packed_names);
-  if (buffers == nullptr || buffer_names == nullptr ||
-      PyList_GET_SIZE(buffer_names) != layers * kPackedLayerWeights)
-    return std::nullopt;
-  OptionalTensors weights(layers * kPackedLayerWeights);
-  for (size_t k = 0; k < weights.size(); ++k) {
-    PyObject* const buffer =
-        look_up(buffers, PyList_GET_ITEM(buffer_names, static_cast<Py_ssize_t>(k)));
-    if (buffer == nullptr || !unpack(buffer, weights[k])) return std::nullopt;
-    if (k % kPackedLayerWeights == 0 && !weights[k]) return std::nullopt;
+  if (buffers == nullptr || buffer_names == nullptr || PyList_GET_SIZE(buffer_names) != count)
+    return false;
+  for (int64_t k = 0; k < count; ++k) {
+    PyObject* const buffer = look_up(buffers, PyList_GET_ITEM(buffer_names, k));
+    if (buffer == nullptr || !unpack(buffer, tensors[k])) return false;
   }
-  if (bias && *bias != weights[1].has_value()) return std::nullopt;
+  return true;
+}
+
+}  // namespace
+
+std::optional<OptionalTensors> read_packed_weights(PyObject* dict, const LSTMOptions& options) {
+  OptionalTensors weights(options.states() * kPackedLayerWeights);
+  if (!read_buffers(dict, weights.data(), static_cast<int64_t>(weights.size())) ||
+      weights[1].has_value() != options.bias)
+    return std::nullopt;
+  for (int64_t k = 0; k < options.states(); ++k)
+    if (!weights[k * kPackedLayerWeights]) return std::nullopt;
   return weights;
+}
+
+std::optional<FrozenCell> read_frozen_cell(PyObject* dict) {
+  std::array<std::optional<at::Tensor>, 5> t;
+  if (!read_buffers(dict, t.data(), t.size()) || !t[0] || !t[3] || !t[4]) return std::nullopt;
+  return FrozenCell{std::move(*t[0]),
+                    {std::move(t[3]), std::move(t[4]), std::move(t[1]), std::move(t[2])}};
 }
 
 std::optional<CellParameters> read_cell_weights(PyObject* dict) {

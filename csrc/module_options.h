@@ -29,13 +29,21 @@ std::optional<LSTMOptions> read_options(PyObject* module_dict);
 // parameter of the module and the same tensor in _flat_weights, of the size of the options.
 std::optional<OptionalTensors> read_weights(PyObject* module_dict, const LSTMOptions& options);
 
-// The buffers of a frozen module: packed weights, b_ih, b_hh, for each layer and direction. None
-// unless there are biases exactly if bias says so.
-std::optional<OptionalTensors> read_packed_weights(PyObject* module_dict, int64_t layers,
-                                                   std::optional<bool> bias);
+// The buffers of a frozen LSTM: packed weights, b_ih, b_hh, for each layer and direction. None
+// unless there are biases exactly if the options say so.
+std::optional<OptionalTensors> read_packed_weights(PyObject* module_dict,
+                                                   const LSTMOptions& options);
+
+using CellParameters = std::array<std::optional<at::Tensor>, kCellParameters>;
+
+// The buffers of a frozen cell: packed weights, b_ih, b_hh, and the plain weights w_ih, w_hh.
+struct FrozenCell {
+  at::Tensor packed;
+  CellParameters plain;
+};
+std::optional<FrozenCell> read_frozen_cell(PyObject* module_dict);
 
 // w_ih, w_hh, b_ih, b_hh of a torch.nn.LSTMCell. None unless each is a parameter of the module.
-using CellParameters = std::array<std::optional<at::Tensor>, kCellParameters>;
 std::optional<CellParameters> read_cell_weights(PyObject* module_dict);
 
 struct CellSizes {

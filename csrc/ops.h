@@ -86,6 +86,10 @@ void check_cell_backward(const std::optional<at::Tensor>& grad_hy,
 // would compute with memory that nobody has written to.
 void check_one_device(const CellInputs& in);
 
+// Whether one step of the cell is faster from packed weights (lstm_layer_pack) than from plain
+// ones.
+bool packed_cell_is_faster(const at::Tensor& input, int64_t H);
+
 // torch's own cell: it answers for whatever is not fusable, with its result where it has one
 // (complex numbers, sparse input, mixed dtypes) and with its error where it has none.
 CellOutputs torch_lstm_cell(const CellInputs& in);

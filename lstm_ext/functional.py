@@ -123,7 +123,8 @@ def lstm(
     Kept for backward, per layer and direction: 5 S H numbers, the gates and the c of each step.
     On a CUDA device, :func:`lstm_ext.set_cuda_backend` chooses between our kernels and torch's own
     LSTM. What our kernels do not take (another device, projections) goes to torch's, or with
-    ``reset`` or ``checkpoint_every`` is computed in tensor operations.
+    ``reset``, ``checkpoint_every`` or a transform of ``torch.func`` is computed in tensor
+    operations.
 
     Raises:
         RuntimeError: sizes, dtypes or devices do not fit.
@@ -141,7 +142,7 @@ def lstm(
         single=len(weights) == 1,
         packed=batch_sizes is not None,
         projects=first.w_hr is not None,
-        needs_ours=reset is not None or checkpoint_every is not None,
+        needs_ours=reset is not None or checkpoint_every is not None or _is_transformed(),
     )
     reason = _backend.why_layer_by_torch(input, call)
     empty = reset is None and 0 in input.shape
@@ -171,6 +172,11 @@ def lstm(
             states_c.append(c_n)
         input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
     return input, torch.stack(states_h), torch.stack(states_c)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func is at work: torch's own LSTM has no rule for vmap."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _layer(

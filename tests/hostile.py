@@ -81,6 +81,7 @@ def module_dict(weights, input_size, hidden_size, batch_first):
 def frozen_dict(packed, input_size, hidden_size, batch_first=False):
     names = ["packed_0", "packed_1", "packed_2"]
     options = module_dict([None] * 4, input_size, hidden_size, batch_first)
+    names += ["packed_3", "packed_4"][: len(packed) - 3]
     buffers = dict(zip(names, packed, strict=True))
     return {**options, "_packed_names": names, "_buffers": buffers}
 
@@ -98,8 +99,9 @@ def lstm_cell_module(x, h, c, w_ih, w_hh, b_ih, b_hh):
     return C.lstm_cell_module({"_parameters": parameters}, x, (h, c))
 
 
-def frozen_lstm_cell_module(x, h, c, packed, b_ih, b_hh, I, H):
-    return C.frozen_lstm_cell_module(frozen_dict([packed, b_ih, b_hh], I, H), x, (h, c))
+def frozen_lstm_cell_module(x, h, c, packed, b_ih, b_hh, w_ih, w_hh, I, H):
+    buffers = [packed, b_ih, b_hh, w_ih, w_hh]
+    return C.frozen_lstm_cell_module(frozen_dict(buffers, I, H), x, (h, c))
 
 
 def right_call(draw):
@@ -122,7 +124,7 @@ def right_call(draw):
             return kind, function, cell
         if kind == "frozen_lstm_cell_module":
             packed = OPS.lstm_layer_pack(cell[3], cell[4])
-            return kind, function, [*cell[:3], packed, *cell[5:], I, H]
+            return kind, function, [*cell[:3], packed, *cell[5:], *cell[3:5], I, H]
         packed = [OPS.lstm_layer_pack(layer[3], layer[4]), *layer[5:]]
         weights = tuple(layer[3:]) if kind == "lstm_module" else tuple(packed)
         states = [t.unsqueeze(0) for t in layer[1:3]]
@@ -304,7 +306,7 @@ SIZES = {
     "lstm_packed": ["L N I", "1 N H", "1 N H", [None, "4H", "4H"], None, "L", "L N"],
     "_C.lstm_cell": CELL,
     "lstm_cell_module": CELL,
-    "frozen_lstm_cell_module": [*CELL[:3], None, *CELL[5:]],
+    "frozen_lstm_cell_module": [*CELL[:3], None, *CELL[5:], *CELL[3:5]],
     "lstm_module": ["L N I", "1 N H", "1 N H", WEIGHTS, None, None, None, "L"],
     "frozen_lstm_module": ["L N I", "1 N H", "1 N H", [None, "4H", "4H"], *[None] * 3, "L"],
 }
@@ -387,7 +389,7 @@ def one(seed):
     if result is None:  # of _C: left to the operator
         return name, "declined", ""
     if not call_fits(name, arguments):
-        if name not in ("lstm_cell", "_C.lstm_cell", "lstm_cell_module"):
+        if not name.endswith(("lstm_cell", "lstm_cell_module")):
             return name, "wrong sizes", f"{done}: taken"
         function = torch_lstm_cell  # it broadcasts biases
     # The numbers of the same values in memory of their own.

@@ -194,6 +194,18 @@ CellStateGradients lstm_cell_backward_accumulate(
 
 }  // namespace
 
+}  // namespace lstm_ext::cpu
+
+bool lstm_ext::packed_cell_is_faster(const at::Tensor& input, int64_t H) {
+  // From so many weights on, what is saved outweighs the longer way through the layer's kernels.
+  constexpr int64_t kEnough = int64_t{1} << 17;
+  const at::ScalarType dtype = input.scalar_type();
+  return fused_dtype(dtype) && 4 * H * (input.size(1) + H) >= kEnough &&
+         cpu::kernels(cpu::kernel_dtype(dtype)).cell.forward_packs(input.size(0));
+}
+
+namespace lstm_ext::cpu {
+
 TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) {
   m.impl("lstm_cell", lstm_cell);
   m.impl("lstm_cell_forward", lstm_cell_forward);
