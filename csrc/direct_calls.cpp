@@ -80,7 +80,7 @@ bool usual(const at::Tensor& input, int64_t I, const at::Tensor& h, const at::Te
          !input.unsafeGetTensorImpl()->has_symbolic_sizes_strides() && input.numel() > 0 &&
          input.size(-1) == I && h.sizes() == h_sizes && c.sizes() == h_sizes &&
          h.scalar_type() == input.scalar_type() && c.scalar_type() == input.scalar_type() &&
-         h.is_cpu() && c.is_cpu();
+         h.is_cpu() && c.is_cpu() && h.layout() == at::kStrided && c.layout() == at::kStrided;
 }
 
 // (h, c) or None for zeros. False for anything else.

@@ -282,6 +282,8 @@ def run(
     except TorchAnswersError as error:
         return by_torch(module, input, hx, reset, str(error))
     ready = prepare(module, options, input, hx, reset)
+    if _is_mixed(ready) and reset is None and module.checkpoint_every is None:
+        return by_torch(module, input, hx, None, "dtypes, devices or layouts differ")
     output, h, c = lstm(
         ready.input,
         ready.hx,
@@ -293,6 +295,20 @@ def run(
         checkpoint_every=module.checkpoint_every,
     )
     return ready.as_asked(output), ready.states_as_asked((h, c))
+
+
+def _is_mixed(ready: Prepared) -> bool:
+    """Whether input, states and weights are not of one kind, which torch takes or refuses."""
+    if torch.compiler.is_compiling():
+        return False
+    input = ready.input
+    autocast = torch._C._is_any_autocast_enabled()
+    return any(
+        t.device != input.device
+        or t.layout != torch.strided
+        or (t.dtype != input.dtype and not autocast)
+        for t in (input, *ready.hx, *ready.options.weights)
+    )
 
 
 def run_frozen(
