@@ -220,7 +220,8 @@ def _prepare_packed(
     module: Any, options: Options, packed: PackedSequence, hx: States | None, reset: Tensor | None
 ) -> Prepared:
     data, batch_sizes, order, _ = packed
-    options = options._replace(input_size=data.shape[-1])  # which torch does not look at here
+    # torch does not look at the module's own input_size here.
+    options = options._replace(input_size=options.weights[0].shape[-1])
     if hx is None:
         hx = _zero_states(options, data, int(batch_sizes[0]))
     else:

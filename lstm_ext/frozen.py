@@ -198,9 +198,9 @@ class _Frozen(nn.Module):
             names.append(f"packed_{k}")
             self.register_buffer(names[-1], tensor, persistent=False)
         self._packed_names = names
-        # Of the dtype of the weights that were packed, and without data.
-        dtype = next(original.parameters()).dtype
-        self.like_weights = torch.empty(0, dtype=dtype, device="meta")
+        # As the first weight that was packed, without its numbers.
+        first = original.weight_ih_l0 if isinstance(original, LSTM) else original.weight_ih
+        self.like_weights = torch.empty_like(first, device="meta", requires_grad=False)
 
     original: nn.Module
 

@@ -116,7 +116,8 @@ def outcome(module, arguments):
 # What torch's kernels say of what its modules let through; ours says it at the border.
 FROM_KERNELS = re.compile(
     "mat1 and mat2|Dimension out of range|size of tensor a|match the broadcast shape|mkldnn|"
-    "SparseMeta|primitive|incorrect number of RNN parameters|must match the size|Expected more hidden"
+    "SparseMeta|primitive|incorrect number of RNN parameters|must match the size|"
+    "Expected more hidden"
 )
 # Where torch computes with what does not fit: from memory that nobody has written to, or with what
 # is broadcast or left unread.
