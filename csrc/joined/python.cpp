@@ -1,0 +1,3 @@
+// Compiled as one: most of the time goes to torch's and pybind11's headers (setup.py).
+#include "bindings.cpp"
+#include "direct_calls.cpp"
