@@ -25,8 +25,8 @@ _TORCHS: dict[Kind, Kind] = {ours: torchs for torchs, ours in _OURS.items()}
 _FORWARDS = {torchs.forward: ours.forward for torchs, ours in _OURS.items()}
 
 
-class _Line(NamedTuple):
-    """What became of a module."""
+class Line(NamedTuple):
+    """What became of a module: of the report."""
 
     name: str
     kind: str
@@ -60,30 +60,36 @@ def convert(model: Model, *, report: bool = False) -> Model:
 
         model = lstm_ext.convert(model)
     """
+    lines = convert_and_tell(model)
+    if report:
+        _print("convert", lines)
+    return model
+
+
+def convert_and_tell(model: nn.Module) -> list[Line]:
+    """Convert a model, and return a line for each LSTM in it; :func:`convert` is this."""
     lines, converted = [], []
     for name, module in list(model.named_modules()):
         if isinstance(module, (LSTM, LSTMCell)):
-            lines.append(_Line(name, type(module).__name__, "is one of lstm_ext's already"))
+            lines.append(Line(name, type(module).__name__, "is one of lstm_ext's already"))
             continue
         reason = _why_left(module)
         if reason is None:
             reason = _become_ours(module)
         if reason is not None:
             if reason:
-                lines.append(_Line(name, type(module).__name__, f"left as it is: {reason}"))
+                lines.append(Line(name, type(module).__name__, f"left as it is: {reason}"))
                 _warn(f"convert left {_where(name, module)} as it is: {reason}")
             continue
         converted.append((name, module))
-        lines.append(_Line(name, type(module).__name__, "converted"))
+        lines.append(Line(name, type(module).__name__, "converted"))
     lines += _rebind_forwards(model, converted)
     if not lines:
         _warn(
             f"convert found no torch.nn.LSTM or torch.nn.LSTMCell in {type(model).__name__}: "
             "nothing was converted"
         )
-    if report:
-        _print("convert", lines)
-    return model
+    return lines
 
 
 def revert(model: Model, *, report: bool = False) -> Model:
@@ -118,7 +124,7 @@ def revert(model: Model, *, report: bool = False) -> Model:
                 vars(module).pop("checkpoint_every", None)
             _set_class(module, theirs)
             reverted.append(module)
-            lines.append(_Line(name, type(module).__name__, "reverted"))
+            lines.append(Line(name, type(module).__name__, "reverted"))
         elif isinstance(module, (LSTM, LSTMCell)):
             frozen = isinstance(module, (FrozenLSTM, FrozenLSTMCell))
             reason = (
@@ -126,7 +132,7 @@ def revert(model: Model, *, report: bool = False) -> Model:
                 if frozen
                 else "its class derives from lstm_ext's"
             )
-            lines.append(_Line(name, type(module).__name__, f"left as it is: {reason}"))
+            lines.append(Line(name, type(module).__name__, f"left as it is: {reason}"))
             _warn(f"revert left {_where(name, module)} as it is: {reason}")
     _rebind.rebind(model, reverted, {ours: torchs for torchs, ours in _FORWARDS.items()})
     if report:
@@ -254,7 +260,7 @@ def _new_joined(theirs: Kind, ours: Kind) -> nn.Module:
     return kind.__new__(kind)
 
 
-def _rebind_forwards(model: nn.Module, converted: list[tuple[str, nn.Module]]) -> Iterable[_Line]:
+def _rebind_forwards(model: nn.Module, converted: list[tuple[str, nn.Module]]) -> Iterable[Line]:
     """Put our forward where torch's was kept; warn of one on an instance that keeps none."""
     lines = []
     found = _rebind.rebind(model, [module for _, module in converted], _FORWARDS)
@@ -264,7 +270,7 @@ def _rebind_forwards(model: nn.Module, converted: list[tuple[str, nn.Module]]) -
                 "it has a forward of its own as an attribute, which may not call that of its "
                 "class; convert the model before that is put there"
             )
-            lines.append(_Line(name, type(module).__name__, f"may not run: {reason}"))
+            lines.append(Line(name, type(module).__name__, f"may not run: {reason}"))
             _warn(f"convert: {_where(name, module)} may not run lstm_ext's forward: {reason}")
     return lines
 
@@ -283,7 +289,7 @@ def _warn(message: str) -> None:
     warnings.warn(f"lstm_ext.{message}", stacklevel=depth)
 
 
-def _print(function: str, lines: Iterable[_Line]) -> None:
+def _print(function: str, lines: Iterable[Line]) -> None:
     print(f"lstm_ext.{function}:")
     for line in lines:
         print(f"  {line.name or '(the model itself)'}: {line.kind}: {line.result}")

@@ -199,7 +199,7 @@ class _Frozen(nn.Module):
             self.register_buffer(names[-1], tensor, persistent=False)
         self._packed_names = names
         # As the first weight that was packed, without its numbers.
-        first = original.weight_ih_l0 if isinstance(original, LSTM) else original.weight_ih
+        first: Any = original.weight_ih_l0 if isinstance(original, LSTM) else original.weight_ih
         self.like_weights = torch.empty_like(first, device="meta", requires_grad=False)
 
     original: nn.Module
