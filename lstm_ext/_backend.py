@@ -126,9 +126,14 @@ def why_layer_by_torch(input: Tensor, call: LayerCall) -> str | None:
     return "LSTM_EXT_CUDA=auto, and ours is not measured to be faster here"
 
 
+def is_verbose() -> bool:
+    """Whether :func:`log_path` prints."""
+    return _VERBOSE and not torch.compiler.is_compiling()
+
+
 def log_path(operation: str, input: Tensor, path: str) -> None:
     """With LSTM_EXT_VERBOSE=1, say on stderr which path a call takes, and why."""
-    if _VERBOSE and not torch.compiler.is_compiling():
+    if is_verbose():
         kind = str(input.dtype).removeprefix("torch.")
         print(
             f"lstm_ext: {operation}, {kind} input {list(input.shape)}, {input.device}: {path}",

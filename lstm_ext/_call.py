@@ -275,6 +275,7 @@ def run(
     module: Any, input: Tensor | PackedSequence, hx: States | None, reset: Tensor | None
 ) -> tuple[Any, States]:
     """Call a module that is not frozen."""
+    _log_refusal(module, input, hx, reset)
     reason = _tool_is_looking(module)
     if reason is not None:
         return by_torch(module, input, hx, reset, reason)
@@ -320,6 +321,7 @@ def run_frozen(
     reset: Tensor | None,
 ) -> tuple[Any, States]:
     """Call a frozen module, with the weights that were packed."""
+    _log_refusal(module, input, hx, reset)
     options = _read_frozen(module, packed, input, hx)
     ready = prepare(module, options, input, hx, reset)
     wanted = packed[: _packed_tensors(options)]
@@ -361,6 +363,49 @@ def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     if not torch.is_autocast_enabled("cpu") or input.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype("cpu")
+
+
+def _log_refusal(module: Any, input: Any, hx: Any, reset: Tensor | None) -> None:
+    """In the verbose mode, say why the direct call left a module's call to Python."""
+    data = input.data if isinstance(input, PackedSequence) else input
+    if _backend.is_verbose() and isinstance(data, Tensor):
+        reason = _why_not_direct(module, data, hx, reset)
+        _backend.log_path("LSTM", data, f"not the direct call: {reason}")
+
+
+def _why_not_direct(module: Any, data: Tensor, hx: Any, reset: Tensor | None) -> str:
+    """Go through what csrc/direct_calls.cpp and module_options.cpp ask for."""
+    parameters = module._parameters
+    weights = [parameters.get(name) for name in module._flat_weights_names]
+    reasons = {
+        "reset": reset is not None,
+        "checkpoint_every": module.checkpoint_every is not None,
+        "projections": bool(module.proj_size),
+        "dropout is to be drawn": bool(module.training and module.dropout),
+        "the class has checks of its own": module._has_own_checks,
+        "torch.func or a mode of torch's is at work": _is_transformed(),
+        "a weight is no parameter, or not what _flat_weights has": (
+            not hasattr(module, "like_weights")
+            and [id(w) for w in weights] != [id(w) for w in module._flat_weights]
+        ),
+        "no tuple of two states": hx is not None and not (type(hx) is tuple and len(hx) == 2),
+        f"the device is {data.device}": not data.is_cpu,
+        "autocast of a frozen module": torch.is_autocast_enabled("cpu"),
+        "a single sequence": data.dim() == 2,
+        "the input is empty": data.numel() == 0,
+    }
+    return next(
+        (reason for reason, holds in reasons.items() if holds),
+        "an option, a size or a dtype is not as when the module was built",
+    )
+
+
+def _is_transformed() -> bool:
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or torch._C._len_torch_function_stack()
+    )
 
 
 def _tool_is_looking(module: Any) -> str | None:

@@ -114,16 +114,20 @@ class LSTM(nn.LSTM):
     def forward(self, input: Any, hx: Any = None, *, reset: Tensor | None = None) -> Any:
         """Run the sequence; see the class."""
         if reset is None and not self._has_own_checks and not torch.compiler.is_compiling():
-            out = self._run_directly(input, hx)
+            # Here, and not in a method: TorchDynamo, which leaves this function alone, would look
+            # into the method at every call.
+            out: Any
+            if type(input) is not PackedSequence:
+                out = self._direct(self.__dict__, input, hx, None)
+            else:
+                out = self._run_packed_directly(input, hx)
             if out is not None:
                 return out
         return self._run(input, hx, reset)
 
-    def _run_directly(self, input: Any, hx: Any) -> tuple[Any, States] | None:
-        """Run what needs no other check than the direct call's own; None for all else."""
-        if type(input) is not PackedSequence:
-            out: tuple[Any, States] | None = self._direct(self.__dict__, input, hx, None)
-            return out
+    def _run_packed_directly(
+        self, input: PackedSequence, hx: Any
+    ) -> tuple[PackedSequence, States] | None:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)

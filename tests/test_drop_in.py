@@ -432,6 +432,48 @@ def test_plain_compile(kind):
         torch.testing.assert_close(found, expected)
 
 
+def test_the_compiler_leaves_the_layer_alone():
+    """Without torch's switch no frame of ours is compiled: the layer costs what it does eagerly."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    module = pair()[1]
+    compiled = torch.compile(module, backend=counter)
+    for _ in range(3):
+        torch.testing.assert_close(flat(compiled(data())), flat(module(data())))
+    assert counter.frame_count == 0
+
+
+def refusal(monkeypatch, capsys, module, *arguments, **options):
+    monkeypatch.setattr("lstm_ext._backend._VERBOSE", True)
+    module(*arguments, **options)
+    said = capsys.readouterr().err
+    return said.partition("not the direct call: ")[2].splitlines()[:1]
+
+
+def test_the_verbose_mode_says_why_the_direct_call_was_left(monkeypatch, capsys):
+    x = data()
+    cases = [
+        ([], pair()[1], (x,), {}),
+        (["reset"], pair()[1], (x,), {"reset": torch.zeros(L, N, dtype=torch.bool)}),
+        (["projections"], pair(proj_size=2)[1], (x,), {}),
+        (["dropout is to be drawn"], pair(num_layers=2, dropout=0.5)[1], (x,), {}),
+        (["checkpoint_every"], lstm_ext.LSTM(I, H, checkpoint_every=2), (x,), {}),
+        (["the class has checks of its own"], Checked(I, H), (x,), {}),
+        (["a single sequence"], pair()[1], (x[:, 0],), {}),
+        (["no tuple of two states"], pair()[1], (x, list(torch.zeros(2, 1, N, H))), {}),
+        (["the device is meta"], lstm_ext.LSTM(I, H, device="meta"), (x.to("meta"),), {}),
+    ]
+    written = pair()[1]
+    write_into_the_list(written)
+    reason = "a weight is no parameter, or not what _flat_weights has"
+    cases.append(([reason], written, (x,), {}))
+    frozen = lstm_ext.freeze(pair()[1].eval())
+    cases.append((["a single sequence"], frozen, (x[:, 0],), {}))
+    with torch.no_grad():
+        for expected, module, arguments, options in cases:
+            assert refusal(monkeypatch, capsys, module, *arguments, **options) == expected
+
+
 @pytest.mark.usefixtures("allow_rnn")
 @pytest.mark.parametrize("states", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
