@@ -1,4 +1,5 @@
 // Differentiation of the layer's operators; see autograd.cpp for why the node is our own.
+#include <ATen/ops/clone.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -40,25 +41,40 @@ struct LSTMLayerBackward : public RecordedNode<LSTMLayerBackward, kCellInputs + 
   }
 };
 
+// Whether backward keeps the output that the user gets, which may then not be changed in place
+// before it. So it is with torch's LSTM in float32 with padded input; elsewhere a copy is kept.
+bool is_kept_as_it_is(const LayerInputs& in) {
+  const bool kept_by_torch = in.input.scalar_type() == at::kFloat && !defined(in.batch_sizes);
+  return kept_by_torch || OutputStaysInside::now();
+}
+
 LayerTrainingOutputs forward_with_graph(const LayerInputs& in) {
   auto node = make_node<LSTMLayerBackward>();
   const Tensor b_ih = in.b_ih.value_or(Tensor()), b_hh = in.b_hh.value_or(Tensor());
   node->set_next_edges(
       torch::autograd::collect_next_edges(in.input, in.hx, in.cx, in.w_ih, in.w_hh, b_ih, b_hh));
   LayerTrainingOutputs out;
+  Tensor kept_output;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     out = call_lstm_layer_forward(in);
+    kept_output = is_kept_as_it_is(in) ? std::get<0>(out) : std::get<0>(out).clone();
   }
   auto& [output, hy, cy, gates, c_before] = out;
-  node->saved = {
-      SavedVariable(in.input, false), SavedVariable(in.hx, false), SavedVariable(in.cx, false),
-      SavedVariable(in.w_ih, false), SavedVariable(in.w_hh, false), SavedVariable(b_ih, false),
-      SavedVariable(b_hh, false), SavedVariable(in.batch_sizes.value_or(Tensor()), false),
-      SavedVariable(in.reset.value_or(Tensor()), false),
-      // Detached: the node shall not own itself. A change in place is noticed all the same.
-      SavedVariable(output.detach(), false), SavedVariable(gates, false),
-      SavedVariable(c_before, false)};
+  // Detached: the node shall not own itself. A change in place is noticed all the same.
+  if (kept_output.is_same(output)) kept_output = output.detach();
+  node->saved = {SavedVariable(in.input, false),
+                 SavedVariable(in.hx, false),
+                 SavedVariable(in.cx, false),
+                 SavedVariable(in.w_ih, false),
+                 SavedVariable(in.w_hh, false),
+                 SavedVariable(b_ih, false),
+                 SavedVariable(b_hh, false),
+                 SavedVariable(in.batch_sizes.value_or(Tensor()), false),
+                 SavedVariable(in.reset.value_or(Tensor()), false),
+                 SavedVariable(kept_output, false),
+                 SavedVariable(gates, false),
+                 SavedVariable(c_before, false)};
   node->biases = {b_ih, b_hh};
   node->reverse = in.reverse;
   torch::autograd::set_history(output, node);

@@ -75,6 +75,21 @@ CellGradients layer_backward(const LayerOutputGradients& grads, const LayerInput
 
 }  // namespace composite
 
+// While it lives, the output of a layer is not seen by a user, who could change it in place before
+// backward: this thread's calls of the layer need not copy it for backward.
+class OutputStaysInside {
+ public:
+  explicit OutputStaysInside(bool stays) : before_(stays_) { stays_ = stays; }
+  ~OutputStaysInside() { stays_ = before_; }
+  OutputStaysInside(const OutputStaysInside&) = delete;
+  OutputStaysInside& operator=(const OutputStaysInside&) = delete;
+  static bool now() { return stays_; }
+
+ private:
+  const bool before_;
+  inline static thread_local bool stays_ = false;
+};
+
 LayerOutputs call_lstm_layer(const LayerInputs& in);
 LayerOutputs redispatch_lstm_layer(c10::DispatchKeySet keys, const LayerInputs& in);
 // Of LayerInputs, what follows the weights.

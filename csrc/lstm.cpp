@@ -15,13 +15,6 @@ const at::Tensor& required(Optional tensor) {
   return *tensor;
 }
 
-// The layer's node keeps its output, which may then not be changed in place before backward. Where
-// torch's LSTM keeps it too, that is so there: float32, padded. Elsewhere the user gets a copy.
-at::Tensor open_to_change(at::Tensor output, const LSTMInputs& in) {
-  const bool kept_by_torch = output.scalar_type() == at::kFloat && !defined(in.batch_sizes);
-  return output.requires_grad() && !kept_by_torch ? output.clone() : output;
-}
-
 // layer(input, h, c, the layer's weights, reverse) for one after the other.
 template <class Layer>
 LayerOutputs run_layers(const LSTMInputs& in, int64_t weights_per_layer, const Layer& layer) {
@@ -40,19 +33,19 @@ LayerOutputs run_layers(const LSTMInputs& in, int64_t weights_per_layer, const L
     auto [output, h, c] =
         layer(in.input, in.hx.select(0, 0), in.cx.select(0, 0), weights_of(0), false);
     // In place: a view could not be detached in place (h.detach_()), as people do between steps.
-    return {open_to_change(std::move(output), in), h.unsqueeze_(0), c.unsqueeze_(0)};
+    return {std::move(output), h.unsqueeze_(0), c.unsqueeze_(0)};
   }
   at::Tensor input = in.input;
   std::vector<at::Tensor> h_n(count), c_n(count);
   for (int64_t k = 0; k < count; k += directions) {
     if (k > 0 && in.dropout > 0) input = at::dropout(input, in.dropout, /*train=*/true);
     std::vector<at::Tensor> outputs(directions);
+    const OutputStaysInside stays(directions == 2 || k + directions < count);
     for (int64_t d = 0; d < directions; ++d)
       std::tie(outputs[d], h_n[k + d], c_n[k + d]) =
           layer(input, in.hx.select(0, k + d), in.cx.select(0, k + d), weights_of(k + d), d == 1);
     input = directions == 1 ? outputs[0] : at::cat(outputs, -1);
   }
-  if (directions == 1) input = open_to_change(std::move(input), in);
   return {input, at::stack(h_n), at::stack(c_n)};
 }
 
