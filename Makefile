@@ -95,8 +95,10 @@ $(TESTS): $(BUILT)
 	$(if $(PYTHONDONTWRITEBYTECODE),-$(BIN)/python -m compileall -qq -j 2 $(VENV)/lib)
 	touch $@
 
+# With torch named again: what is built for one release of it must not bring another.
 $(VENV)/.published: $(TESTS)
-	$(PIP) "lstm_ext[published]"
+	$(PIP) "$(TORCH)" "lstm_ext[published]"
+	$(if $(PYTHONDONTWRITEBYTECODE),-$(BIN)/python -m compileall -qq -j 2 $(VENV)/lib)
 	touch $@
 
 $(VENV)/.tools: $(BUILT) requirements-dev.txt

@@ -5,12 +5,16 @@
 They are an optional extra (``pip install -e ".[published]"``); plain test runs leave them out.
 """
 
+import contextlib
 import copy
+import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import lstm_ext
 
@@ -18,12 +22,54 @@ pytestmark = pytest.mark.published
 
 
 def count(model):
-    return sum(type(m) in (lstm_ext.LSTM, lstm_ext.LSTMCell) for m in model.modules())
+    return sum(isinstance(m, (lstm_ext.LSTM, lstm_ext.LSTMCell)) for m in model.modules())
+
+
+@contextlib.contextmanager
+def operators():
+    """Count the calls of operators that compute LSTMs: ours, and torch's."""
+    calls = Counter()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        yield calls
+    names = [event.name for event in profiler.events()]
+    calls.update(n for n in names if n.startswith(("lstm_ext::", "aten::lstm", "aten::mkldnn_rnn")))
+
+
+def assert_only_ours(calls):
+    assert calls
+    assert all(name.startswith("lstm_ext::") for name in calls), calls
+
+
+def train_both(torchs, ours, loss_of, steps=20, **tolerances):
+    """Train a model on torch's modules and the same one on ours: the same losses, all the way."""
+    curves, calls = [], Counter()
+    for model in (torchs, ours):
+        torch.manual_seed(1)  # for dropout
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        losses = []
+        for step in range(steps):
+            # The first alone: a profile of many small operations takes longer than they do.
+            with operators() if step == 0 else contextlib.nullcontext(calls) as calls:
+                loss = loss_of(model)
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+        if model is torchs:
+            assert calls
+            assert not any(name.startswith("lstm_ext::") for name in calls), calls
+        else:
+            assert_only_ours(calls)
+            assert any("backward" in name for name in calls), calls
+    expected, found = curves
+    np.testing.assert_allclose(found, expected, **{"rtol": 1e-3, "atol": 1e-5, **tolerances})
+    assert expected[-1] < 0.9 * expected[0]
 
 
 def recurrent_ppo(change, **options):
     """Train sb3-contrib's RecurrentPPO on the cart and pole; return it and what it logged."""
-    from sb3_contrib import RecurrentPPO
+    RecurrentPPO = pytest.importorskip("sb3_contrib").RecurrentPPO
     from stable_baselines3.common.logger import Logger
 
     curve = []
@@ -66,6 +112,9 @@ def test_recurrent_ppo(critic, tmp_path):
         )
         assert len(theirs) >= 6
         np.testing.assert_allclose(mine, theirs, rtol=1e-2, atol=1e-3)
+    with operators() as calls:
+        ours.predict(ours.get_env().reset(), None, np.array([True]))
+    assert_only_ours(calls)
     rewards = [step["rollout/ep_rew_mean"] for step in expected if "rollout/ep_rew_mean" in step]
     assert rewards[-1] > 1.2 * rewards[0]  # it has learnt something
     # A file written by either is read by the package into torch's modules.
@@ -87,8 +136,7 @@ class GraphClassifier(nn.Module):
     """GraphSAGE with LSTM aggregation, jumping knowledge by an LSTM, and Set2Set as readout."""
 
     def __init__(self, features=5, hidden=8, classes=3):
-        from torch_geometric import nn as geometric
-
+        geometric = pytest.importorskip("torch_geometric.nn")
         super().__init__()
         self.convolutions = nn.ModuleList(
             [geometric.SAGEConv(n, hidden, aggr="lstm") for n in (features, hidden)]
@@ -120,19 +168,92 @@ def test_torch_geometric():
     ours = lstm_ext.convert(copy.deepcopy(torchs))
     assert count(ours) == 4
     data, classes = random_graphs(), torch.arange(6) % 3
-    curves = []
-    for model in (torchs, ours):
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        losses = []
-        for _ in range(30):
-            loss = nn.functional.cross_entropy(model(*data), classes)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        curves.append(losses)
-    torch.testing.assert_close(
-        torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=1e-3, atol=1e-4
+    train_both(
+        torchs, ours, lambda model: nn.functional.cross_entropy(model(*data), classes), steps=30
     )
-    assert curves[0][-1] < 0.7 * curves[0][0]
     torch.testing.assert_close(ours(*data), torchs(*data), rtol=1e-2, atol=1e-3)
+
+
+def stanza_model():
+    """Its lemmatizer: a bidirectional encoder of packed words, a decoder that steps a cell."""
+    seq2seq = pytest.importorskip("stanza.models.common.seq2seq_model")
+    options = {"vocab_size": 20, "emb_dim": 8, "hidden_dim": 16, "num_layers": 2, "dropout": 0.0}
+    return seq2seq.Seq2SeqModel({**options, "max_dec_len": 12, "attn_type": "soft", "copy": True})
+
+
+def test_stanza_lemmatizer():
+    torchs = stanza_model()
+    ours = lstm_ext.convert(copy.deepcopy(torchs))
+    assert count(ours) == 2
+    words, lengths = torch.randint(4, 20, (6, 9)), torch.tensor([9, 9, 7, 6, 4, 2])
+    mask = torch.arange(9) >= lengths[:, None]
+    words[mask] = 0  # padding
+    start, end = torch.full((6, 1), 2), torch.full((6, 1), 3)
+    backwards = torch.cat([words.flip(1), end], 1)
+
+    def loss(model):
+        found, _ = model(words, mask, torch.cat([start, backwards[:, :-1]], 1))
+        return nn.functional.nll_loss(found.flatten(0, 1), backwards.flatten(), ignore_index=0)
+
+    train_both(torchs, ours, loss)
+    frozen = copy.deepcopy(ours)
+    frozen.load_state_dict(torchs.state_dict())
+    ours.load_state_dict(torchs.state_dict())
+    lstm_ext.freeze(frozen.eval())
+    for beams in (1, 3):  # greedily, and by a beam search that writes into the states
+        torchs.eval(), ours.eval()
+        expected, _ = torchs.predict(words, mask, beam_size=beams)
+        assert any(map(len, expected))
+        for model in (ours, frozen):
+            with torch.no_grad(), operators() as calls:
+                found, _ = model.predict(words, mask, beam_size=beams)
+            assert found == expected
+            assert_only_ours(calls)
+
+
+def test_stanza_highway():
+    """Cells that are stepped over a packed batch, which gets smaller, with recurrent dropout."""
+    hlstm = pytest.importorskip("stanza.models.common.hlstm")
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": True, "dropout": 0.3}
+    torchs = hlstm.HighwayLSTM(5, 6, **options, rec_dropout=0.2, pad=True)
+    ours = lstm_ext.convert(copy.deepcopy(torchs))
+    assert count(ours) == 4
+    x, lengths = torch.randn(4, 7, 5), [7, 5, 5, 2]
+    train_both(torchs, ours, lambda model: (model(x, lengths)[0] - 1).square().mean(), steps=8)
+
+
+class WeightDrop(nn.Module):
+    """pytorch-nlp's dropout of weights: in its subclass of nn.LSTM, and over torch's modules."""
+
+    def __init__(self):
+        dropping = pytest.importorskip("torchnlp.nn")
+        super().__init__()
+        self.subclass = dropping.WeightDropLSTM(5, 6, num_layers=2, weight_dropout=0.4)
+        # Its wrapper has the wrapped module's forward, and nothing else of it.
+        self.layer, self.cell = nn.LSTM(6, 6), nn.LSTMCell(6, 6)
+        self.dropping_layer = dropping.WeightDrop(self.layer, ["weight_hh_l0", "bias_hh_l0"], 0.4)
+        self.dropping_cell = dropping.WeightDrop(self.cell, ["weight_ih"], 0.4)
+
+    def forward(self, x):
+        x, _ = self.subclass(x)
+        x, _ = self.dropping_layer(x)
+        return self.dropping_cell(x[-1])[0]
+
+
+def test_torchnlp_weight_drop():
+    models = []
+    for _ in range(2):  # its copies go on with the weights that they were copied from
+        torch.manual_seed(0)
+        models.append(WeightDrop())
+    torchs, ours = models
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lstm_ext.convert(ours)
+    assert count(ours) == 3
+    assert type(ours.subclass).__name__ == "WeightDropLSTM"
+    x = torch.randn(4, 3, 5)
+    train_both(torchs, ours, lambda model: (model(x) - 0.5).square().mean(), steps=40)
+    torch.testing.assert_close(ours.eval()(x), torchs.eval()(x), rtol=1e-2, atol=1e-3)
+    # Frozen weights would be dropped no more.
+    with pytest.raises(ValueError, match="forward of its own as an attribute"):
+        lstm_ext.freeze(ours)
