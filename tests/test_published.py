@@ -257,3 +257,172 @@ def test_torchnlp_weight_drop():
     # Frozen weights would be dropped no more.
     with pytest.raises(ValueError, match="forward of its own as an attribute"):
         lstm_ext.freeze(ours)
+
+
+class OutputsAlone(nn.LSTM):
+    def forward(self, input):
+        return super().forward(input)[0]
+
+
+class LastOutput(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.lstm = kind(3, 4, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        out = self.lstm(x)
+        return self.head((out[0] if isinstance(out, tuple) else out)[:, -1])
+
+
+def private(model, x, mode="hooks"):
+    grad_sample = pytest.importorskip("opacus.grad_sample.utils")
+    model = grad_sample.wrap_model(
+        model, grad_sample_mode=mode, batch_first=True, loss_reduction="sum"
+    )
+    model(x).square().sum().backward()
+    return [p.grad_sample for p in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+def test_opacus_gradients_by_sample(mode):
+    torchs = LastOutput(OutputsAlone)
+    ours = lstm_ext.convert(copy.deepcopy(torchs))
+    assert count(ours) == 1
+    x = torch.randn(6, 5, 3)
+    expected = private(torchs, x, mode)
+    with operators() as calls:
+        found = private(ours, x, mode)
+    assert calls["lstm_ext::lstm_layer_backward"]
+    assert not any(name.startswith("aten::") for name in calls), calls
+    assert all(len(g) == 6 for g in expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_opacus_replaces_torchs_modules_alone():
+    """It has a layer of its own for nn.LSTM, and knows it by its exact class."""
+    fix = pytest.importorskip("opacus.validators").ModuleValidator.fix
+    plain = LastOutput(nn.LSTM)
+    x = torch.randn(6, 5, 3)
+    expected = private(fix(plain), x)
+    converted = lstm_ext.convert(copy.deepcopy(plain))
+    assert type(fix(converted).lstm) is lstm_ext.LSTM
+    with pytest.raises(TypeError):  # as torch's, that was not replaced
+        private(fix(converted), x)
+    with pytest.raises(TypeError):
+        private(copy.deepcopy(plain), x)
+    reverted = lstm_ext.revert(copy.deepcopy(converted))
+    torch.testing.assert_close(private(fix(reverted), x), expected)
+    with pytest.warns(UserWarning, match=r"left lstm\.l0 \(DPLSTMCell\).*does not derive"):
+        lstm_ext.convert(fix(plain))
+
+
+def encodec():
+    transformers = pytest.importorskip("transformers")
+    return transformers.EncodecModel(
+        transformers.EncodecConfig(
+            num_filters=2,
+            hidden_size=8,
+            codebook_size=16,
+            codebook_dim=8,
+            num_lstm_layers=2,
+            upsampling_ratios=[4, 2],
+            sampling_rate=800,
+            target_bandwidths=[1.0, 2.0],
+        )
+    )
+
+
+def test_transformers_encodec(tmp_path):
+    """Written and read by its class, with initial weights by the class of each module."""
+    torchs = encodec()
+    ours = lstm_ext.convert(copy.deepcopy(torchs))
+    assert count(ours) == 2
+    layers = [m for m in ours.modules() if isinstance(m, nn.LSTM)]
+    before = layers[0].weight_hh_l0.clone()
+    for model in (torchs, ours):
+        torch.manual_seed(1)
+        for module in model.modules():
+            if isinstance(module, nn.LSTM):
+                model._init_weights(module)
+    assert not torch.equal(layers[0].weight_hh_l0, before)
+    assert not layers[0].bias_hh_l0.any()
+    torch.testing.assert_close(ours.state_dict(), torchs.state_dict())
+    x = torch.randn(2, 1, 160)
+    train_both(torchs, ours, lambda model: (model(x).audio_values - 0.5).square().mean(), steps=10)
+    ours.save_pretrained(tmp_path)
+    loaded = type(ours).from_pretrained(tmp_path)
+    assert count(loaded) == 0
+    expected = loaded.eval()(x)
+    again = lstm_ext.convert(type(ours).from_pretrained(tmp_path)).eval()
+    for model in (ours.eval(), again, lstm_ext.freeze(again)):
+        with torch.no_grad(), operators() as calls:
+            found = model(x)
+        assert_only_ours(calls)
+        torch.testing.assert_close(found.audio_values, expected.audio_values)
+        assert torch.equal(found.audio_codes, expected.audio_codes)
+
+
+def cart_pole_policy():
+    modules = pytest.importorskip("torchrl.modules")
+    tensordict = pytest.importorskip("tensordict.nn")
+    torch.manual_seed(0)
+    lstm = modules.LSTMModule(
+        input_size=4,
+        hidden_size=8,
+        num_layers=2,
+        in_keys=["observation", "h", "c"],
+        out_keys=["features", ("next", "h"), ("next", "c")],
+    )
+    return tensordict.TensorDictSequential(
+        lstm,
+        tensordict.TensorDictModule(nn.Linear(8, 2), ["features"], ["scores"]),
+        tensordict.TensorDictModule(
+            lambda scores: nn.functional.one_hot(scores.argmax(-1), 2), ["scores"], ["action"]
+        ),
+    )
+
+
+def roll_out(policy, steps=40):
+    from torchrl import envs
+
+    primer = policy[0].make_tensordict_primer()
+    env = envs.TransformedEnv(envs.GymEnv("CartPole-v1"), envs.Compose(envs.InitTracker(), primer))
+    env.set_seed(0)
+    with torch.no_grad():
+        return env.rollout(steps, policy, break_when_any_done=False)
+
+
+def test_torchrl_resets():
+    """Step by step in an environment, and whole trajectories, which it cuts where they begin."""
+    torchs, ours = cart_pole_policy(), cart_pole_policy()
+    from torchrl.modules import set_recurrent_mode
+
+    lstm_ext.convert(ours)
+    assert count(ours) == 1
+    expected = roll_out(torchs)
+    assert expected["is_init"].sum() > 2
+    for change in (lambda model: model, lstm_ext.freeze):
+        model = change(copy.deepcopy(ours).eval())
+        with operators() as calls:
+            found = roll_out(model)
+        assert_only_ours(calls)
+        assert torch.equal(found["action"], expected["action"])
+        for key in ("features", ("next", "h"), ("next", "c")):
+            torch.testing.assert_close(found[key], expected[key])
+
+    def loss(model):
+        with set_recurrent_mode(True):
+            out = model(expected.exclude("features", "scores"))
+        return (out["scores"] - expected["next", "observation"][:, :2]).square().mean()
+
+    train_both(torchs, ours, loss, steps=15)
+    # Its LSTM in Python is none of torch's: it stays, and that is said.
+    ours[0].make_python_based()
+    with pytest.warns(UserWarning, match="left module.0.lstm .*does not derive from torch.nn's"):
+        lstm_ext.convert(ours)
+    lstm_ext.convert(ours[0].make_cudnn_based())
+    assert count(ours) == 1
+    train_both(torchs, ours, loss, steps=2, rtol=1e-2)
