@@ -426,3 +426,63 @@ def test_torchrl_resets():
     lstm_ext.convert(ours[0].make_cudnn_based())
     assert count(ours) == 1
     train_both(torchs, ours, loss, steps=2, rtol=1e-2)
+
+
+def forecasting_data():
+    forecasting = pytest.importorskip("pytorch_forecasting")
+    import pandas as pd
+
+    rows = [(str(k), i, float(np.sin(i / 3 + k))) for k in range(4) for i in range(24)]
+    return forecasting.TimeSeriesDataSet(
+        pd.DataFrame(rows, columns=["series", "time", "value"]),
+        time_idx="time",
+        target="value",
+        group_ids=["series"],
+        min_encoder_length=2,
+        max_encoder_length=8,
+        max_prediction_length=4,
+        time_varying_unknown_reals=["value"],
+        static_categoricals=["series"],
+        randomize_length=None,
+    )
+
+
+def test_pytorch_forecasting_deepar():
+    """Its LSTM derives from nn.LSTM, and calls it from a forward with other arguments."""
+    data = forecasting_data()
+    from pytorch_forecasting import DeepAR
+
+    torchs = DeepAR.from_dataset(data, hidden_size=8, rnn_layers=2, dropout=0.0)
+    ours = lstm_ext.convert(copy.deepcopy(torchs))
+    assert count(ours) == 1
+    assert isinstance(ours.rnn, type(torchs.rnn))
+    x, y = next(iter(data.to_dataloader(train=False, batch_size=16)))
+    train_both(torchs, ours, lambda model: model.loss(model(x).prediction, y), steps=15)
+    predictions = []
+    for model in (torchs.eval(), ours.eval()):
+        torch.manual_seed(0)
+        with torch.no_grad(), operators() as calls:
+            predictions.append(model(x, n_samples=3).prediction)
+    assert_only_ours(calls)
+    torch.testing.assert_close(predictions[1], predictions[0], rtol=1e-2, atol=1e-3)
+    # Frozen, it would not take those arguments.
+    with (
+        pytest.warns(UserWarning, match="left rnn as it is: its class has a forward"),
+        pytest.raises(ValueError, match="to freeze"),
+    ):
+        lstm_ext.freeze(ours)
+
+
+@pytest.mark.parametrize("lengths", [[5, 0, 3], [0, 0, 0], None])
+def test_pytorch_forecasting_empty_sequences(lengths):
+    rnn = pytest.importorskip("pytorch_forecasting.models.nn.rnn")
+    torchs = rnn.LSTM(3, 4, num_layers=2, batch_first=True)
+    ours = lstm_ext.convert(copy.deepcopy(torchs))
+    x = torch.randn(3, 5, 3)
+    lengths = lengths if lengths is None else torch.tensor(lengths)
+    expected = torchs(x, lengths=lengths, enforce_sorted=False)
+    with operators() as calls:
+        found = ours(x, lengths=lengths, enforce_sorted=False)
+    if lengths is None or lengths.any():
+        assert_only_ours(calls)
+    torch.testing.assert_close(found, expected)
