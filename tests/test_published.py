@@ -21,6 +21,15 @@ import lstm_ext
 pytestmark = pytest.mark.published
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small models: several threads only wait for each other, and long if the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def count(model):
     return sum(isinstance(m, (lstm_ext.LSTM, lstm_ext.LSTMCell)) for m in model.modules())
 
