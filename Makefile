@@ -100,8 +100,9 @@ $(TESTS): $(BUILT)
 	$(PIP) "lstm_ext[test]"
 	touch $@
 
+# With torch named again: what is built for one release of it must not bring another.
 $(VENV)/.published: $(TESTS)
-	$(PIP) "lstm_ext[published]"
+	$(PIP) "$(TORCH)" "lstm_ext[published]"
 	touch $@
 
 $(VENV)/.tools: $(BUILT) requirements-dev.txt

@@ -74,7 +74,7 @@ def freeze(module: nn.Module) -> nn.Module:
     if not found:
         raise ValueError(
             f"freeze: {type(module).__name__} has no lstm_ext.LSTM or lstm_ext.LSTMCell to freeze, "
-            "or only frozen ones"
+            "or only frozen ones, or only such as have a forward or checks of their own"
         )
     # All first: a model is frozen whole or not at all.
     _guard.install(_Frozen)

@@ -1,5 +1,6 @@
 """lstm_ext.convert and revert: torch's modules inside a model made ours, and back."""
 
+import abc
 import copy
 import functools
 import io
@@ -474,3 +475,59 @@ def test_report(capsys):
             nn.ModuleDict({"frozen": lstm_ext.freeze(lstm_ext.LSTM(3, 4).eval())}), report=True
         )
     assert "frozen: FrozenLSTM: left as it is" in capsys.readouterr().out
+
+
+class SkipsEmpty(abc.ABC, nn.RNNBase):
+    """As pytorch-forecasting has it: the forward of a base that stands in front of nn.LSTM."""
+
+    @abc.abstractmethod
+    def empty(self, x): ...
+
+    def forward(self, x, hx=None, lengths=None):
+        return self.empty(x) if lengths is not None and not any(lengths) else super().forward(x, hx)
+
+
+class Skips(SkipsEmpty, nn.LSTM):
+    def empty(self, x):
+        return x.new_zeros(*x.shape[:-1], self.hidden_size), None
+
+
+class DropsWeights(nn.Module):
+    """As fastai has it: a tensor in the place of a parameter, written at every call."""
+
+    def __init__(self, module, name="weight_hh_l0"):
+        super().__init__()
+        self.module, self.name = module, name
+        self.raw = nn.Parameter(getattr(module, name).data)
+        delattr(module, name)
+        setattr(module, name, self.raw.clone())
+        module.flatten_parameters = lambda: None
+
+    def forward(self, x):
+        setattr(self.module, self.name, nn.functional.dropout(self.raw, 0.5, self.training))
+        return self.module(x)
+
+
+@pytest.mark.parametrize("make", [lambda: Skips(3, 4), lambda: DropsWeights(nn.LSTM(3, 4))])
+def test_modules_as_published_packages_have_them(make):
+    x, gradients = torch.randn(5, 2, 3), []
+    for change in (lambda model: model, lstm_ext.convert):
+        torch.manual_seed(0)
+        model = make()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            change(model)
+        lstms = [m for m in model.modules() if isinstance(m, lstm_ext.LSTM)]
+        assert len(lstms) == (change is lstm_ext.convert)
+        torch.manual_seed(1)
+        with torch.profiler.profile() as profiler:
+            output, _ = model(x)
+            output.square().sum().backward()
+        assert any("lstm_ext::" in e.name for e in profiler.events()) == len(lstms)
+        gradients.append([output.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    if isinstance(model, Skips):
+        assert model(x, lengths=[0, 0])[1] is None
+    else:
+        with pytest.raises(ValueError, match="weight_hh_l0 is not a parameter"):
+            lstm_ext.freeze(model.eval())
