@@ -12,6 +12,7 @@ from lstm_ext import _vmap as _vmap
 from lstm_ext import plot, reference
 from lstm_ext._backend import cuda_backend, set_cuda_backend
 from lstm_ext._info import __version__, build_info
+from lstm_ext._onnx import onnx_translations
 from lstm_ext.autograd import LSTMCellFunction
 from lstm_ext.cell import LSTMCell
 from lstm_ext.convert import convert, revert
@@ -33,6 +34,7 @@ __all__ = [
     "freeze",
     "lstm",
     "lstm_cell",
+    "onnx_translations",
     "plot",
     "reference",
     "revert",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lstm_ext import _backend, _ops
+from lstm_ext import _backend, _onnx, _ops
 from lstm_ext.reference import gates, states
 
 
@@ -132,9 +132,11 @@ def lstm(
     h, c = hx
     if checkpoint_every is not None and checkpoint_every <= 0:
         raise ValueError(f"checkpoint_every should be positive, got {checkpoint_every}")
-    if not torch.is_grad_enabled():
+    if checkpoint_every is not None and (not torch.is_grad_enabled() or _onnx.exporting()):
         checkpoint_every = None
     first = weights[0]
+    if first.w_hr is not None and _onnx.exporting():
+        return _onnx.projected_lstm(input, hx, weights, bidirectional, dropout, batch_sizes, reset)
     call = _backend.LayerCall(
         rows=h.shape[1],
         hidden=first.w_hh.shape[0] // 4,
