@@ -8,6 +8,7 @@ Function, ``reference`` the same in plain torch operations, ``build_info`` what 
 
 from __future__ import annotations
 
+from lstm_ext import _flops as _flops
 from lstm_ext import _vmap as _vmap
 from lstm_ext import plot, reference
 from lstm_ext._backend import cuda_backend, set_cuda_backend
