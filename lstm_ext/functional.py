@@ -146,6 +146,8 @@ def lstm(
         needs_ours=reset is not None or checkpoint_every is not None,
     )
     reason = _backend.why_layer_by_torch(input, call)
+    if reason is not None and _onnx.exporting():
+        reason = None  # one translation for all devices
     empty = reset is None and 0 in input.shape
     if empty or (reason is not None and not call.needs_ours):
         reason = "the input is empty" if empty else reason

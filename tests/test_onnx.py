@@ -163,6 +163,30 @@ def test_one_onnx_lstm_of_a_layer_and_direction(tmp_path):
         assert not {"Slice", "Split"} & set(kinds)
 
 
+def test_of_a_device_without_kernels():
+    """Where our layer goes to torch's, as on a GPU: the file is the same."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = lstm_ext.LSTM(3, 3, batch_first=True, device="meta")
+
+        def forward(self, x):
+            return x + self.lstm(x)[0]
+
+    x = torch.empty(2, 5, 3, device="meta")
+    program = torch.onnx.export(
+        Residual().eval(),
+        (x,),
+        dynamo=True,
+        dynamic_shapes=({0: "N", 1: "L"},),
+        verbose=False,
+        optimize=False,
+    )
+    assert [str(size) for size in program.model.graph.outputs[0].shape] == ["N", "L", "3"]
+    assert [node.op_type for node in program.model.graph].count("LSTM") == 1
+
+
 @pytest.mark.parametrize("kind", ["layer", *slow("cells")])
 def test_exporter_by_trace(kind, tmp_path):
     """dynamo=False: by torch.nn's forward."""
