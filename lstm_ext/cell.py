@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from lstm_ext import _ops
+from lstm_ext import _backend, _fx, _ops
 from lstm_ext.functional import lstm_cell
 
 
@@ -52,7 +52,12 @@ class LSTMCell(nn.LSTMCell):
                 return out
             if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
                 # For tools that know torch's own cell alone.
+                why = "torch.nn.LSTMCell.forward: torch.jit is tracing"
+                _backend.log_path("LSTMCell", input, why)
                 return super().forward(input, hx)
+            recorded: tuple[Tensor, Tensor] | None = _fx.record_call(self, input, hx)
+            if recorded is not None:
+                return recorded
         if isinstance(input, Tensor) and input.dim() in (1, 2):
             if hx is None:
                 hx = self._zero_state(input)

@@ -14,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lstm_ext import _call, _guard, _ops
+from lstm_ext import _call, _fx, _guard, _ops
 from lstm_ext._call import States
 from lstm_ext.cell import LSTMCell
 from lstm_ext.layer import LSTM
@@ -301,6 +301,8 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
         """Compute (h', c') from the input and the states."""
         if not torch.compiler.is_compiling():
             out = _ops.fast_frozen_cell(self.__dict__, input, hx)
+            if out is None:
+                out = _fx.record_call(self, input, hx)
             if out is not None:
                 return out
         if isinstance(input, Tensor) and input.dim() in (1, 2):

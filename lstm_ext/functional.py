@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lstm_ext import _backend, _ops
+from lstm_ext import _backend, _onnx, _ops
 from lstm_ext.reference import gates, states
 
 
@@ -133,9 +133,11 @@ def lstm(
     h, c = hx
     if checkpoint_every is not None and checkpoint_every <= 0:
         raise ValueError(f"checkpoint_every should be positive, got {checkpoint_every}")
-    if not torch.is_grad_enabled():
+    if checkpoint_every is not None and (not torch.is_grad_enabled() or _onnx.exporting()):
         checkpoint_every = None
     first = weights[0]
+    if first.w_hr is not None and _onnx.exporting():
+        return _onnx.projected_lstm(input, hx, weights, bidirectional, dropout, batch_sizes, reset)
     call = _backend.LayerCall(
         rows=h.shape[1],
         hidden=first.w_hh.shape[0] // 4,
@@ -145,6 +147,8 @@ def lstm(
         needs_ours=reset is not None or checkpoint_every is not None or _is_transformed(),
     )
     reason = _backend.why_layer_by_torch(input, call)
+    if reason is not None and _onnx.exporting():
+        reason = None  # one translation for all devices
     empty = reset is None and 0 in input.shape
     if empty or (reason is not None and not call.needs_ours):
         reason = "the input is empty" if empty else reason

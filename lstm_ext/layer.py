@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_ext import _call, _ops
+from lstm_ext import _call, _fx, _ops
 from lstm_ext._call import States
 
 _CHECKS = (
@@ -123,6 +123,10 @@ class LSTM(nn.LSTM):
                 out = self._run_packed_directly(input, hx)
             if out is not None:
                 return out
+        if not torch.compiler.is_compiling():
+            recorded = _fx.record_call(self, input, hx, reset)
+            if recorded is not None:
+                return recorded
         return self._run(input, hx, reset)
 
     def _run_packed_directly(
