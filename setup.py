@@ -89,7 +89,7 @@ def joined(files: list[str]) -> list[str]:
 
     Torch's headers take more than half of the time to compile a file that has them, and what
     several files make of their templates is made once. A file that none includes is compiled by
-    itself.
+    itself: so are those of csrc/cpu, for joined, steps of a cell on two threads took 15 % longer.
     """
     found = sources("csrc/joined/*.cpp")
     parts = {
