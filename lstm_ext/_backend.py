@@ -131,6 +131,15 @@ def is_verbose() -> bool:
     return _VERBOSE and not torch.compiler.is_compiling()
 
 
+def is_transformed() -> bool:
+    """Whether torch.func, a trace or a __torch_function__ mode is at work."""
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or torch._C._len_torch_function_stack()
+    )
+
+
 def log_path(operation: str, input: Tensor, path: str) -> None:
     """With LSTM_EXT_VERBOSE=1, say on stderr which path a call takes, and why."""
     if is_verbose():

@@ -94,8 +94,15 @@ def flat_weights(module: Any) -> list[Any]:
     found = [getattr(module, name, None) for name in module._flat_weights_names]
     for ref, weight in zip(module._flat_weight_refs, found, strict=True):
         if weight is not None and ref is not None and ref() is not weight:
+            if not torch.compiler.is_compiling() and all(map(_is_parameter, found)):
+                # They have come to stay, as with a loader: torch makes its list anew, too.
+                module._update_flat_weights()
             return found
     return list(module._flat_weights)
+
+
+def _is_parameter(weight: Any) -> bool:
+    return type(weight) is nn.Parameter
 
 
 def read(module: Any, packed: bool = False, weights: Sequence[Tensor] | None = None) -> Options:
@@ -383,7 +390,7 @@ def _why_not_direct(module: Any, data: Tensor, hx: Any, reset: Tensor | None) ->
         "projections": bool(module.proj_size),
         "dropout is to be drawn": bool(module.training and module.dropout),
         "the class has checks of its own": module._has_own_checks,
-        "torch.func or a mode of torch's is at work": _is_transformed(),
+        "torch.func or a mode of torch's is at work": _backend.is_transformed(),
         "a weight is no parameter, or not what _flat_weights has": (
             not hasattr(module, "like_weights")
             and [id(w) for w in weights] != [id(w) for w in module._flat_weights]
@@ -397,14 +404,6 @@ def _why_not_direct(module: Any, data: Tensor, hx: Any, reset: Tensor | None) ->
     return next(
         (reason for reason, holds in reasons.items() if holds),
         "an option, a size or a dtype is not as when the module was built",
-    )
-
-
-def _is_transformed() -> bool:
-    return bool(
-        torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        or torch._C._len_torch_function_stack()
     )
 
 

@@ -50,6 +50,7 @@ class LSTMCell(nn.LSTMCell):
             out = _ops.fast_cell_module(self.__dict__, input, hx)
             if out is not None:
                 return out
+            self._log_refusal(input, hx)
             if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
                 # For tools that know torch's own cell alone.
                 why = "torch.nn.LSTMCell.forward: torch.jit is tracing"
@@ -66,6 +67,28 @@ class LSTMCell(nn.LSTMCell):
                     input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
                 )
         return self._torch_forward(input, hx)
+
+    def _log_refusal(self, input: object, hx: object) -> None:
+        """In the verbose mode, say why the direct call left a call to Python."""
+        if _backend.is_verbose() and isinstance(input, Tensor):
+            reason = self._why_not_direct(input, hx)
+            _backend.log_path("LSTMCell", input, f"not the direct call: {reason}")
+
+    def _why_not_direct(self, input: Tensor, hx: object) -> str:
+        """Go through what csrc/direct_calls.cpp and module_options.cpp ask for."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        reasons = {
+            "a single sample": input.dim() == 1,
+            "a weight is no parameter": any(n not in self._parameters for n in names),
+            "no tuple of two states": hx is not None and not (type(hx) is tuple and len(hx) == 2),
+            "torch.func or a mode of torch's is at work": _backend.is_transformed(),
+            f"the device is {input.device}": not input.is_cpu,
+        }
+        return next(
+            (reason for reason, holds in reasons.items() if holds),
+            "a rank or a type is not the usual one, or something is to be differentiated through "
+            "frozen weights",
+        )
 
     def _zero_state(self, input: Tensor) -> tuple[Tensor, Tensor]:
         # Two tensors: one that fills two inputs would stop torch.compile.

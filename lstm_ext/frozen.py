@@ -302,6 +302,7 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
         if not torch.compiler.is_compiling():
             out = _ops.fast_frozen_cell(self.__dict__, input, hx)
             if out is None:
+                self._log_refusal(input, hx)
                 out = _fx.record_call(self, input, hx)
             if out is not None:
                 return out

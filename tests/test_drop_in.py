@@ -137,6 +137,15 @@ def test_written_weights(write, options, call):
     assert not torch.equal(found[0], before[0])
 
 
+def test_replaced_parameters_are_called_directly_again(monkeypatch, capsys):
+    """A loader that writes into _parameters makes one call slower, and not all."""
+    module = pair()[1]
+    replace_a_parameter(module)
+    with torch.no_grad():
+        assert refusal(monkeypatch, capsys, module, data())
+        assert not refusal(monkeypatch, capsys, module, data())
+
+
 @pytest.mark.parametrize("write", WRITTEN)
 def test_written_weights_in_a_trace(write):
     theirs, ours = pair()
@@ -468,6 +477,11 @@ def test_the_verbose_mode_says_why_the_direct_call_was_left(monkeypatch, capsys)
     write_into_the_list(written)
     reason = "a weight is no parameter, or not what _flat_weights has"
     cases.append(([reason], written, (x,), {}))
+    cell, normed = pair("LSTMCell")[1], pair("LSTMCell")[1]
+    torch.nn.utils.parametrizations.weight_norm(normed, "weight_hh")
+    cases.append(([], cell, (x[0],), {}))
+    cases.append((["a single sample"], cell, (x[0, 0],), {}))
+    cases.append((["a weight is no parameter"], normed, (x[0],), {}))
     frozen = lstm_ext.freeze(pair()[1].eval())
     cases.append((["a single sequence"], frozen, (x[:, 0],), {}))
     with torch.no_grad():
