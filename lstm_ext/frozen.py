@@ -193,16 +193,19 @@ class _Frozen(nn.Module):
         self._compiled_call_impl = None  # it calls the original
         # Not a submodule: its weights would appear twice.
         self.__dict__["original"] = original
-        names = []
-        for k, tensor in enumerate(self._pack_original(where)):
-            names.append(f"packed_{k}")
-            self.register_buffer(names[-1], tensor, persistent=False)
-        self._packed_names = names
-        # As the first weight that was packed, without its numbers.
-        first: Any = original.weight_ih_l0 if isinstance(original, LSTM) else original.weight_ih
-        self.like_weights = torch.empty_like(first, device="meta", requires_grad=False)
+        self._hold_packed_weights(where)
 
     original: nn.Module
+
+    def _hold_packed_weights(self, where: str) -> None:
+        packed = self._pack_original(where)
+        self._packed_names = [f"packed_{k}" for k in range(len(packed))]
+        self._buffers.update(zip(self._packed_names, packed, strict=True))
+        self._non_persistent_buffers_set.update(self._packed_names)
+        # As the first weight that was packed, without its numbers.
+        m: Any = self.original
+        first = m.weight_ih_l0 if isinstance(m, LSTM) else m.weight_ih
+        self.like_weights = torch.empty_like(first, device="meta", requires_grad=False)
 
     def _pack_original(self, where: str) -> list[Tensor | None]:
         raise NotImplementedError
@@ -249,8 +252,7 @@ class _Frozen(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        packed = self._pack_original("unpickled module")
-        self._buffers.update(zip(self._packed_names, packed, strict=True))
+        self._hold_packed_weights("unpickled module")  # by older versions, with fewer of them
         _guard.install(_Frozen)
 
     def extra_repr(self) -> str:
