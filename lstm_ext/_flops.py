@@ -7,7 +7,7 @@ cell), I input, H hidden; a product of (S, 4H) and (4H, I) is 2 * 4 S H I operat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,71 +53,23 @@ def _backward(rows: int, first_rows: int, I: int, H: int, mask: Sequence[bool]) 
     return flops + want_w_hh * _product(rows, H, H)
 
 
-@register_flop_formula(ops.lstm_cell_backward, get_raw=True)
-def _cell_backward(
-    grad_hy: Tensor | None,
-    grad_cy: Tensor | None,
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    gates: Tensor,
-    output_mask: Sequence[bool],
-    **_: Any,
-) -> int:
-    (N, I), H = input.shape, hx.shape[1]
-    return _backward(N, N, I, H, output_mask)
+def _backward_formula(op: Any) -> Callable[..., int]:
+    """Return the formula of a backward operator, from its arguments by name."""
+    names = [argument.name for argument in op.default._schema.arguments]
+
+    def formula(*arguments: Any, **options: Any) -> int:
+        given = {**dict(zip(names, arguments, strict=False)), **options}
+        input, (N, H), mask = given["input"], given["hx"].shape, [*given["output_mask"]]
+        # lstm_cell_backward_accumulate has no mask of the weights, but tensors or None.
+        mask += [given[name] is not None for name in ("grad_w_ih", "grad_w_hh") if name in given]
+        sizes = given.get("batch_sizes")
+        # A packed sequence in reverse begins with its last step. (A fake tensor has no numbers.)
+        if given.get("reverse") and type(sizes) is Tensor:
+            N = int(sizes[-1])
+        return _backward(_rows(input), N, input.shape[-1], H, mask)
+
+    return formula
 
 
-@register_flop_formula(ops.lstm_cell_backward_accumulate, get_raw=True)
-def _cell_backward_accumulate(
-    grad_hy: Tensor | None,
-    grad_cy: Tensor | None,
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    gates: Tensor,
-    grad_w_ih: Tensor | None,
-    grad_w_hh: Tensor | None,
-    grad_b_ih: Tensor | None,
-    grad_b_hh: Tensor | None,
-    output_mask: Sequence[bool],
-    **_: Any,
-) -> int:
-    (N, I), H = input.shape, hx.shape[1]
-    return _backward(N, N, I, H, [*output_mask, grad_w_ih is not None, grad_w_hh is not None])
-
-
-@register_flop_formula(ops.lstm_layer_backward, get_raw=True)
-def _layer_backward(
-    grad_output: Tensor | None,
-    grad_hy: Tensor | None,
-    grad_cy: Tensor | None,
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-    output: Tensor,
-    gates: Tensor,
-    c_before: Tensor,
-    output_mask: Sequence[bool],
-    **_: Any,
-) -> int:
-    N, H = hx.shape
-    # Of a packed sequence in reverse, the last step comes first. (A fake tensor has no numbers.)
-    if reverse and batch_sizes is not None and type(batch_sizes) is Tensor:
-        N = int(batch_sizes[-1])
-    return _backward(_rows(input), N, input.shape[-1], H, output_mask)
+for _op in (ops.lstm_cell_backward, ops.lstm_cell_backward_accumulate, ops.lstm_layer_backward):
+    register_flop_formula(_op, get_raw=True)(_backward_formula(_op))

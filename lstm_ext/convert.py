@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dis
+import sys
 import threading
 import warnings
 import weakref
@@ -188,7 +190,23 @@ def _own_forwards(kind: type, base: type) -> Iterator[Any]:
 
 def _calls_super(function: Any) -> bool:
     """Whether a forward calls super().forward somewhere."""
-    return any("super" in code.co_names and "forward" in code.co_names for code in _codes(function))
+    return any("forward" in _attributes_of_super(code) for code in _codes(function))
+
+
+def _attributes_of_super(code: CodeType) -> Iterator[str]:
+    """Yield what is looked up in the result of super(), as the bytecode has it."""
+    called: bool | None = None  # None outside; then whether super has been called
+    for step in dis.get_instructions(code):
+        if step.opname.startswith("LOAD_SUPER_"):  # from Python 3.12 on: both in one
+            yield step.argval
+            called = None
+        elif step.opname == "LOAD_GLOBAL" and step.argval == "super":
+            called = False
+        elif called is False and step.opname.startswith("CALL"):
+            called = True
+        elif called and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield step.argval
+            called = None
 
 
 def _codes(function: Any) -> Iterator[CodeType]:
@@ -281,8 +299,6 @@ def _where(name: str, module: nn.Module) -> str:
 
 def _warn(message: str) -> None:
     # At the caller of convert or revert, however deep this was called.
-    import sys
-
     depth, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__") == __name__:
         depth, frame = depth + 1, frame.f_back

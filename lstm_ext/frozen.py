@@ -204,7 +204,7 @@ class _Frozen(nn.Module):
         self._non_persistent_buffers_set.update(self._packed_names)
         # As the first weight that was packed, without its numbers.
         m: Any = self.original
-        first = m.weight_ih_l0 if isinstance(m, LSTM) else m.weight_ih
+        first: Tensor = m.weight_ih_l0 if hasattr(m, "weight_ih_l0") else m.weight_ih
         self.like_weights = torch.empty_like(first, device="meta", requires_grad=False)
 
     def _pack_original(self, where: str) -> list[Tensor | None]:

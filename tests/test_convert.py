@@ -5,6 +5,7 @@ import copy
 import functools
 import io
 import pickle
+import sys
 import warnings
 
 import pytest
@@ -240,6 +241,12 @@ class Mixed(NamedBase, nn.Module):
         return super().forward(input, hx)
 
 
+class ByTheModule(nn.LSTM):
+    def forward(self, input, hx=None):
+        parent = super(sys.modules[__name__].ByTheModule, self)
+        return parent.forward(input, hx)
+
+
 class ForgetfulCell(nn.LSTMCell):
     def forward(self, input, hx=None):
         def step():
@@ -255,7 +262,7 @@ def operators(module, *arguments):
     return {e.key for e in profile.key_averages() if e.key.startswith("lstm_ext::")}
 
 
-@pytest.mark.parametrize("kind", [Forgetful, Scaled, WeightDropped, ForgetfulCell])
+@pytest.mark.parametrize("kind", [Forgetful, Scaled, WeightDropped, ByTheModule, ForgetfulCell])
 def test_subclasses_that_use_the_forward_of_their_base(kind):
     torch.manual_seed(0)
     model = nn.Sequential(kind(3, 4))
@@ -291,7 +298,19 @@ def test_subclasses_that_use_the_forward_of_their_base(kind):
         torch.testing.assert_close(called(copied), expected)
 
 
-@pytest.mark.parametrize("kind", [NamedBase, Mixed])
+class CallsOtherThings(nn.LSTM):
+    """Both words, but not super().forward."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.other = nn.Linear(3, 4)
+
+    def forward(self, input, hx=None):
+        super().flatten_parameters()
+        return self.other.forward(input), hx
+
+
+@pytest.mark.parametrize("kind", [NamedBase, Mixed, CallsOtherThings])
 def test_subclasses_that_replace_forward_are_left(kind):
     model = nn.ModuleDict({"own": kind(3, 4)})
     with pytest.warns(UserWarning, match=r"convert left own \(\w+\).*super\(\)\.forward"):

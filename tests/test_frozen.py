@@ -182,6 +182,20 @@ def test_copies_and_pickles(kind):
 
 
 @pytest.mark.parametrize("kind", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+def test_frozen_modules_pickled_by_older_versions(kind):
+    """They held three tensors, and no more, for the cell too."""
+    _, frozen = frozen_pair(3, 4, kind=kind)
+    state = {**frozen.__getstate__(), "_packed_names": ["packed_0", "packed_1", "packed_2"]}
+    del state["like_weights"]
+    read = type(frozen).__new__(type(frozen))
+    read.__setstate__(state)
+    x = torch.randn(5, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(read(x), frozen(x), rtol=0, atol=0)
+        torch.testing.assert_close(read(x[:1]), frozen(x[:1]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [lstm_ext.LSTM, lstm_ext.LSTMCell])
 def test_training_is_refused(kind):
     module = kind(3, 4)
     with pytest.raises(RuntimeError, match=r"training mode.*eval"):
