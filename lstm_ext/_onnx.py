@@ -49,7 +49,12 @@ def _decomposition(op: OpOverload, fake: Callable[..., Any]) -> Callable[..., An
     Where a decomposition stands, fake tensors use it in place of the operator's fake rule, unless
     they find a rule in the table "meta".
     """
-    register_decomposition(op, type="meta")(fake)
+
+    def rule(*arguments: Any) -> Any:
+        _ops.keep_whole(op.name().removesuffix(".default"))
+        return fake(*arguments)
+
+    register_decomposition(op, type="meta")(rule)
     return register_decomposition(op)
 
 

@@ -6,6 +6,7 @@ N batch, I input, H hidden.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -70,11 +71,24 @@ fast_lstm_module: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]] | None] = _
 fast_frozen_lstm: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]] | None] = _C.frozen_lstm_module
 
 
+def keep_whole(operator: str) -> None:
+    """Let inductor, where it is compiling, call an operator instead of asking for its parts.
+
+    Where the environment has CI set, inductor refuses an operator that it generates no code for and
+    that has a decomposition; ours have one for ONNX. It knows no other way to be told, and is
+    loaded long after this package: the rules of shapes, which it runs first, tell it.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is not None:
+        lowering.FALLBACK_ALLOW_LIST.add(operator)
+
+
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a rule of the shapes of ``lstm_ext::name``, for tensors of one device."""
 
     def register(rule: Callable[..., Any]) -> Callable[..., Any]:
         def checked(*arguments: Any, **named: Any) -> Any:
+            keep_whole(f"lstm_ext::{name}")
             result = rule(*arguments, **named)  # with torch's own error, where it has one
             devices = {str(t.device) for t in _tensors((*arguments, *named.values()))}
             if len(devices) > 1:

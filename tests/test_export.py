@@ -237,3 +237,34 @@ def test_make_fx_and_fake_tensors():
             fake = module(torch.empty(2, 5, 3, dtype=dtype))
         for a, b in ((real[0], fake[0]), (real[1][0], fake[1][0]), (real[1][1], fake[1][1])):
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+class CellAndLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.lstm = lstm_ext.LSTMCell(3, 4), lstm_ext.LSTM(3, 4)
+
+    def forward(self, x):
+        return self.lstm(x)[0][-1] + self.cell(x[0])[0]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.usefixtures("allow_rnn")
+def test_compile_in_continuous_integration(dynamic, monkeypatch):
+    """Where CI is set, inductor refuses operators that have decompositions, once a process."""
+    from torch._inductor import graph, lowering, utils
+
+    ours = [op for op in lowering.lowerings if "lstm_ext" in str(op)]
+    for op in ours:
+        monkeypatch.delitem(lowering.lowerings, op)
+    allowed = [name for name in lowering.FALLBACK_ALLOW_LIST if "lstm_ext" not in name]
+    monkeypatch.setattr(
+        lowering, "FALLBACK_ALLOW_LIST", type(lowering.FALLBACK_ALLOW_LIST)(allowed)
+    )
+    monkeypatch.setattr(graph, "FALLBACK_ALLOW_LIST", lowering.FALLBACK_ALLOW_LIST)
+    monkeypatch.setenv("CI", "1")
+    model = CellAndLayer().eval()
+    x = torch.randn(5, 2, 3)
+    with torch.no_grad(), utils.fresh_cache():
+        compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+        torch.testing.assert_close(compiled(x), model(x))
