@@ -51,7 +51,7 @@ def _decomposition(op: OpOverload, fake: Callable[..., Any]) -> Callable[..., An
     """
 
     def rule(*arguments: Any) -> Any:
-        _ops.keep_whole(op.name().removesuffix(".default"))
+        _ops.keep_whole(op._schema.name)
         return fake(*arguments)
 
     register_decomposition(op, type="meta")(rule)
