@@ -1,5 +1,6 @@
 """Every instruction set that is compiled in and that this machine can run."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ SUBSET = [
 SHAPES = "1x3x2-bias or 3x50x200-bias or 17x257x129-bias or 400x7x3-bias or plain or not test_error"
 
 
+@functools.cache
 def instruction_set(**variables):
     """The one that a new process uses."""
     environment = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}

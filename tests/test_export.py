@@ -121,6 +121,7 @@ def test_second_derivative_of_a_large_cell_inside_a_dispatch_mode():
         torch.testing.assert_close(second(), expected)
 
 
+@pytest.mark.slow
 def test_compiled_autograd(model):
     """An eager forward whose backward is compiled: recorded in the dispatcher's operators."""
     torch._dynamo.reset()
@@ -213,7 +214,7 @@ def test_export_round_trip(model, tmp_path):
     torch.testing.assert_close(torch.export.load(path).module()(x), model(x))
 
 
-@pytest.mark.parametrize("model", ["tagger", *slow("stepper")], indirect=True)
+@pytest.mark.slow
 def test_aot_inductor_package(model, tmp_path):
     x = torch.randn(5, 2, 3)
     with torch.no_grad():

@@ -32,7 +32,7 @@ def test_error_is_no_worse_than_torchs(dtype, options, packed):
     pools = {}
     for shape in SHAPES:
         L, N, I, H = shape
-        for _ in range(3):
+        for _ in range(1 if N * H > 256 else 3):
             theirs, mine = pair(I, H, dtype, **options)
             exact = copy.deepcopy(theirs).double()
             x, states, lengths = sequence(mine, L, N)
