@@ -1,4 +1,4 @@
-// What autograd asks of the seven tensors that a cell and a layer have in common.
+// What autograd asks of the tensors that an operator takes.
 #pragma once
 
 #include <torch/csrc/autograd/functions/utils.h>
@@ -14,24 +14,31 @@ inline std::optional<at::Tensor> or_none(at::Tensor tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(std::move(tensor)) : std::nullopt;
 }
 
-inline torch::autograd::variable_list as_list(CellGradients&& gradients) {
+inline torch::autograd::variable_list as_list(Gradients&& gradients) {
   return std::apply(
       [](auto&&... gradient) { return torch::autograd::variable_list{std::move(gradient)...}; },
-      std::move(gradients));
+      gradients.results());
 }
 
-template <class Inputs>  // CellInputs or LayerInputs
-bool has_forward_grad(const Inputs& in) {
-  using torch::autograd::isFwGradDefined;
-  return isFwGradDefined(in.input) || isFwGradDefined(in.hx) || isFwGradDefined(in.cx) ||
-         isFwGradDefined(in.w_ih) || isFwGradDefined(in.w_hh) || isFwGradDefined(in.b_ih) ||
-         isFwGradDefined(in.b_hh);
+template <class... Parts>
+bool has_forward_grad(const Parts&... parts) {
+  return any_tensor([](const at::Tensor& t) { return torch::autograd::isFwGradDefined(t); },
+                    parts...);
 }
 
-template <class Inputs>
-bool requires_grad(const Inputs& in) {
-  return torch::autograd::compute_requires_grad(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih,
-                                                in.b_hh);
+template <class... Parts>
+bool requires_grad(const Parts&... parts) {
+  return at::GradMode::is_enabled() &&
+         any_tensor([](const at::Tensor& t) { return t.defined() && t.requires_grad(); }, parts...);
+}
+
+// Edges to the inputs of the cell, in their order: what a node of ours has gradients of.
+inline torch::autograd::edge_list edges_to(const CellInputs& in) {
+  return std::apply(
+      [](const auto&... field) {
+        return torch::autograd::collect_next_edges(or_undefined(field)...);
+      },
+      in.fields());
 }
 
 }  // namespace lstm_ext

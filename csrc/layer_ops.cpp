@@ -1,14 +1,15 @@
-// Schemas of the layer's operators, the check at the door, and the layer in tensor operations.
+// What the layer's operators check, and the layer in tensor operations.
 #include "layer_ops.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <vector>
+
+#include "sequence.h"
 
 namespace lstm_ext {
 
@@ -31,9 +32,7 @@ bool sizes_fit(const LayerInputs& in) {
 
 }  // namespace
 
-bool layer_fusable(const LayerInputs& in) {
-  return all_alike({in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh}) && sizes_fit(in);
-}
+bool fusable(const LayerInputs& in) { return all_alike(in) && sizes_fit(in); }
 
 void check_sequence(const LayerInputs& in) {
   TORCH_CHECK(states_fit(in), "input and states do not fit each other: got an input of shape ",
@@ -103,30 +102,28 @@ void check_backward_sizes(const LayerOutputGradients& grads, const LayerInputs& 
               "lstm_layer_forward");
 }
 
-void check_layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
-                          const LayerResults& results) {
+void check_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                    const LayerResults& results) {
   check_sequence(in);
   check_backward_sizes(grads, in, results);
-  for (const auto* grad : {&grads.output, &grads.hy, &grads.cy})
-    TORCH_CHECK(!defined(*grad) || alike(**grad, in.hx),
-                "lstm_layer_backward: a gradient must have the states' dtype ", in.hx.scalar_type(),
-                " and device ", in.hx.device());
-  for (const at::Tensor* result : {&results.output, &results.gates, &results.c_before})
-    TORCH_CHECK(alike(*result, in.hx),
-                "lstm_layer_backward: output, gates and c_before must be those of "
-                "lstm_layer_forward");
+  for_each_tensor(
+      [&](const at::Tensor& grad) {
+        TORCH_CHECK(alike(grad, in.hx), "lstm_layer_backward: a gradient must have the states' ",
+                    "dtype ", in.hx.scalar_type(), " and device ", in.hx.device());
+      },
+      grads);
+  TORCH_CHECK(!any_tensor([&](const at::Tensor& t) { return !alike(t, in.hx); }, results),
+              "lstm_layer_backward: output, gates and c_before must be those of "
+              "lstm_layer_forward");
 }
 
-std::vector<int64_t> step_offsets(const LayerInputs& in) {
+Sequence::Sequence(const LayerInputs& in) : N_(in.hx.size(0)), reverse_(in.reverse) {
   const bool packed = defined(in.batch_sizes);
   const int64_t L = packed ? in.batch_sizes->size(0) : in.input.size(0);
-  std::vector<int64_t> offsets(L + 1, 0);
+  const auto* sizes = packed ? in.batch_sizes->const_data_ptr<int64_t>() : nullptr;
+  offset_.assign(L + 1, 0);
   for (int64_t t = 0; t < L; ++t)
-    offsets[t + 1] =
-        offsets[t] + (packed
-                          ? in.batch_sizes->const_data_ptr<int64_t>()[t * in.batch_sizes->stride(0)]
-                          : in.hx.size(0));
-  return offsets;
+    offset_[t + 1] = offset_[t] + (packed ? sizes[t * in.batch_sizes->stride(0)] : N_);
 }
 
 namespace composite {
@@ -139,13 +136,17 @@ at::Tensor reset_to_zero(const at::Tensor& state, const LayerInputs& in, int64_t
 
 namespace {
 
-// The forward, step by step.
+// What the forward computed, step by step.
 struct Steps {
-  std::vector<int64_t> size, offset;  // rows of each step, and where they begin in a packed tensor
-  at::Tensor rows;                    // the input [S, I]
+  Sequence sequence;
+  at::Tensor rows;  // the input [S, I]
   std::vector<at::Tensor> h_before, c_before, gates, output;
   at::Tensor h, c;  // in the end
-  int64_t L() const { return static_cast<int64_t>(size.size()); }
+
+  // What a step was computed from.
+  CellInputs cell(const LayerInputs& in, const at::Tensor& input, int64_t t) const {
+    return {input, h_before[t], c_before[t], in.w_ih, in.w_hh, in.b_ih, in.b_hh};
+  }
 };
 
 // first, and below it the rows of whole that it leaves out.
@@ -160,21 +161,17 @@ Steps run(const LayerInputs& in) {
               "expected weights (4H, I) and (4H, H), and biases (4H) or None, with H ",
               in.hx.size(1), " and I ", in.input.size(-1), "; got weights of shape ",
               in.w_ih.sizes(), " and ", in.w_hh.sizes());
-  Steps steps;
-  steps.offset = step_offsets(in);
-  const auto L = static_cast<int64_t>(steps.offset.size()) - 1;
-  for (int64_t t = 0; t < L; ++t) steps.size.push_back(steps.offset[t + 1] - steps.offset[t]);
-  steps.rows = in.input.reshape({steps.offset[L], in.input.size(-1)});
-  steps.h = in.hx;
-  steps.c = in.cx;
+  Steps steps = {Sequence(in), {}, {}, {}, {}, {}, in.hx, in.cx};
+  const Sequence& sequence = steps.sequence;
+  const int64_t L = sequence.L();
+  steps.rows = in.input.reshape({sequence.S(), in.input.size(-1)});
   for (auto* list : {&steps.h_before, &steps.c_before, &steps.gates, &steps.output})
     list->resize(L);
-  for (int64_t s = 0; s < L; ++s) {
-    const int64_t t = in.reverse ? L - 1 - s : s, n = steps.size[t];
+  for (int64_t step = 0; step < L; ++step) {
+    const int64_t t = sequence.time(step), n = sequence.rows(t);
     steps.h_before[t] = reset_to_zero(steps.h.narrow(0, 0, n), in, t);
     steps.c_before[t] = reset_to_zero(steps.c.narrow(0, 0, n), in, t);
-    auto [h, c, gates] = cell_forward({steps.rows.narrow(0, steps.offset[t], n), steps.h_before[t],
-                                       steps.c_before[t], in.w_ih, in.w_hh, in.b_ih, in.b_hh});
+    auto [h, c, gates] = cell_forward(steps.cell(in, sequence.of(steps.rows, t), t));
     // Sequences that have ended, or in reverse not begun, keep their states.
     steps.h = over(h, steps.h);
     steps.c = over(c, steps.c);
@@ -197,177 +194,64 @@ LayerTrainingOutputs layer_forward(const LayerInputs& in) {
     return parts.empty() ? in.hx.new_empty({0, columns}) : at::cat(parts);
   };
   at::Tensor output = join(steps.output, H);
-  if (!defined(in.batch_sizes)) output = output.view({steps.L(), N, H});
+  if (!defined(in.batch_sizes)) output = output.view({steps.sequence.L(), N, H});
   return {output, steps.h.clone(), steps.c.clone(), join(steps.gates, 4 * H),
           join(steps.c_before, H)};
 }
 
-CellGradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
-                             const LayerResults& results, CellGradientMask mask) {
-  check_sequence(in);
-  check_backward_sizes(grads, in, results);
-  const Steps steps = run(in);
-  const int64_t L = steps.L();
-  at::Tensor grad_h = defined(grads.hy) ? *grads.hy : at::zeros_like(in.hx);
-  at::Tensor grad_c = defined(grads.cy) ? *grads.cy : at::zeros_like(in.cx);
-  const at::Tensor grad_output = defined(grads.output)
-                                     ? grads.output->reshape({steps.offset[L], in.hx.size(1)})
-                                     : at::Tensor();
-  std::vector<at::Tensor> grad_rows(L);
-  std::array<at::Tensor, kCellInputs> sum;
-  CellGradientMask step_mask = mask;
-  step_mask[1] = step_mask[2] = true;
-  for (int64_t s = L - 1; s >= 0; --s) {
-    const int64_t t = in.reverse ? L - 1 - s : s, n = steps.size[t], row = steps.offset[t];
-    at::Tensor grad = grad_h.narrow(0, 0, n);
-    if (grad_output.defined()) grad = grad + grad_output.narrow(0, row, n);
-    const auto [d_input, d_h, d_c, d_w_ih, d_w_hh, d_b_ih, d_b_hh] =
-        cell_backward(grad, grad_c.narrow(0, 0, n),
-                      {steps.rows.narrow(0, row, n), steps.h_before[t], steps.c_before[t], in.w_ih,
-                       in.w_hh, in.b_ih, in.b_hh},
-                      steps.gates[t], step_mask);
-    grad_rows[t] = d_input;
-    const at::Tensor parameters[] = {d_w_ih, d_w_hh, d_b_ih, d_b_hh};
-    for (int k = 0; k < kCellParameters; ++k) sum[3 + k] = sum_of(sum[3 + k], parameters[k]);
-    grad_h = over(reset_to_zero(d_h, in, t), grad_h);
-    grad_c = over(reset_to_zero(d_c, in, t), grad_c);
-  }
-  if (mask[0]) sum[0] = L > 0 ? at::cat(grad_rows).view_as(in.input) : at::zeros_like(in.input);
-  if (mask[1]) sum[1] = grad_h;
-  if (mask[2]) sum[2] = grad_c;
-  return {sum[0], sum[1], sum[2], sum[3], sum[4], sum[5], sum[6]};
-}
-
-namespace {
-
-using Optional = const std::optional<at::Tensor>&;
-
-LayerOutputs lstm_layer(const at::Tensor& input, const at::Tensor& hx, const at::Tensor& cx,
-                        const at::Tensor& w_ih, const at::Tensor& w_hh, Optional b_ih,
-                        Optional b_hh, Optional batch_sizes, Optional reset, bool reverse) {
-  auto [output, hy, cy, gates, before] =
-      layer_forward({input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse});
+LayerOutputs layer(const LayerInputs& in) {
+  auto [output, hy, cy, gates, before] = layer_forward(in);
   return {std::move(output), std::move(hy), std::move(cy)};
 }
 
-LayerTrainingOutputs lstm_layer_forward(const at::Tensor& input, const at::Tensor& hx,
-                                        const at::Tensor& cx, const at::Tensor& w_ih,
-                                        const at::Tensor& w_hh, Optional b_ih, Optional b_hh,
-                                        Optional batch_sizes, Optional reset, bool reverse) {
-  return layer_forward({input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse});
+Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                         const LayerResults& results, const Wanted& wanted) {
+  check_sequence(in);
+  check_backward_sizes(grads, in, results);
+  const Steps steps = run(in);
+  const Sequence& sequence = steps.sequence;
+  const int64_t L = sequence.L();
+  at::Tensor grad_h = defined(grads.hy) ? *grads.hy : at::zeros_like(in.hx);
+  at::Tensor grad_c = defined(grads.cy) ? *grads.cy : at::zeros_like(in.cx);
+  const at::Tensor grad_output =
+      defined(grads.output) ? grads.output->reshape({sequence.S(), in.hx.size(1)}) : at::Tensor();
+  std::vector<at::Tensor> grad_rows(L);
+  Gradients sum;
+  Wanted of_step = wanted;
+  of_step.hx = of_step.cx = true;
+  for (int64_t step = L - 1; step >= 0; --step) {
+    const int64_t t = sequence.time(step), n = sequence.rows(t);
+    at::Tensor grad = grad_h.narrow(0, 0, n);
+    if (grad_output.defined()) grad = grad + sequence.of(grad_output, t);
+    Gradients found =
+        cell_backward({grad, grad_c.narrow(0, 0, n)}, steps.cell(in, sequence.of(steps.rows, t), t),
+                      {steps.gates[t]}, of_step);
+    grad_rows[t] = std::move(found.input);
+    sum.w_ih = sum_of(sum.w_ih, found.w_ih);
+    sum.w_hh = sum_of(sum.w_hh, found.w_hh);
+    sum.b_ih = sum_of(sum.b_ih, found.b_ih);
+    sum.b_hh = sum_of(sum.b_hh, found.b_hh);
+    grad_h = over(reset_to_zero(found.hx, in, t), grad_h);
+    grad_c = over(reset_to_zero(found.cx, in, t), grad_c);
+  }
+  if (wanted.input)
+    sum.input = L > 0 ? at::cat(grad_rows).view_as(in.input) : at::zeros_like(in.input);
+  if (wanted.hx) sum.hx = grad_h;
+  if (wanted.cx) sum.cx = grad_c;
+  return sum;
 }
 
-CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Optional grad_cy,
-                                  const at::Tensor& input, const at::Tensor& hx,
-                                  const at::Tensor& cx, const at::Tensor& w_ih,
-                                  const at::Tensor& w_hh, Optional b_ih, Optional b_hh,
-                                  Optional batch_sizes, Optional reset, bool reverse,
-                                  const at::Tensor& output, const at::Tensor& gates,
-                                  const at::Tensor& c_before, CellGradientMask mask) {
-  return layer_backward({grad_output, grad_hy, grad_cy},
-                        {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse},
-                        {output, gates, c_before}, mask);
-}
-
-}  // namespace
 }  // namespace composite
 
-namespace {
-using Optional = const std::optional<at::Tensor>&;
-using T = const at::Tensor&;
-}  // namespace
-
-namespace {
-
-const auto& lstm_layer_handle() {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("lstm_ext::lstm_layer", "")
-          .typed<LayerOutputs(T, T, T, T, T, Optional, Optional, Optional, Optional, bool)>();
-  return op;
-}
-
-}  // namespace
-
-LayerOutputs call_lstm_layer(const LayerInputs& in) {
-  return lstm_layer_handle().call(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh,
-                                  in.batch_sizes, in.reset, in.reverse);
-}
-
-LayerOutputs redispatch_lstm_layer(c10::DispatchKeySet keys, const LayerInputs& in) {
-  return lstm_layer_handle().redispatch(keys, in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih,
-                                        in.b_hh, in.batch_sizes, in.reset, in.reverse);
-}
-
-at::Tensor call_lstm_layer_pack(const at::Tensor& w_ih, const at::Tensor& w_hh) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lstm_ext::lstm_layer_pack", "")
-                             .typed<at::Tensor(T, T)>();
-  return op.call(w_ih, w_hh);
-}
-
-LayerOutputs call_lstm_layer_packed(const at::Tensor& input, const at::Tensor& hx,
-                                    const at::Tensor& cx, const at::Tensor& packed,
-                                    const PackedLayerOptions& options) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("lstm_ext::lstm_layer_packed", "")
-          .typed<LayerOutputs(T, T, T, T, Optional, Optional, Optional, Optional, bool)>();
-  return op.call(input, hx, cx, packed, options.b_ih, options.b_hh, options.batch_sizes,
-                 options.reset, options.reverse);
-}
-
-LayerTrainingOutputs call_lstm_layer_forward(const LayerInputs& in) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lstm_ext::lstm_layer_forward", "")
-                             .typed<LayerTrainingOutputs(T, T, T, T, T, Optional, Optional,
-                                                         Optional, Optional, bool)>();
-  return op.call(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.batch_sizes,
-                 in.reset, in.reverse);
-}
-
-CellGradients call_lstm_layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
-                                       const LayerResults& results, CellGradientMask mask) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("lstm_ext::lstm_layer_backward", "")
-          .typed<CellGradients(Optional, Optional, Optional, T, T, T, T, T, Optional, Optional,
-                               Optional, Optional, bool, T, T, T, CellGradientMask)>();
-  return op.call(grads.output, grads.hy, grads.cy, in.input, in.hx, in.cx, in.w_ih, in.w_hh,
-                 in.b_ih, in.b_hh, in.batch_sizes, in.reset, in.reverse, results.output,
-                 results.gates, results.c_before, mask);
-}
-
 TORCH_LIBRARY_FRAGMENT(lstm_ext, m) {
-  // The layer: output, h_n, c_n.
-  m.def(
-      "lstm_layer(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
-      "Tensor? b_hh, Tensor? batch_sizes, Tensor? reset, bool reverse) "
-      "-> (Tensor, Tensor, Tensor)");
-  // The same, and what its backward needs: gates, and the c that each step started from.
-  m.def(
-      "lstm_layer_forward(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, "
-      "Tensor? b_ih, Tensor? b_hh, Tensor? batch_sizes, Tensor? reset, bool reverse) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // Inference over weights packed before: w_ih and w_hh in the layout of this processor's kernels.
-  m.def("lstm_layer_pack(Tensor w_ih, Tensor w_hh) -> Tensor");
-  m.def(
-      "lstm_layer_packed(Tensor input, Tensor hx, Tensor cx, Tensor packed, Tensor? b_ih, "
-      "Tensor? b_hh, Tensor? batch_sizes, Tensor? reset, bool reverse) "
-      "-> (Tensor, Tensor, Tensor)");
-  // Gradients of the first seven; those that output_mask leaves out are not computed (None).
-  m.def(
-      "lstm_layer_backward(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor input, "
-      "Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-      "Tensor? batch_sizes, Tensor? reset, bool reverse, Tensor output, Tensor gates, "
-      "Tensor c_before, bool[7] output_mask) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  define<ops::lstm_layer, ops::lstm_layer_forward, ops::lstm_layer_backward, ops::lstm_layer_pack,
+         ops::lstm_layer_packed>(m);
 }
 
 TORCH_LIBRARY_IMPL(lstm_ext, CompositeExplicitAutograd, m) {
-  m.impl("lstm_layer", composite::lstm_layer);
-  m.impl("lstm_layer_forward", composite::lstm_layer_forward);
-  m.impl("lstm_layer_backward", composite::lstm_layer_backward);
+  ops::lstm_layer::implement<composite::layer>(m);
+  ops::lstm_layer_forward::implement<composite::layer_forward>(m);
+  ops::lstm_layer_backward::implement<composite::layer_backward>(m);
 }
 
 }  // namespace lstm_ext

@@ -14,17 +14,15 @@
 
 namespace lstm_ext {
 
-struct LayerInputs {
-  const at::Tensor& input;                       // [L, N, I], or packed [S, I]
-  const at::Tensor& hx;                          // [N, H]
-  const at::Tensor& cx;                          // [N, H]
-  const at::Tensor& w_ih;                        // [4H, I]
-  const at::Tensor& w_hh;                        // [4H, H]
-  const std::optional<at::Tensor>& b_ih;         // [4H] or none
-  const std::optional<at::Tensor>& b_hh;         // [4H] or none
+// A cell's inputs, of all steps: input [L, N, I], or packed [S, I].
+struct LayerInputs : CellInputs {
   const std::optional<at::Tensor>& batch_sizes;  // of a packed sequence: int64 [L], on the CPU
   const std::optional<at::Tensor>& reset;        // bool [L, N]: states are zero before these steps
   bool reverse;                                  // from the last step to the first
+
+  auto fields() const {
+    return std::tuple_cat(CellInputs::fields(), std::tie(batch_sizes, reset), std::tuple(reverse));
+  }
 };
 
 using LayerOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // output, h_n, c_n
@@ -35,30 +33,84 @@ struct LayerOutputGradients {
   const std::optional<at::Tensor>& output;
   const std::optional<at::Tensor>& hy;
   const std::optional<at::Tensor>& cy;
+  auto fields() const { return std::tie(output, hy, cy); }
 };
 // What the forward kept.
 struct LayerResults {
   const at::Tensor& output;
   const at::Tensor& gates;
   const at::Tensor& c_before;
+  auto fields() const { return std::tie(output, gates, c_before); }
+};
+// LayerInputs with the result of lstm_layer_pack for the weights.
+struct PackedLayerInputs {
+  const at::Tensor& input;
+  const at::Tensor& hx;
+  const at::Tensor& cx;
+  const at::Tensor& packed;
+  const std::optional<at::Tensor>& b_ih;
+  const std::optional<at::Tensor>& b_hh;
+  const std::optional<at::Tensor>& batch_sizes;
+  const std::optional<at::Tensor>& reset;
+  bool reverse;
+  auto fields() const {
+    return std::tuple_cat(std::tie(input, hx, cx, packed, b_ih, b_hh, batch_sizes, reset),
+                          std::tuple(reverse));
+  }
+};
+inline constexpr at::ScalarType kPackedType = at::kByte;
+
+namespace ops {
+
+// The layer: output, h_n, c_n.
+struct lstm_layer : Operator<lstm_layer, LayerOutputs(const LayerInputs&)> {
+  static constexpr char kSchema[] =
+      "lstm_layer(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
+      "Tensor? b_hh, Tensor? batch_sizes, Tensor? reset, bool reverse) "
+      "-> (Tensor, Tensor, Tensor)";
+};
+// The same, and what its backward needs: gates, and the c that each step started from.
+struct lstm_layer_forward : Operator<lstm_layer_forward, LayerTrainingOutputs(const LayerInputs&)> {
+  static constexpr char kSchema[] =
+      "lstm_layer_forward(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, "
+      "Tensor? b_ih, Tensor? b_hh, Tensor? batch_sizes, Tensor? reset, bool reverse) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)";
+};
+// Gradients of the first seven; those that output_mask leaves out are not computed (None).
+struct lstm_layer_backward
+    : Operator<lstm_layer_backward, Gradients(const LayerOutputGradients&, const LayerInputs&,
+                                              const LayerResults&, const Wanted&)> {
+  static constexpr char kSchema[] =
+      "lstm_layer_backward(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor input, "
+      "Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+      "Tensor? batch_sizes, Tensor? reset, bool reverse, Tensor output, Tensor gates, "
+      "Tensor c_before, bool[7] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+};
+// Inference over weights packed before: w_ih and w_hh in the layout of this processor's kernels.
+struct lstm_layer_pack
+    : Operator<lstm_layer_pack, at::Tensor(const at::Tensor&, const at::Tensor&)> {
+  static constexpr char kSchema[] = "lstm_layer_pack(Tensor w_ih, Tensor w_hh) -> Tensor";
+};
+struct lstm_layer_packed : Operator<lstm_layer_packed, LayerOutputs(const PackedLayerInputs&)> {
+  static constexpr char kSchema[] =
+      "lstm_layer_packed(Tensor input, Tensor hx, Tensor cx, Tensor packed, Tensor? b_ih, "
+      "Tensor? b_hh, Tensor? batch_sizes, Tensor? reset, bool reverse) "
+      "-> (Tensor, Tensor, Tensor)";
 };
 
+}  // namespace ops
+
 // Whether the fused kernels take these tensors.
-bool layer_fusable(const LayerInputs& in);
-inline void check_allocated(const LayerInputs& in) {
-  check_all_allocated(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.batch_sizes,
-                      in.reset);
-}
+bool fusable(const LayerInputs& in);
 // Raises an error that says what is wrong with batch_sizes or reset.
 void check_sequence(const LayerInputs& in);
 // Raises an error unless the gradients and the forward's results have the sizes that the inputs
 // give; and, for the kernels, are like the states.
 void check_backward_sizes(const LayerOutputGradients& grads, const LayerInputs& in,
                           const LayerResults& results);
-void check_layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
-                          const LayerResults& results);
-// The rows before each step, and at last of all steps: L + 1 numbers.
-std::vector<int64_t> step_offsets(const LayerInputs& in);
+void check_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                    const LayerResults& results);
 // Raises an error unless everything but the weights fits the kernels of packed weights.
 void check_packed_inputs(const LayerInputs& in);
 
@@ -66,12 +118,14 @@ void check_packed_inputs(const LayerInputs& in);
 namespace composite {
 
 LayerTrainingOutputs layer_forward(const LayerInputs& in);
+// Its first three results.
+LayerOutputs layer(const LayerInputs& in);
 // The first rows of h or c, with zeros in those that time t starts anew.
 at::Tensor reset_to_zero(const at::Tensor& state, const LayerInputs& in, int64_t t);
 // Gradients of the first seven. The forward is run anew, so that they are differentiable too: the
 // results are only checked.
-CellGradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
-                             const LayerResults& results, CellGradientMask mask);
+Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                         const LayerResults& results, const Wanted& wanted);
 
 }  // namespace composite
 
@@ -89,24 +143,5 @@ class OutputStaysInside {
   const bool before_;
   inline static thread_local bool stays_ = false;
 };
-
-LayerOutputs call_lstm_layer(const LayerInputs& in);
-LayerOutputs redispatch_lstm_layer(c10::DispatchKeySet keys, const LayerInputs& in);
-// Of LayerInputs, what follows the weights.
-struct PackedLayerOptions {
-  const std::optional<at::Tensor>& b_ih;
-  const std::optional<at::Tensor>& b_hh;
-  const std::optional<at::Tensor>& batch_sizes;
-  const std::optional<at::Tensor>& reset;
-  bool reverse;
-};
-inline constexpr at::ScalarType kPackedType = at::kByte;
-at::Tensor call_lstm_layer_pack(const at::Tensor& w_ih, const at::Tensor& w_hh);
-LayerOutputs call_lstm_layer_packed(const at::Tensor& input, const at::Tensor& hx,
-                                    const at::Tensor& cx, const at::Tensor& packed,
-                                    const PackedLayerOptions& options);
-LayerTrainingOutputs call_lstm_layer_forward(const LayerInputs& in);
-CellGradients call_lstm_layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
-                                       const LayerResults& results, CellGradientMask mask);
 
 }  // namespace lstm_ext

@@ -27,6 +27,53 @@ struct LSTMInputs {
 inline constexpr int64_t kLayerWeights = 4;
 inline constexpr int64_t kPackedLayerWeights = 3;
 
+// The same as the operators take it; packed weights are for inference, without dropout.
+using TensorList = c10::List<std::optional<at::Tensor>>;
+struct LSTMArguments {
+  const at::Tensor& input;
+  const at::Tensor& hx;
+  const at::Tensor& cx;
+  const TensorList& weights;
+  bool bidirectional;
+  double dropout;
+  const std::optional<at::Tensor>& batch_sizes;
+  const std::optional<at::Tensor>& reset;
+  auto fields() const {
+    return std::tuple_cat(std::tie(input, hx, cx, weights), std::tuple(bidirectional, dropout),
+                          std::tie(batch_sizes, reset));
+  }
+};
+struct PackedLSTMArguments {
+  const at::Tensor& input;
+  const at::Tensor& hx;
+  const at::Tensor& cx;
+  const TensorList& weights;
+  bool bidirectional;
+  const std::optional<at::Tensor>& batch_sizes;
+  const std::optional<at::Tensor>& reset;
+  auto fields() const {
+    return std::tuple_cat(std::tie(input, hx, cx, weights), std::tuple(bidirectional),
+                          std::tie(batch_sizes, reset));
+  }
+};
+
+namespace ops {
+
+// All layers and directions: w_ih, w_hh, b_ih, b_hh of each.
+struct lstm : Operator<lstm, LayerOutputs(const LSTMArguments&)> {
+  static constexpr char kSchema[] =
+      "lstm(Tensor input, Tensor hx, Tensor cx, Tensor?[] weights, bool bidirectional, "
+      "float dropout, Tensor? batch_sizes, Tensor? reset) -> (Tensor, Tensor, Tensor)";
+};
+// The same for inference: packed weights, b_ih, b_hh of each.
+struct lstm_packed : Operator<lstm_packed, LayerOutputs(const PackedLSTMArguments&)> {
+  static constexpr char kSchema[] =
+      "lstm_packed(Tensor input, Tensor hx, Tensor cx, Tensor?[] weights, bool bidirectional, "
+      "Tensor? batch_sizes, Tensor? reset) -> (Tensor, Tensor, Tensor)";
+};
+
+}  // namespace ops
+
 // output [L, N, D H] or [S, D H], h_n and c_n [K D, N, H].
 LayerOutputs lstm(const LSTMInputs& in);
 LayerOutputs lstm_packed(const LSTMInputs& in);

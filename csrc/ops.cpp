@@ -1,8 +1,7 @@
-// Operator schemas, the check at the door, and the way out for what is not fusable.
+// What the operators check, and where the cell goes that is not fusable.
 #include "ops.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/lstm_cell.h>
 #include <torch/library.h>
 
@@ -35,12 +34,8 @@ bool sizes_fit(const CellInputs& in) {
 }
 
 bool all_alike(const CellInputs& in) {
-  if (!fused_dtype(in.input.scalar_type())) return false;
-  for (const at::Tensor* t : {&in.input, &in.hx, &in.cx, &in.w_ih, &in.w_hh})
-    if (!alike(*t, in.input)) return false;
-  for (const auto* bias : {&in.b_ih, &in.b_hh})
-    if (defined(*bias) && !alike(**bias, in.input)) return false;
-  return true;
+  return fused_dtype(in.input.scalar_type()) &&
+         !any_tensor([&](const at::Tensor& tensor) { return !alike(tensor, in.input); }, in);
 }
 
 bool fusable(const CellInputs& in) { return all_alike(in) && sizes_fit(in); }
@@ -69,38 +64,44 @@ void check_allocated(const at::Tensor& tensor) {
               tensor.sizes(), " in a storage of ", tensor.storage().nbytes(), " bytes");
 }
 
-void check_backward_sizes(const std::optional<at::Tensor>& grad_hy,
-                          const std::optional<at::Tensor>& grad_cy, const at::Tensor& hx,
-                          const at::Tensor& gates) {
+void check_backward_sizes(const CellOutputGradients& grads, const at::Tensor& hx,
+                          const CellResults& results) {
+  const at::Tensor& gates = results.gates;
   TORCH_CHECK(gates.dim() == 2 && gates.sym_size(0) == hx.sym_size(0) &&
                   gates.sym_size(1) == hx.sym_size(1) * 4,
               "lstm_cell_backward: gates must be the third result of lstm_cell_forward");
-  for (const auto* grad : {&grad_hy, &grad_cy})
-    TORCH_CHECK(!defined(*grad) || (*grad)->sym_sizes() == hx.sym_sizes(),
-                "lstm_cell_backward: a gradient must have the state's shape ", hx.sym_sizes());
+  for_each_tensor(
+      [&](const at::Tensor& grad) {
+        TORCH_CHECK(grad.sym_sizes() == hx.sym_sizes(),
+                    "lstm_cell_backward: a gradient must have the state's shape ", hx.sym_sizes());
+      },
+      grads);
 }
 
-void check_cell_backward(const std::optional<at::Tensor>& grad_hy,
-                         const std::optional<at::Tensor>& grad_cy, const at::Tensor& hx,
-                         const at::Tensor& gates) {
-  check_backward_sizes(grad_hy, grad_cy, hx, gates);
-  TORCH_CHECK(alike(gates, hx),
+void check_backward(const CellOutputGradients& grads, const at::Tensor& hx,
+                    const CellResults& results) {
+  check_backward_sizes(grads, hx, results);
+  TORCH_CHECK(alike(results.gates, hx),
               "lstm_cell_backward: gates must be the third result of lstm_cell_forward");
-  for (const auto* grad : {&grad_hy, &grad_cy})
-    TORCH_CHECK(!defined(*grad) || alike(**grad, hx),
-                "lstm_cell_backward: a gradient must be strided, of the state's dtype ",
-                hx.scalar_type(), " and device ", hx.device());
+  for_each_tensor(
+      [&](const at::Tensor& grad) {
+        TORCH_CHECK(alike(grad, hx),
+                    "lstm_cell_backward: a gradient must be strided, of the state's dtype ",
+                    hx.scalar_type(), " and device ", hx.device());
+      },
+      grads);
 }
 
 void check_one_device(const CellInputs& in) {
-  const auto check = [&](const at::Tensor& tensor) {
-    TORCH_CHECK(!tensor.defined() || !in.hx.defined() || tensor.device() == in.hx.device(),
-                "Expected all tensors to be on the same device, but found at least two devices, ",
-                in.hx.device(), " and ", tensor.device(), "!");
-  };
-  for (const at::Tensor* tensor : {&in.input, &in.cx, &in.w_ih, &in.w_hh}) check(*tensor);
-  for (const auto* bias : {&in.b_ih, &in.b_hh})
-    if (defined(*bias)) check(**bias);
+  if (!in.hx.defined()) return;
+  for_each_tensor(
+      [&](const at::Tensor& tensor) {
+        TORCH_CHECK(!tensor.defined() || tensor.device() == in.hx.device(),
+                    "Expected all tensors to be on the same device, but found at least two "
+                    "devices, ",
+                    in.hx.device(), " and ", tensor.device(), "!");
+      },
+      in);
 }
 
 CellOutputs torch_lstm_cell(const CellInputs& in) {
@@ -131,84 +132,11 @@ CellOutputs torch_lstm_cell(const CellInputs& in) {
   return out;
 }
 
-CellOutputs call_lstm_cell(const CellInputs& in) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("lstm_ext::lstm_cell", "")
-          .typed<CellOutputs(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                             const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                             const std::optional<at::Tensor>&)>();
-  return op.call(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
-}
-
-CellTrainingOutputs call_lstm_cell_forward(const CellInputs& in) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("lstm_ext::lstm_cell_forward", "")
-          .typed<CellTrainingOutputs(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                     const at::Tensor&, const at::Tensor&,
-                                     const std::optional<at::Tensor>&,
-                                     const std::optional<at::Tensor>&)>();
-  return op.call(in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
-}
-
-CellGradients call_lstm_cell_backward(const std::optional<at::Tensor>& grad_hy,
-                                      const std::optional<at::Tensor>& grad_cy,
-                                      const CellInputs& in, const at::Tensor& gates,
-                                      CellGradientMask mask) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("lstm_ext::lstm_cell_backward", "")
-          .typed<CellGradients(const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                               const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                               const at::Tensor&, const at::Tensor&,
-                               const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                               const at::Tensor&, CellGradientMask)>();
-  return op.call(grad_hy, grad_cy, in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh,
-                 gates, mask);
-}
-
-CellStateGradients call_lstm_cell_backward_accumulate(const std::optional<at::Tensor>& grad_hy,
-                                                      const std::optional<at::Tensor>& grad_cy,
-                                                      const CellInputs& in, const at::Tensor& gates,
-                                                      const CellParameterGradients& parameters,
-                                                      CellStateGradientMask mask) {
-  using Optional = const std::optional<at::Tensor>&;
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("lstm_ext::lstm_cell_backward_accumulate", "")
-          .typed<CellStateGradients(Optional, Optional, const at::Tensor&, const at::Tensor&,
-                                    const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                    Optional, Optional, const at::Tensor&, Optional, Optional,
-                                    Optional, Optional, CellStateGradientMask)>();
-  return op.call(grad_hy, grad_cy, in.input, in.hx, in.cx, in.w_ih, in.w_hh, in.b_ih, in.b_hh,
-                 gates, parameters[0], parameters[1], parameters[2], parameters[3], mask);
-}
-
 TORCH_LIBRARY(lstm_ext, m) {
   // Tells PyTorch's error messages which import brings the fake kernels.
   m.set_python_module("lstm_ext._ops");
-  // The cell: h', c'.
-  m.def(
-      "lstm_cell(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, "
-      "Tensor? b_ih=None, Tensor? b_hh=None) -> (Tensor, Tensor)");
-  // The cell and what its backward needs: h', c', the activated gates.
-  m.def(
-      "lstm_cell_forward(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, "
-      "Tensor? b_ih=None, Tensor? b_hh=None) -> (Tensor, Tensor, Tensor)");
-  // Gradients of the seven inputs; those that output_mask leaves out are not computed (None).
-  // The biases are here for the second derivative, which needs the gates as a function of them.
-  m.def(
-      "lstm_cell_backward(Tensor? grad_hy, Tensor? grad_cy, Tensor input, Tensor hx, Tensor cx, "
-      "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor gates, bool[7] output_mask) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The same, with the parameters' gradients added into tensors that exist, None for not wanted:
-  // what .backward() does with .grad, in the same pass. Returns the gradients of input, hx and cx.
-  m.def(
-      "lstm_cell_backward_accumulate(Tensor? grad_hy, Tensor? grad_cy, Tensor input, Tensor hx, "
-      "Tensor cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor gates, "
-      "Tensor(a!)? grad_w_ih, Tensor(b!)? grad_w_hh, Tensor(c!)? grad_b_ih, "
-      "Tensor(d!)? grad_b_hh, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  define<ops::lstm_cell, ops::lstm_cell_forward, ops::lstm_cell_backward,
+         ops::lstm_cell_backward_accumulate>(m);
 }
 
 }  // namespace lstm_ext

@@ -17,6 +17,10 @@ struct Target {
   static Target fresh(bool wanted, const Tensor& like) {
     return {wanted ? empty(like.sizes(), like.scalar_type()) : Tensor(), false};
   }
+  // Of a bias, by the weight [4H, H] that goes with it.
+  static Target bias(bool wanted, const Tensor& weight) {
+    return {wanted ? empty({weight.size(0)}, weight.scalar_type()) : Tensor(), false};
+  }
   static Target existing(const std::optional<Tensor>& tensor) {
     return {tensor.value_or(Tensor()), true};
   }
