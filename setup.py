@@ -113,7 +113,7 @@ def extension(with_cuda: bool) -> cpp_extension.CppExtension:
         # Without it the header-only at::parallel_for would run serially, and say nothing.
         cxx.append("-fopenmp")
         link.append("-fopenmp")
-    files = joined(sources("csrc/*.cpp", "csrc/cpu/*.cpp"))
+    files = joined([f for f in sources("csrc/*/*.cpp") if not f.startswith(("csrc/cuda/", "csrc/joined/"))])
     kind = cpp_extension.CppExtension
     if with_cuda:
         cxx.append("-DLSTM_EXT_WITH_CUDA")

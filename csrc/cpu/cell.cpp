@@ -1,9 +1,11 @@
 // The operators on the CPU: tensors in, kernels over raw pointers out.
+#include "ops/cell.h"
+
 #include <torch/library.h>
 
-#include "cpu/products.h"
+#include "cpu/gradient_products.h"
 #include "cpu/tensors.h"
-#include "ops.h"
+#include "ops/composite.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -15,13 +17,14 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   cy = empty({N, H}, dtype);
   if (gates) *gates = empty({N, 4 * H}, dtype);
   if (hy.numel() == 0) return;
-  const CellKernels& kernels = cpu::kernels(kernel_dtype(dtype)).cell;
+  const Kernels& all = cpu::kernels(kernel_dtype(dtype));
+  const CellKernels& kernels = all.cell;
   const Dense input(in.input), hx(in.hx), cx(in.cx), w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih),
       b_hh(in.b_hh);
   Tensor input_factors, hx_factors;
   if (kernels.forward_packs(N)) {
-    input_factors = to_factors(kernels, in.input);
-    hx_factors = to_factors(kernels, in.hx);
+    input_factors = to_factors(all.product, in.input);
+    hx_factors = to_factors(all.product, in.hx);
   }
   CellForwardArgs args = {};
   args.N = N;
@@ -70,8 +73,8 @@ struct Targets {
 
 // The gradients of the gates' pre-activations [N, 4H] in the compute type, those of cx, and the
 // biases', in one pass.
-Tensor gate_gradients(const CellKernels& kernels, const CellOutputGradients& grads,
-                      const Tensor& cx, const Tensor& gates, const Targets& targets) {
+Tensor gate_gradients(const Kernels& kernels, const CellOutputGradients& grads, const Tensor& cx,
+                      const Tensor& gates, const Targets& targets) {
   const int64_t N = cx.size(0), H = cx.size(1);
   const at::ScalarType compute = compute_type(cx.scalar_type());
   Tensor grad_gates = empty({N, 4 * H}, compute);
@@ -89,20 +92,21 @@ Tensor gate_gradients(const CellKernels& kernels, const CellOutputGradients& gra
   args.grad_gates = grad_gates.mutable_data_ptr();
   args.grad_cx = targets.cx.wanted() ? targets.cx.tensor.mutable_data_ptr() : nullptr;
   args.bias_sums = bias_sums.defined() ? bias_sums.mutable_data_ptr() : nullptr;
-  run(kernels.gate_gradient_tasks(N, H), N * H * 64,
-      [&](int64_t first, int64_t last) { kernels.gate_gradients(args, first, last); });
+  run(kernels.cell.gate_gradient_tasks(N, H), N * H * 64,
+      [&](int64_t first, int64_t last) { kernels.cell.gate_gradients(args, first, last); });
   for (const Target* bias : {&targets.b_ih, &targets.b_hh})
     if (bias->wanted())
-      kernels.add_up(bias_sums.const_data_ptr(), bias_blocks(N), 4 * H,
-                     bias->tensor.mutable_data_ptr(), bias->accumulate);
+      kernels.product.add_up(bias_sums.const_data_ptr(), bias_blocks(N), 4 * H,
+                             bias->tensor.mutable_data_ptr(), bias->accumulate);
   return grad_gates;
 }
 
 void backward(const CellOutputGradients& grads, const CellInputs& in, const CellResults& results,
               const Targets& targets) {
-  const CellKernels& kernels = cpu::kernels(kernel_dtype(in.hx.scalar_type())).cell;
-  GateFactors factors(kernels, gate_gradients(kernels, grads, in.cx, results.gates, targets));
-  Products products(kernels, factors);
+  const Kernels& kernels = cpu::kernels(kernel_dtype(in.hx.scalar_type()));
+  GateFactors factors(kernels.product,
+                      gate_gradients(kernels, grads, in.cx, results.gates, targets));
+  Products products(kernels.product, factors);
   products.add(targets.input, false, in.w_ih);
   products.add(targets.hx, false, in.w_hh);
   products.add(targets.w_ih, true, in.input);

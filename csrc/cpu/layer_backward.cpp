@@ -1,15 +1,15 @@
 // Backward of the layer on the CPU: the gradients that travel from step to step in one parallel
 // region (threads as in the forward), then those of weights and inputs as large products.
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <cstring>
 
-#include "cpu/products.h"
+#include "cpu/gradient_products.h"
+#include "cpu/layer.h"
 #include "cpu/shares.h"
 #include "cpu/team.h"
 #include "cpu/tensors.h"
-#include "layer_ops.h"
+#include "ops/layer.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -31,7 +31,7 @@ Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
   grad_h = initial(grads.hy);
   grad_c = initial(grads.cy);
   const Tensor grad_gates = empty_large({sequence.S(), 4 * H}, compute);
-  const bool pairs = kernels.cell.pair_rows != nullptr;
+  const bool pairs = kernels.product.pair_rows != nullptr;
   const Tensor halves = pairs ? empty({sequence.S(), 4 * H}, dtype) : grad_gates;
   const Elements factor = pairs ? stored : computed;
   const Dense w_hh(in.w_hh), gates(results.gates), c_before(results.c_before),
@@ -109,8 +109,10 @@ Tensor h_before(const LayerInputs& in, const SharedSequence& sequence, const Ten
   return before;
 }
 
-Gradients backward(const LayerOutputGradients& grads, const LayerInputs& in,
-                   const LayerResults& results, const Wanted& wanted) {
+}  // namespace
+
+Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                         const LayerResults& results, const Wanted& wanted) {
   const SharedSequence sequence(in);
   const int64_t N = sequence.N(), H = in.hx.size(1), I = in.input.size(-1), S = sequence.S();
   const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
@@ -135,11 +137,11 @@ Gradients backward(const LayerOutputGradients& grads, const LayerInputs& in,
       });
       for (const Target* target : {&b_ih, &b_hh})
         if (target->wanted())
-          kernels.cell.add_up(sums.const_data_ptr(), bias_blocks(S), 4 * H,
-                              target->tensor.mutable_data_ptr(), false);
+          kernels.product.add_up(sums.const_data_ptr(), bias_blocks(S), 4 * H,
+                                 target->tensor.mutable_data_ptr(), false);
     }
-    GateFactors factors(kernels.cell, grad_gates);
-    Products products(kernels.cell, factors);
+    GateFactors factors(kernels.product, grad_gates);
+    Products products(kernels.product, factors);
     if (input.wanted()) input.tensor = input.tensor.view({S, I});
     products.add(input, false, in.w_ih);
     const Tensor rows = in.input.reshape({S, I});
@@ -165,21 +167,6 @@ Gradients backward(const LayerOutputGradients& grads, const LayerInputs& in,
           std::move(w_hh.tensor),
           std::move(b_ih.tensor),
           std::move(b_hh.tensor)};
-}
-
-Gradients lstm_layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
-                              const LayerResults& results, const Wanted& wanted) {
-  if (!fusable(in)) return composite::layer_backward(grads, in, results, wanted);
-  check_all_allocated(in, grads, results);
-  check_backward(grads, in, results);
-  log_cpu_path("lstm_layer_backward", in.input, in.hx);
-  return backward(grads, in, results, wanted);
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) {
-  ops::lstm_layer_backward::implement<lstm_layer_backward>(m);
 }
 
 }  // namespace lstm_ext::cpu

@@ -6,8 +6,8 @@
 #include <memory>
 #include <vector>
 
+#include "core/sequence.h"
 #include "cpu/team.h"
-#include "sequence.h"
 
 namespace lstm_ext::cpu {
 

@@ -1,11 +1,13 @@
 // The operators on a GPU: tensors in, launches out.
+#include "ops/cell.h"
+
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include "cuda/kernels.h"
 #include "cuda/tensors.h"
-#include "ops.h"
+#include "ops/composite.h"
 
 namespace lstm_ext::cuda {
 namespace {

@@ -11,7 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "step_order.h"
+#include "core/step_order.h"
 
 namespace lstm_ext::cuda {
 

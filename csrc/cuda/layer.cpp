@@ -1,4 +1,6 @@
 // The layer's operators on a GPU: tensors in, launches out.
+#include "ops/layer.h"
+
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
@@ -10,10 +12,10 @@
 
 #include <vector>
 
+#include "core/sequence.h"
 #include "cuda/kernels.h"
 #include "cuda/tensors.h"
-#include "layer_ops.h"
-#include "sequence.h"
+#include "ops/composite.h"
 
 namespace lstm_ext::cuda {
 namespace {

@@ -1,4 +1,6 @@
 // Differentiation of the layer's operators; see autograd.cpp for why the node is our own.
+#include "ops/layer.h"
+
 #include <ATen/ops/clone.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -7,9 +9,9 @@
 
 #include <mutex>
 
-#include "layer_ops.h"
-#include "node_compat.h"
-#include "recorded_node.h"
+#include "autograd/node_compat.h"
+#include "autograd/recorded_node.h"
+#include "ops/composite.h"
 
 namespace lstm_ext {
 namespace {

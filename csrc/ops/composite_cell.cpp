@@ -12,8 +12,9 @@
 
 #include <vector>
 
-#include "ops.h"
-#include "path_log.h"
+#include "core/path_log.h"
+#include "ops/cell.h"
+#include "ops/composite.h"
 
 namespace lstm_ext {
 namespace composite {

@@ -7,8 +7,8 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include "layer_ops.h"
-#include "ops.h"
+#include "ops/cell.h"
+#include "ops/layer.h"
 
 namespace lstm_ext {
 namespace {

@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "layer_ops.h"
-#include "step_order.h"
+#include "core/step_order.h"
+#include "ops/layer.h"
 
 namespace lstm_ext {
 

@@ -1,6 +1,8 @@
 // Differentiation of the operators. A node of our own rather than torch::autograd::Function:
 // the latter is refused under every torch.func transform and costs more per call
 // (docs/architecture.md has the figures).
+#include "ops/cell.h"
+
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/anomaly_mode.h>
@@ -14,9 +16,9 @@
 #include <mutex>
 #include <typeinfo>
 
-#include "node_compat.h"
-#include "ops.h"
-#include "recorded_node.h"
+#include "autograd/node_compat.h"
+#include "autograd/recorded_node.h"
+#include "ops/composite.h"
 
 namespace lstm_ext {
 namespace {

@@ -16,8 +16,8 @@
 #include <utility>
 #include <vector>
 
-#include "autograd_inputs.h"
-#include "ops.h"
+#include "autograd/inputs.h"
+#include "ops/cell.h"
 
 namespace lstm_ext {
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cell_math.h"
+#include "core/cell_math.h"
 
 namespace lstm_ext {
 

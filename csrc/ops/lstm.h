@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "layer_ops.h"
+#include "ops/layer.h"
 
 namespace lstm_ext {
 

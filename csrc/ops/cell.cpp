@@ -1,11 +1,11 @@
 // What the operators check, and where the cell goes that is not fusable.
-#include "ops.h"
+#include "ops/cell.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/lstm_cell.h>
 #include <torch/library.h>
 
-#include "path_log.h"
+#include "core/path_log.h"
 
 namespace lstm_ext {
 

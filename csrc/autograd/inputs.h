@@ -6,7 +6,7 @@
 #include <optional>
 #include <utility>
 
-#include "ops.h"
+#include "ops/cell.h"
 
 namespace lstm_ext {
 

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <utility>
 
-#include "operator.h"
+#include "core/operator.h"
 
 namespace lstm_ext {
 
@@ -162,17 +162,5 @@ bool packed_cell_is_faster(const at::Tensor& input, int64_t H);
 // torch's own cell: it answers for whatever is not fusable, with its result where it has one
 // (complex numbers, sparse input, mixed dtypes) and with its error where it has none.
 CellOutputs torch_lstm_cell(const CellInputs& in);
-
-// The cell in plain tensor operations, differentiable any number of times and forward-mode
-// too. It serves devices without a kernel, forward-mode AD and double backward.
-namespace composite {
-
-CellTrainingOutputs cell_forward(const CellInputs& in);
-// The activated gates [N, 4H] alone.
-at::Tensor cell_gates(const CellInputs& in);
-Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
-                        const CellResults& results, const Wanted& wanted);
-
-}  // namespace composite
 
 }  // namespace lstm_ext

@@ -1,4 +1,4 @@
-#include "lstm.h"
+#include "ops/lstm.h"
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/dropout.h>

@@ -1,4 +1,4 @@
-#include "direct_calls.h"
+#include "python/direct_calls.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
@@ -11,9 +11,9 @@
 
 #include <atomic>
 
-#include "lstm.h"
-#include "module_options.h"
-#include "ops.h"
+#include "ops/cell.h"
+#include "ops/lstm.h"
+#include "python/module_options.h"
 
 namespace py = pybind11;
 

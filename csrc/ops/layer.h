@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "ops.h"
+#include "ops/cell.h"
 
 namespace lstm_ext {
 
@@ -101,6 +101,8 @@ struct lstm_layer_packed : Operator<lstm_layer_packed, LayerOutputs(const Packed
 
 }  // namespace ops
 
+// Whether input, states, weights and biases fit each other, whatever the number of steps.
+bool sizes_fit(const LayerInputs& in);
 // Whether the fused kernels take these tensors.
 bool fusable(const LayerInputs& in);
 // Raises an error that says what is wrong with batch_sizes or reset.
@@ -113,21 +115,6 @@ void check_backward(const LayerOutputGradients& grads, const LayerInputs& in,
                     const LayerResults& results);
 // Raises an error unless everything but the weights fits the kernels of packed weights.
 void check_packed_inputs(const LayerInputs& in);
-
-// The layer in plain tensor operations, step by step, differentiable any number of times.
-namespace composite {
-
-LayerTrainingOutputs layer_forward(const LayerInputs& in);
-// Its first three results.
-LayerOutputs layer(const LayerInputs& in);
-// The first rows of h or c, with zeros in those that time t starts anew.
-at::Tensor reset_to_zero(const at::Tensor& state, const LayerInputs& in, int64_t t);
-// Gradients of the first seven. The forward is run anew, so that they are differentiable too: the
-// results are only checked.
-Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
-                         const LayerResults& results, const Wanted& wanted);
-
-}  // namespace composite
 
 // While it lives, the output of a layer is not seen by a user, who could change it in place before
 // backward: this thread's calls of the layer need not copy it for backward.
