@@ -57,7 +57,7 @@ _C = load()
 
 
 # The operators themselves, and the short way to some, which returns None for what it leaves to
-# the operator: see csrc/direct_calls.h.
+# the operator: see csrc/python/direct_calls.h.
 lstm_cell = torch.ops.lstm_ext.lstm_cell
 lstm = torch.ops.lstm_ext.lstm
 lstm_layer = torch.ops.lstm_ext.lstm_layer

@@ -4,7 +4,7 @@ Where only inputs and states are batched, the new dimension joins the batch of o
 weights batched as well (an ensemble), or their gradients, the cell is computed in batched tensor
 operations by :mod:`lstm_ext.reference`'s formulas, and the layer, a large operation, by one fused
 call for each. Gradients of ``torch.func.grad``, which can be differentiated again, come from tensor
-operations in any case (csrc/composite.cpp), and those need no rule.
+operations in any case (csrc/ops/composite_cell.cpp), and those need no rule.
 
 B is the size of the dimension that vmap adds, and comes first in every tensor here.
 """
