@@ -2,7 +2,7 @@
 
 What a module is called with is read once, here, as :class:`torch.nn.LSTM` reads it: its options,
 its weights, the input and the states. The module, the frozen module and the trace use nothing else;
-csrc/python/direct_calls.cpp reads the same for the most usual calls, and hands all others over to this.
+csrc/python/direct_calls.cpp reads the same for the most usual calls, and hands over the others.
 """
 
 from __future__ import annotations
