@@ -12,6 +12,9 @@
 
 namespace lstm_ext {
 
+// The numbers of batch_sizes, dense: of the tensor that transforms of torch.func have wrapped.
+at::Tensor plain_batch_sizes(const at::Tensor& batch_sizes);
+
 // Rows of all steps, S of them, lie one step after the other in order of time; within a step, the
 // longest sequences come first.
 class Sequence {

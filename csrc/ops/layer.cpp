@@ -5,6 +5,8 @@
 
 #include <vector>
 
+#include "core/sequence.h"
+
 namespace lstm_ext {
 
 namespace {
@@ -37,7 +39,7 @@ void check_sequence(const LayerInputs& in) {
     TORCH_CHECK(sizes.numel() <= in.input.size(0),
                 "a packed input must have as many rows as batch_sizes adds up to, at least ",
                 sizes.numel(), ", got shape ", in.input.sizes());
-    const at::Tensor dense = sizes.contiguous();
+    const at::Tensor dense = plain_batch_sizes(sizes);
     const auto* size = dense.const_data_ptr<int64_t>();
     int64_t sum = 0;
     for (int64_t t = 0; t < dense.numel(); ++t) {
