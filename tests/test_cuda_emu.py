@@ -345,7 +345,7 @@ MUTATIONS = {
     "hidden units out of their places": (
         "layer_backward.cu",
         "part, in_group, hidden - part * units",
-        "hidden % kInUnit, in_group, hidden / kInUnit",
+        "0 * part + hidden % kInUnit, in_group, hidden / kInUnit",
         "none",
     ),
     "gradients through resets": (
