@@ -113,7 +113,8 @@ def extension(with_cuda: bool) -> cpp_extension.CppExtension:
         # Without it the header-only at::parallel_for would run serially, and say nothing.
         cxx.append("-fopenmp")
         link.append("-fopenmp")
-    files = joined(sources("csrc/*.cpp", "csrc/cpu/*.cpp"))
+    folders = ("core", "ops", "autograd", "python", "cpu")
+    files = joined(sources(*(f"csrc/{folder}/*.cpp" for folder in folders)))
     kind = cpp_extension.CppExtension
     if with_cuda:
         cxx.append("-DLSTM_EXT_WITH_CUDA")

@@ -2,7 +2,7 @@
 
 What a module is called with is read once, here, as :class:`torch.nn.LSTM` reads it: its options,
 its weights, the input and the states. The module, the frozen module and the trace use nothing else;
-csrc/direct_calls.cpp reads the same for the most usual calls, and hands all others over to this.
+csrc/python/direct_calls.cpp reads the same for the most usual calls, and hands over the others.
 """
 
 from __future__ import annotations
@@ -381,7 +381,7 @@ def _log_refusal(module: Any, input: Any, hx: Any, reset: Tensor | None) -> None
 
 
 def _why_not_direct(module: Any, data: Tensor, hx: Any, reset: Tensor | None) -> str:
-    """Go through what csrc/direct_calls.cpp and module_options.cpp ask for."""
+    """Go through what csrc/python/direct_calls.cpp and module_options.cpp ask for."""
     parameters = module._parameters
     weights = [parameters.get(name) for name in module._flat_weights_names]
     reasons = {

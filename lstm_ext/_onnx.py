@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
-from torch._ops import OpOverload
 
 from lstm_ext import _ops, reference
 
@@ -43,64 +42,53 @@ def _refuse_packed_weights(*_: Any, **__: Any) -> NoReturn:
 # Without a table of translations.
 
 
-def _decomposition(op: OpOverload, fake: Callable[..., Any]) -> Callable[..., Any]:
+def _decomposition(
+    name: str, rule: Callable[[Any], Any]
+) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
     """Register what the ONNX exporter does with an operator.
 
     Where a decomposition stands, fake tensors use it in place of the operator's fake rule, unless
     they find a rule in the table "meta".
     """
+    op, make = getattr(torch.ops.lstm_ext, name).default, _ops.arguments_of(name)
 
-    def rule(*arguments: Any) -> Any:
-        _ops.keep_whole(op._schema.name)
-        return fake(*arguments)
+    def fake(*arguments: Any) -> Any:
+        _ops.keep_whole(f"lstm_ext::{name}")
+        return rule(make(*arguments))
 
-    register_decomposition(op, type="meta")(rule)
-    return register_decomposition(op)
+    def register(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        register_decomposition(op, type="meta")(fake)
+        register_decomposition(op)(lambda *arguments: function(make(*arguments)))
+        return function
 
-
-@_decomposition(_ops.lstm_cell.default, _ops._cell_states)
-def _decompose_cell(
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return reference.states(reference.gates(input, hx, w_ih, w_hh, b_ih, b_hh), cx)
+    return register
 
 
-@_decomposition(_ops.lstm_layer.default, lambda *a: _ops._layer_results(*a)[:3])
-def _decompose_layer(
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-) -> Any:
+@_decomposition("lstm_cell", _ops.cell_states)
+def _decompose_cell(a: Any) -> tuple[Tensor, Tensor]:
+    return reference.states(reference.gates(a.input, a.hx, a.w_ih, a.w_hh, a.b_ih, a.b_hh), a.cx)
+
+
+@_decomposition("lstm_layer", _ops.layer_states)
+def _decompose_layer(a: Any) -> Any:
     if not torch.onnx.is_in_onnx_export():
         return NotImplemented  # which leaves the operator as it is
-    _check(batch_sizes, reset)
-    (L, N), H = input.shape[:2], w_hh.shape[1]
-    biases = [_onnx_order(b) for b in (b_ih, b_hh) if b is not None]
+    _check(a.batch_sizes, a.reset)
+    (L, N), H = a.input.shape[:2], a.w_hh.shape[1]
+    biases = [_onnx_order(b) for b in (a.b_ih, a.b_hh) if b is not None]
     if len(biases) == 1:
         biases.append(torch.zeros_like(biases[0]))  # ONNX adds two, or none
     bias = torch.cat(biases, 1) if biases else None
+    weights = _onnx_order(a.w_ih), _onnx_order(a.w_hh)
     output, h, c = torch.onnx.ops.symbolic_multi_out(
         "LSTM",
-        (input, _onnx_order(w_ih), _onnx_order(w_hh), bias, None, hx[None], cx[None]),
-        {"hidden_size": H, "direction": "reverse" if reverse else "forward"},
-        dtypes=[input.dtype] * 3,
+        (a.input, *weights, bias, None, a.hx[None], a.cx[None]),
+        {"hidden_size": H, "direction": "reverse" if a.reverse else "forward"},
+        dtypes=[a.input.dtype] * 3,
         shapes=[(L, 1, N, H), (1, N, H), (1, N, H)],
     )
     # torch's stand-in for an ONNX operator gives tensors on the CPU.
-    return tuple(t.to(input.device) for t in (output.squeeze(1), h.squeeze(0), c.squeeze(0)))
+    return tuple(t.to(a.input.device) for t in (output.squeeze(1), h.squeeze(0), c.squeeze(0)))
 
 
 def _onnx_order(weight: Tensor) -> Tensor:
@@ -110,11 +98,8 @@ def _onnx_order(weight: Tensor) -> Tensor:
     return torch.cat([weight[:H], weight[3 * H :], weight[H : 3 * H]]).unsqueeze(0)
 
 
-@_decomposition(
-    _ops.lstm_layer_packed.default,
-    lambda x, h, c, *_: (x.new_empty(*x.shape[:-1], h.shape[1]), h.clone(), c.clone()),
-)
-def _decompose_packed_layer(*_: Any) -> Any:
+@_decomposition("lstm_layer_packed", _ops.layer_states)
+def _decompose_packed_layer(_: Any) -> Any:
     return _refuse_packed_weights() if torch.onnx.is_in_onnx_export() else NotImplemented
 
 
@@ -218,6 +203,7 @@ def onnx_translations() -> dict[Any, Translation]:
         )
         return op.Unsqueeze(op.Concat(i, o, fg, axis=0), [0])
 
+    # The exporter reads these functions' signatures.
     def lstm_layer(
         input: Any, hx: Any, cx: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any,
         batch_sizes: Any, reset: Any, reverse: Any,

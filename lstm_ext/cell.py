@@ -75,7 +75,7 @@ class LSTMCell(nn.LSTMCell):
             _backend.log_path("LSTMCell", input, f"not the direct call: {reason}")
 
     def _why_not_direct(self, input: Tensor, hx: object) -> str:
-        """Go through what csrc/direct_calls.cpp and module_options.cpp ask for."""
+        """Go through what csrc/python/direct_calls.cpp and module_options.cpp ask for."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         reasons = {
             "a single sample": input.dim() == 1,

@@ -247,8 +247,8 @@ __device__ inline void multiply(const Plan& plan, const WarpShare& share,
     }
 }
 
-__device__ inline int64_t time_of(const Sequence& sequence, int64_t step) {
-  return sequence.reverse ? sequence.L - 1 - step : step;
+__device__ inline int64_t time_of(const DeviceSequence& sequence, int64_t step) {
+  return time_of_step(step, sequence.L, sequence.reverse);
 }
 
 // The rows of a step: how many there are before them in memory, and the end of a block's own, which
@@ -257,7 +257,7 @@ struct StepRows {
   int64_t before, end;
 };
 
-__device__ inline StepRows rows_of(const Sequence& sequence, int64_t step, int64_t end_row) {
+__device__ inline StepRows rows_of(const DeviceSequence& sequence, int64_t step, int64_t end_row) {
   if (step < 0 || step >= sequence.L) return {0, 0};
   const int64_t t = time_of(sequence, step);
   if (sequence.offsets == nullptr) return {t * sequence.N, end_row};
@@ -265,7 +265,7 @@ __device__ inline StepRows rows_of(const Sequence& sequence, int64_t step, int64
   return {before, min(end_row, sequence.offsets[t + 1] - before)};
 }
 
-__device__ inline bool is_reset(const Sequence& sequence, int64_t step, int64_t row) {
+__device__ inline bool is_reset(const DeviceSequence& sequence, int64_t step, int64_t row) {
   if (sequence.reset == nullptr || step >= sequence.L) return false;
   return sequence.reset[time_of(sequence, step) * sequence.N + row];
 }

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using T = typename Tile::T;
   using S = typename Tile::S;
   LSTM_EXT_DYNAMIC_SHARED(unsigned char, shared);
-  const Sequence& sequence = layer.sequence;
+  const DeviceSequence& sequence = layer.sequence;
   const int H = layer.H, units = plan.units, stride = plan.weight_stride;
   T* const weights = reinterpret_cast<T*>(shared);  // [4][units][stride]
   S* const biases = reinterpret_cast<S*>(weights + size_t{kGates} * units * stride);  // [4][units]

@@ -1,4 +1,4 @@
 // Compiled as one: most of the time goes to torch's headers (setup.py).
-#include "autocast.cpp"
-#include "autograd.cpp"
-#include "layer_autograd.cpp"
+#include "autograd/cell.cpp"
+#include "autograd/layer.cpp"
+#include "ops/autocast.cpp"

@@ -168,7 +168,7 @@ struct Steps {
   const std::vector<char> reset;
   Buffer<int64_t> offsets_there;
   Buffer<bool> reset_there;
-  const Sequence sequence;
+  const DeviceSequence sequence;
 };
 
 // Errors of one step go into the next, but fade.

@@ -1,4 +1,4 @@
-#include "module_options.h"
+#include "python/module_options.h"
 
 #include <torch/csrc/autograd/python_variable.h>
 

@@ -12,8 +12,9 @@
 
 #include <vector>
 
-#include "ops.h"
-#include "path_log.h"
+#include "core/path_log.h"
+#include "ops/cell.h"
+#include "ops/composite.h"
 
 namespace lstm_ext {
 namespace composite {
@@ -42,10 +43,11 @@ void check_inputs(const CellInputs& in) {
   const auto has_memory = [](const at::Tensor& t) {
     return t.layout() == at::kStrided && !at::isTensorSubclassLike(t);
   };
-  for (const at::Tensor* t : {&in.input, &in.hx, &in.cx, &in.w_ih, &in.w_hh})
-    if (has_memory(*t)) check_allocated(*t);
-  for (const auto* bias : {&in.b_ih, &in.b_hh})
-    if (defined(*bias) && has_memory(**bias)) check_allocated(**bias);
+  for_each_tensor(
+      [&](const at::Tensor& t) {
+        if (has_memory(t)) check_allocated(t);
+      },
+      in);
 }
 
 // Of [N, 4H]: four times [N, H].
@@ -71,67 +73,39 @@ CellTrainingOutputs cell_forward(const CellInputs& in) {
   return {std::move(hy), std::move(cy), std::move(gates)};
 }
 
-CellGradients cell_backward(const std::optional<at::Tensor>& grad_hy,
-                            const std::optional<at::Tensor>& grad_cy, const CellInputs& in,
-                            const at::Tensor& gates, CellGradientMask mask) {
+Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
+                        const CellResults& results, const Wanted& wanted) {
   check_inputs(in);
-  check_given(gates, "gates");
-  check_backward_sizes(grad_hy, grad_cy, in.hx, gates);
-  const auto quarter = quarters(gates);
+  check_given(results.gates, "gates");
+  check_backward_sizes(grads, in.hx, results);
+  const auto quarter = quarters(results.gates);
   const at::Tensor &i = quarter[0], &f = quarter[1], &g = quarter[2], &o = quarter[3];
   const at::Tensor tanh_c = (f * in.cx + i * g).tanh();
-  const at::Tensor grad_h = defined(grad_hy) ? *grad_hy : at::zeros_like(tanh_c);
+  const at::Tensor grad_h = defined(grads.hy) ? *grads.hy : at::zeros_like(tanh_c);
   at::Tensor grad_state = grad_h * o * (1 - tanh_c * tanh_c);
-  if (defined(grad_cy)) grad_state = grad_state + *grad_cy;
+  if (defined(grads.cy)) grad_state = grad_state + *grads.cy;
   const at::Tensor grad_gates =
       at::cat({grad_state * g * i * (1 - i), grad_state * in.cx * f * (1 - f),
                grad_state * i * (1 - g * g), grad_h * tanh_c * o * (1 - o)},
               1);
-  const auto [want_input, want_hx, want_cx, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = mask;
-  at::Tensor grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh;
-  if (want_input) grad_input = grad_gates.mm(in.w_ih);
-  if (want_hx) grad_hx = grad_gates.mm(in.w_hh);
-  if (want_cx) grad_cx = grad_state * f;
-  if (want_w_ih) grad_w_ih = grad_gates.t().mm(in.input);
-  if (want_w_hh) grad_w_hh = grad_gates.t().mm(in.hx);
-  if (want_b_ih) grad_b_ih = grad_gates.sum(0);
-  if (want_b_hh) grad_b_hh = grad_gates.sum(0);
-  return {grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh};
+  Gradients to;
+  if (wanted.input) to.input = grad_gates.mm(in.w_ih);
+  if (wanted.hx) to.hx = grad_gates.mm(in.w_hh);
+  if (wanted.cx) to.cx = grad_state * f;
+  if (wanted.w_ih) to.w_ih = grad_gates.t().mm(in.input);
+  if (wanted.w_hh) to.w_hh = grad_gates.t().mm(in.hx);
+  if (wanted.b_ih) to.b_ih = grad_gates.sum(0);
+  if (wanted.b_hh) to.b_hh = grad_gates.sum(0);
+  return to;
 }
 
-namespace {
-
-CellOutputs lstm_cell(const at::Tensor& input, const at::Tensor& hx, const at::Tensor& cx,
-                      const at::Tensor& w_ih, const at::Tensor& w_hh,
-                      const std::optional<at::Tensor>& b_ih,
-                      const std::optional<at::Tensor>& b_hh) {
-  return torch_lstm_cell({input, hx, cx, w_ih, w_hh, b_ih, b_hh});
-}
-
-CellTrainingOutputs lstm_cell_forward(const at::Tensor& input, const at::Tensor& hx,
-                                      const at::Tensor& cx, const at::Tensor& w_ih,
-                                      const at::Tensor& w_hh, const std::optional<at::Tensor>& b_ih,
-                                      const std::optional<at::Tensor>& b_hh) {
-  return cell_forward({input, hx, cx, w_ih, w_hh, b_ih, b_hh});
-}
-
-CellGradients lstm_cell_backward(const std::optional<at::Tensor>& grad_hy,
-                                 const std::optional<at::Tensor>& grad_cy, const at::Tensor& input,
-                                 const at::Tensor& hx, const at::Tensor& cx, const at::Tensor& w_ih,
-                                 const at::Tensor& w_hh, const std::optional<at::Tensor>& b_ih,
-                                 const std::optional<at::Tensor>& b_hh, const at::Tensor& gates,
-                                 CellGradientMask mask) {
-  return cell_backward(grad_hy, grad_cy, {input, hx, cx, w_ih, w_hh, b_ih, b_hh}, gates, mask);
-}
-
-}  // namespace
 }  // namespace composite
 
 // Every backend that has no kernel of its own.
 TORCH_LIBRARY_IMPL(lstm_ext, CompositeExplicitAutograd, m) {
-  m.impl("lstm_cell", composite::lstm_cell);
-  m.impl("lstm_cell_forward", composite::lstm_cell_forward);
-  m.impl("lstm_cell_backward", composite::lstm_cell_backward);
+  ops::lstm_cell::implement<torch_lstm_cell>(m);
+  ops::lstm_cell_forward::implement<composite::cell_forward>(m);
+  ops::lstm_cell_backward::implement<composite::cell_backward>(m);
 }
 
 }  // namespace lstm_ext

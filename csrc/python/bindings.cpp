@@ -4,7 +4,7 @@
 #include <torch/version.h>
 
 #include "cpu/kernels.h"
-#include "direct_calls.h"
+#include "python/direct_calls.h"
 
 namespace py = pybind11;
 

@@ -1,6 +1,8 @@
 // Differentiation of the operators. A node of our own rather than torch::autograd::Function:
 // the latter is refused under every torch.func transform and costs more per call
 // (docs/architecture.md has the figures).
+#include "ops/cell.h"
+
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/anomaly_mode.h>
@@ -14,9 +16,9 @@
 #include <mutex>
 #include <typeinfo>
 
-#include "node_compat.h"
-#include "ops.h"
-#include "recorded_node.h"
+#include "autograd/node_compat.h"
+#include "autograd/recorded_node.h"
+#include "ops/composite.h"
 
 namespace lstm_ext {
 namespace {
@@ -24,8 +26,6 @@ namespace {
 using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-
-Tensor or_undefined(const std::optional<Tensor>& tensor) { return tensor.value_or(Tensor()); }
 
 // The mutex of another node, by which AccumulateGrad too guards the .grad that it writes.
 struct NodeMutex : public torch::autograd::Node {
@@ -86,7 +86,9 @@ class ExistingGradients {
     for (const auto& tensor : tensors_)
       if (defined(tensor) && memory.overlaps(memory_of(*tensor))) usable_ = false;
   }
-  const CellParameterGradients& tensors() const { return tensors_; }
+  ParameterGradients tensors() const {
+    return {tensors_[0], tensors_[1], tensors_[2], tensors_[3]};
+  }
 
   // Runs write() while no other thread writes these .grad tensors, and marks them as changed.
   template <class Write>
@@ -102,7 +104,7 @@ class ExistingGradients {
   }
 
  private:
-  CellParameterGradients tensors_;
+  std::array<std::optional<Tensor>, kCellParameters> tensors_;
   std::array<torch::autograd::Node*, kCellParameters> nodes_ = {};
   std::array<std::mutex, kCellParameters> unused_;
   bool any_ = false, usable_ = false;
@@ -119,134 +121,110 @@ bool products_apart(const CellInputs& in) {
   return numbers.has_value() && *numbers >= large;
 }
 
-CellGradients backward_with_products_apart(const std::optional<Tensor>& grad_hy,
-                                           const std::optional<Tensor>& grad_cy,
-                                           const CellInputs& in, const Tensor& gates,
-                                           CellGradientMask mask) {
-  const CellGradientMask states = {mask[0], mask[1], mask[2]};
-  mask[0] = mask[1] = mask[2] = false;
-  CellGradients out = composite::cell_backward(grad_hy, grad_cy, in, gates, mask);
-  std::tie(std::get<0>(out), std::get<1>(out), std::get<2>(out), std::ignore, std::ignore,
-           std::ignore, std::ignore) = call_lstm_cell_backward(grad_hy, grad_cy, in, gates, states);
+Gradients backward_with_products_apart(const CellOutputGradients& grads, const CellInputs& in,
+                                       const CellResults& results, const Wanted& wanted) {
+  Wanted states = wanted, parameters = wanted;
+  states.w_ih = states.w_hh = states.b_ih = states.b_hh = false;
+  parameters.input = parameters.hx = parameters.cx = false;
+  Gradients out = composite::cell_backward(grads, in, results, parameters);
+  Gradients of_states = ops::lstm_cell_backward::call(grads, in, results, states);
+  out.input = std::move(of_states.input);
+  out.hx = std::move(of_states.hx);
+  out.cx = std::move(of_states.cx);
   return out;
 }
 
 // Keeps the inputs and the activated gates; c' is computed anew, so that it may be changed in
 // place after the call, as with torch.nn.LSTMCell.
-struct LSTMCellBackward : public RecordedNode<LSTMCellBackward, kCellInputs + 1> {
+struct LSTMCellBackward : public RecordedNode<LSTMCellBackward, CellInputs, CellResults> {
   std::string name() const override { return "LSTMCellBackward"; }
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(kCellInputs);
     const Kept kept = unpack();
-    const CellGradientMask mask = wanted();
+    const CellInputs in = kept.inputs();
+    const Wanted asked = wanted();
 
-    constexpr int first_parameter = kCellInputs - kCellParameters;
-    ExistingGradients existing(&next_edges()[first_parameter], &mask[first_parameter]);
-    for (int k = 0; k < 5; ++k) existing.keep_apart_from(*kept[k]);  // input, states, weights
+    const bool parameters[] = {asked.w_ih, asked.w_hh, asked.b_ih, asked.b_hh};
+    ExistingGradients existing(&next_edges()[kFirstParameter], parameters);
+    for (const Tensor* read : {&in.input, &in.hx, &in.cx, &in.w_ih, &in.w_hh})
+      existing.keep_apart_from(*read);
     for (const Tensor& grad : grads) existing.keep_apart_from(grad);
-    if (!existing.usable()) return gradients(grads, kept, mask, reverse);
+    if (!existing.usable()) return gradients(grads, kept, asked);
     CellStateGradients state;
     existing.update([&] {
       at::AutoDispatchBelowADInplaceOrView guard;
-      state = call_lstm_cell_backward_accumulate(or_none(grads[0]), or_none(grads[1]), inputs(kept),
-                                                 *kept[kCellInputs], existing.tensors(),
-                                                 {mask[0], mask[1], mask[2]});
+      state = ops::lstm_cell_backward_accumulate::call({or_none(grads[0]), or_none(grads[1])}, in,
+                                                       kept.results(), existing.tensors(),
+                                                       {asked.input, asked.hx, asked.cx});
     });
     auto& [d_input, d_hx, d_cx] = state;
     return {std::move(d_input), std::move(d_hx), std::move(d_cx), {}, {}, {}, {}};
   }
 
   static variable_list gradients(const variable_list& grads, const Kept& kept,
-                                 CellGradientMask mask, bool /*reverse*/) {
+                                 const Wanted& wanted) {
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(kCellInputs);
-    const CellInputs in = inputs(kept);
-    const std::optional<Tensor> grad_hy = or_none(grads[0]), grad_cy = or_none(grads[1]);
-    const Tensor& gates = *kept[kCellInputs];
-    return as_list(products_apart(in)
-                       ? backward_with_products_apart(grad_hy, grad_cy, in, gates, mask)
-                       : call_lstm_cell_backward(grad_hy, grad_cy, in, gates, mask));
-  }
-
- private:
-  static CellInputs inputs(const Kept& kept) {
-    return {*kept[0], *kept[1], *kept[2], *kept[3], *kept[4], kept[5], kept[6]};
+    const CellInputs in = kept.inputs();
+    const std::optional<Tensor> hy = or_none(grads[0]), cy = or_none(grads[1]);
+    const auto backward =
+        products_apart(in) ? backward_with_products_apart : ops::lstm_cell_backward::call;
+    return as_list(backward({hy, cy}, in, kept.results(), wanted));
   }
 };
 
 CellTrainingOutputs forward_with_graph(const CellInputs& in) {
   auto node = make_node<LSTMCellBackward>();
-  const Tensor b_ih = or_undefined(in.b_ih), b_hh = or_undefined(in.b_hh);
-  node->set_next_edges(
-      torch::autograd::collect_next_edges(in.input, in.hx, in.cx, in.w_ih, in.w_hh, b_ih, b_hh));
+  node->set_next_edges(edges_to(in));
   CellTrainingOutputs out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    out = call_lstm_cell_forward(in);
+    out = ops::lstm_cell_forward::call(in);
   }
-  node->saved = {SavedVariable(in.input, false), SavedVariable(in.hx, false),
-                 SavedVariable(in.cx, false),    SavedVariable(in.w_ih, false),
-                 SavedVariable(in.w_hh, false),  SavedVariable(b_ih, false),
-                 SavedVariable(b_hh, false),     SavedVariable(std::get<2>(out), false)};
-  node->biases = {b_ih, b_hh};
-  torch::autograd::set_history(std::get<0>(out), node);
-  torch::autograd::set_history(std::get<1>(out), node);
+  auto& [hy, cy, gates] = out;
+  node->keep(in, {gates});
+  torch::autograd::set_history(hy, node);
+  torch::autograd::set_history(cy, node);
   return out;
 }
 
-CellOutputs lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
-                      const Tensor& w_hh, const std::optional<Tensor>& b_ih,
-                      const std::optional<Tensor>& b_hh) {
-  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
+CellOutputs lstm_cell(const CellInputs& in) {
   const bool forward_ad = has_forward_grad(in);
   if (!forward_ad && !requires_grad(in)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return call_lstm_cell(in);
+    return ops::lstm_cell::call(in);
   }
   if (!fusable(in)) return torch_lstm_cell(in);
   auto [hy, cy, gates] = forward_ad ? composite::cell_forward(in) : forward_with_graph(in);
   return {std::move(hy), std::move(cy)};
 }
 
-CellTrainingOutputs lstm_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
-                                      const Tensor& w_ih, const Tensor& w_hh,
-                                      const std::optional<Tensor>& b_ih,
-                                      const std::optional<Tensor>& b_hh) {
-  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
+CellTrainingOutputs lstm_cell_forward(const CellInputs& in) {
   if (has_forward_grad(in)) return composite::cell_forward(in);
   if (requires_grad(in)) return forward_with_graph(in);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return call_lstm_cell_forward(in);
+  return ops::lstm_cell_forward::call(in);
 }
 
 // Double backward and forward-over-reverse: the backward in plain operations, with the gates
 // computed anew from the inputs so that they are differentiable too.
-CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
-                                 const std::optional<Tensor>& grad_cy, const Tensor& input,
-                                 const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
-                                 const Tensor& w_hh, const std::optional<Tensor>& b_ih,
-                                 const std::optional<Tensor>& b_hh, const Tensor& gates,
-                                 CellGradientMask mask) {
-  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
-  const bool differentiable = requires_grad(in) ||
-                              torch::autograd::compute_requires_grad(grad_hy, grad_cy) ||
-                              has_forward_grad(in) || torch::autograd::isFwGradDefined(grad_hy) ||
-                              torch::autograd::isFwGradDefined(grad_cy);
-  if (differentiable) {
-    check_backward_sizes(grad_hy, grad_cy, hx, gates);
-    return composite::cell_backward(grad_hy, grad_cy, in, composite::cell_gates(in), mask);
+Gradients lstm_cell_backward(const CellOutputGradients& grads, const CellInputs& in,
+                             const CellResults& results, const Wanted& wanted) {
+  if (requires_grad(in, grads) || has_forward_grad(in, grads)) {
+    check_backward_sizes(grads, in.hx, results);
+    return composite::cell_backward(grads, in, {composite::cell_gates(in)}, wanted);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return call_lstm_cell_backward(grad_hy, grad_cy, in, gates, mask);
+  return ops::lstm_cell_backward::call(grads, in, results, wanted);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lstm_ext, Autograd, m) {
-  m.impl("lstm_cell", lstm_cell);
-  m.impl("lstm_cell_forward", lstm_cell_forward);
-  m.impl("lstm_cell_backward", lstm_cell_backward);
+  ops::lstm_cell::implement<lstm_cell>(m);
+  ops::lstm_cell_forward::implement<lstm_cell_forward>(m);
+  ops::lstm_cell_backward::implement<lstm_cell_backward>(m);
 }
 
 }  // namespace lstm_ext

@@ -17,6 +17,10 @@ struct Target {
   static Target fresh(bool wanted, const Tensor& like) {
     return {wanted ? empty(like.sizes(), like.scalar_type()) : Tensor(), false};
   }
+  // Of a bias, by the weight [4H, H] that goes with it.
+  static Target bias(bool wanted, const Tensor& weight) {
+    return {wanted ? empty({weight.size(0)}, weight.scalar_type()) : Tensor(), false};
+  }
   static Target existing(const std::optional<Tensor>& tensor) {
     return {tensor.value_or(Tensor()), true};
   }
@@ -25,7 +29,7 @@ struct Target {
 // The gradients of the gates [N, 4H] as the left factors of the products, made when asked for.
 class GateFactors {
  public:
-  GateFactors(const CellKernels& kernels, Tensor grad_gates)
+  GateFactors(const ProductKernels& kernels, Tensor grad_gates)
       : kernels_(kernels), grad_gates_(std::move(grad_gates)) {}
   int64_t N() const { return grad_gates_.size(0); }
   int64_t gates() const { return grad_gates_.size(1); }
@@ -33,7 +37,7 @@ class GateFactors {
   // Fills in args.a, which lives as long as this, for a product with the gradients or, transposed,
   // with their transpose.
   void left(bool transposed, ProductArgs& args) {
-    const bool pairs = kernels_.pair_rows && kernels_.product_packs(args.rows, args.depth);
+    const bool pairs = kernels_.pair_rows && kernels_.packs(args.rows, args.depth);
     const Tensor& a = !pairs ? grad_gates_ : transposed ? row_pairs() : halves();
     args.a = a.const_data_ptr();
     args.a_row_stride = transposed ? 1 : pairs ? gates() / 2 : gates();
@@ -57,7 +61,7 @@ class GateFactors {
     return row_pairs_;
   }
 
-  const CellKernels& kernels_;
+  const ProductKernels& kernels_;
   const Tensor grad_gates_;
   Tensor halves_, row_pairs_;
 };
@@ -65,7 +69,7 @@ class GateFactors {
 // Matrix products that run side by side in one parallel region.
 class Products {
  public:
-  Products(const CellKernels& kernels, GateFactors& factors)
+  Products(const ProductKernels& kernels, GateFactors& factors)
       : kernels_(kernels), factors_(factors) {}
 
   // target = or += the gates' gradients, or their transpose, times b, which outlives this.
@@ -85,7 +89,7 @@ class Products {
     args.depth = depth;
     factors_.left(transposed, args);
     args.b = operands_[count_]->const_data_ptr();
-    parts_[count_] = kernels_.product_parts(rows, depth, columns);
+    parts_[count_] = kernels_.parts(rows, depth, columns);
     if (parts_[count_] > 1)
       terms_[count_] =
           empty({parts_[count_], rows, columns}, compute_type(target.tensor.scalar_type()));
@@ -95,14 +99,14 @@ class Products {
     args.threads = at::get_num_threads();
     args.b_tail = tail.defined() ? tail.const_data_ptr() : nullptr;
     args.tail_row = b.size(0);
-    tasks_[count_] = kernels_.product_tasks(args);
+    tasks_[count_] = kernels_.tasks(args);
     work_ += rows * columns * (depth + 4);
     ++count_;
   }
 
   // Whether a product with the transposed gradients takes b in two pieces.
   bool takes_pieces() const {
-    return !kernels_.pair_rows && kernels_.product_packs(factors_.gates(), factors_.N());
+    return !kernels_.pair_rows && kernels_.packs(factors_.gates(), factors_.N());
   }
 
   // Every thread takes its share of each product: their tasks differ in size.
@@ -112,7 +116,7 @@ class Products {
     cpu::run(shares, work_, [&](int64_t first, int64_t last) {
       for (int p = 0; p < count_; ++p) {
         const int64_t from = tasks_[p] * first / shares, to = tasks_[p] * last / shares;
-        if (from < to) kernels_.product(args_[p], from, to);
+        if (from < to) kernels_.run(args_[p], from, to);
       }
     });
     for (int p = 0; p < count_; ++p)
@@ -123,7 +127,7 @@ class Products {
 
  private:
   static constexpr int kMost = 4;
-  const CellKernels& kernels_;
+  const ProductKernels& kernels_;
   GateFactors& factors_;
   std::array<c10::MaybeOwned<Tensor>, kMost> operands_;
   std::array<ProductArgs, kMost> args_;

@@ -7,8 +7,8 @@
 #include <array>
 #include <optional>
 
-#include "lstm.h"
-#include "ops.h"
+#include "ops/cell.h"
+#include "ops/lstm.h"
 
 namespace lstm_ext {
 

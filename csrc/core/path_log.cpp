@@ -1,4 +1,4 @@
-#include "path_log.h"
+#include "core/path_log.h"
 
 #include <cstdlib>
 #include <iostream>

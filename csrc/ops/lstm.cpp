@@ -1,4 +1,4 @@
-#include "lstm.h"
+#include "ops/lstm.h"
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/dropout.h>
@@ -49,63 +49,52 @@ LayerOutputs run_layers(const LSTMInputs& in, int64_t weights_per_layer, const L
   return {input, at::stack(h_n), at::stack(c_n)};
 }
 
-OptionalTensors to_vector(const c10::List<std::optional<at::Tensor>>& list) {
-  return {list.begin(), list.end()};
+OptionalTensors to_vector(const TensorList& list) { return {list.begin(), list.end()}; }
+
+LayerOutputs lstm_op(const LSTMArguments& in) {
+  return lstm({in.input, in.hx, in.cx, to_vector(in.weights), in.bidirectional, in.dropout,
+               in.batch_sizes, in.reset});
 }
 
-LayerOutputs lstm_op(const at::Tensor& input, const at::Tensor& hx, const at::Tensor& cx,
-                     const c10::List<std::optional<at::Tensor>>& weights, bool bidirectional,
-                     double dropout, Optional batch_sizes, Optional reset) {
-  return lstm({input, hx, cx, to_vector(weights), bidirectional, dropout, batch_sizes, reset});
-}
-
-LayerOutputs lstm_packed_op(const at::Tensor& input, const at::Tensor& hx, const at::Tensor& cx,
-                            const c10::List<std::optional<at::Tensor>>& weights, bool bidirectional,
-                            Optional batch_sizes, Optional reset) {
-  return lstm_packed({input, hx, cx, to_vector(weights), bidirectional, 0, batch_sizes, reset});
+LayerOutputs lstm_packed_op(const PackedLSTMArguments& in) {
+  return lstm_packed({in.input, in.hx, in.cx, to_vector(in.weights), in.bidirectional, 0,
+                      in.batch_sizes, in.reset});
 }
 
 }  // namespace
 
 LayerOutputs lstm(const LSTMInputs& in) {
-  return run_layers(in, kLayerWeights,
-                    [&](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c,
-                        const std::optional<at::Tensor>* w, bool reverse) {
-                      return call_lstm_layer({input, h, c, required(w[0]), required(w[1]), w[2],
-                                              w[3], in.batch_sizes, in.reset, reverse});
-                    });
+  return run_layers(
+      in, kLayerWeights,
+      [&](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c,
+          const std::optional<at::Tensor>* w, bool reverse) {
+        return ops::lstm_layer::call({{input, h, c, required(w[0]), required(w[1]), w[2], w[3]},
+                                      in.batch_sizes,
+                                      in.reset,
+                                      reverse});
+      });
 }
 
 LayerOutputs lstm_packed(const LSTMInputs& in) {
   return run_layers(in, kPackedLayerWeights,
                     [&](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c,
                         const std::optional<at::Tensor>* w, bool reverse) {
-                      return call_lstm_layer_packed(
-                          input, h, c, required(w[0]),
-                          {w[1], w[2], in.batch_sizes, in.reset, reverse});
+                      return ops::lstm_layer_packed::call({input, h, c, required(w[0]), w[1], w[2],
+                                                           in.batch_sizes, in.reset, reverse});
                     });
 }
 
-TORCH_LIBRARY_FRAGMENT(lstm_ext, m) {
-  // All layers and directions: w_ih, w_hh, b_ih, b_hh of each.
-  m.def(
-      "lstm(Tensor input, Tensor hx, Tensor cx, Tensor?[] weights, bool bidirectional, "
-      "float dropout, Tensor? batch_sizes, Tensor? reset) -> (Tensor, Tensor, Tensor)");
-  // The same for inference: packed weights, b_ih, b_hh of each.
-  m.def(
-      "lstm_packed(Tensor input, Tensor hx, Tensor cx, Tensor?[] weights, bool bidirectional, "
-      "Tensor? batch_sizes, Tensor? reset) -> (Tensor, Tensor, Tensor)");
-}
+TORCH_LIBRARY_FRAGMENT(lstm_ext, m) { define<ops::lstm, ops::lstm_packed>(m); }
 
 TORCH_LIBRARY_IMPL(lstm_ext, CompositeImplicitAutograd, m) {
-  m.impl("lstm", lstm_op);
-  m.impl("lstm_packed", lstm_packed_op);
+  ops::lstm::implement<lstm_op>(m);
+  ops::lstm_packed::implement<lstm_packed_op>(m);
 }
 
 // The same under torch.vmap, which asks for it by this name.
 TORCH_LIBRARY_IMPL(lstm_ext, FuncTorchBatchedDecomposition, m) {
-  m.impl("lstm", lstm_op);
-  m.impl("lstm_packed", lstm_packed_op);
+  ops::lstm::implement<lstm_op>(m);
+  ops::lstm_packed::implement<lstm_packed_op>(m);
 }
 
 }  // namespace lstm_ext

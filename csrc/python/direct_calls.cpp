@@ -1,4 +1,4 @@
-#include "direct_calls.h"
+#include "python/direct_calls.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
@@ -11,9 +11,9 @@
 
 #include <atomic>
 
-#include "lstm.h"
-#include "module_options.h"
-#include "ops.h"
+#include "ops/cell.h"
+#include "ops/lstm.h"
+#include "python/module_options.h"
 
 namespace py = pybind11;
 
@@ -68,7 +68,7 @@ PyObject* call_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
                          THPVariable_Unpack(args[4]),
                          b_ih,
                          b_hh};
-  auto [hy, cy] = without_lock(brief(in), [&] { return call_lstm_cell(in); });
+  auto [hy, cy] = without_lock(brief(in), [&] { return ops::lstm_cell::call(in); });
   return wrap(std::move(hy), std::move(cy));
   END_HANDLE_TH_ERRORS
 }
@@ -165,7 +165,7 @@ PyObject* call_cell_module(PyObject* /*module*/, PyObject* const* args, Py_ssize
     Py_RETURN_NONE;
   }
   const CellInputs in = {input, *h, *c, *(*w)[0], *(*w)[1], (*w)[2], (*w)[3]};
-  auto [hy, cy] = without_lock(brief(in), [&] { return call_lstm_cell(in); });
+  auto [hy, cy] = without_lock(brief(in), [&] { return ops::lstm_cell::call(in); });
   return wrap(std::move(hy), std::move(cy));
   END_HANDLE_TH_ERRORS
 }
@@ -188,15 +188,15 @@ PyObject* call_frozen_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize
         torch::autograd::compute_requires_grad(input, *h, *c))
       Py_RETURN_NONE;
     const CellInputs in = {input, *h, *c, *w_ih, *w_hh, b_ih, b_hh};
-    auto [hy, cy] = without_lock(brief(in), [&] { return call_lstm_cell(in); });
+    auto [hy, cy] = without_lock(brief(in), [&] { return ops::lstm_cell::call(in); });
     return wrap(std::move(hy), std::move(cy));
   }
   const int64_t I = w_ih->size(1), h_sizes[] = {N, H};
   if (!usual(input, I, *h, *c, h_sizes)) Py_RETURN_NONE;
   const bool is_brief = N * 4 * H * (I + H) < kBriefWork;
   auto [output, h_n, c_n] = without_lock(is_brief, [&] {
-    return call_lstm_layer_packed(input.unsqueeze(0), *h, *c, cell->packed,
-                                  {b_ih, b_hh, std::nullopt, std::nullopt, false});
+    return ops::lstm_layer_packed::call(
+        {input.unsqueeze(0), *h, *c, cell->packed, b_ih, b_hh, std::nullopt, std::nullopt, false});
   });
   return wrap(std::move(h_n), std::move(c_n));
   END_HANDLE_TH_ERRORS

@@ -1,4 +1,4 @@
-// The steps of a sequence, and how threads share them.
+// How threads share the steps of a sequence.
 #pragma once
 
 #include <algorithm>
@@ -6,8 +6,8 @@
 #include <memory>
 #include <vector>
 
+#include "core/sequence.h"
 #include "cpu/team.h"
-#include "layer_ops.h"
 
 namespace lstm_ext::cpu {
 
@@ -17,44 +17,36 @@ inline constexpr int64_t kRowsOfAThread = 24;
 // hidden units and one row still gain a quarter.
 inline constexpr int64_t kSharedStepWork = 16 * 1024;
 
-// Where the steps of a padded or packed sequence lie.
-class Sequence {
+// A sequence, and what threads that share its rows ask of it.
+class SharedSequence : public Sequence {
  public:
-  explicit Sequence(const LayerInputs& in) : N_(in.hx.size(0)), offset_(step_offsets(in)) {
+  explicit SharedSequence(const LayerInputs& in) : Sequence(in) {
     // Rows come in order of falling length.
-    length_.assign(N_, L());
+    length_.assign(N(), L());
     if (defined(in.batch_sizes)) {
       int64_t t = L();
-      for (int64_t row = 0; row < N_; ++row) {
+      for (int64_t row = 0; row < N(); ++row) {
         while (t > 0 && rows(t - 1) <= row) --t;
         length_[row] = t;
       }
     }
-    reverse_ = in.reverse;
     if (defined(in.reset)) set_reset(*in.reset);
   }
 
-  int64_t N() const { return N_; }
-  int64_t L() const { return static_cast<int64_t>(offset_.size()) - 1; }
-  int64_t rows() const { return offset_.back(); }
-  int64_t rows(int64_t t) const { return offset_[t + 1] - offset_[t]; }
-  int64_t offset(int64_t t) const { return offset_[t]; }
-  // The time of the s'th step to be computed.
-  int64_t time(int64_t s) const { return reverse_ ? L() - 1 - s : s; }
-  // Rows [N] of the s'th step that start from zero, or null.
-  const bool* reset(int64_t s) const {
-    return reset_ && s < L() ? reset_.get() + time(s) * N_ : nullptr;
+  // Rows [N] of a step that start from zero, or null.
+  const bool* reset(int64_t step) const {
+    return reset_ && step < L() ? reset_.get() + time(step) * N() : nullptr;
   }
   // The step with which a row begins, and the time at which it ends.
-  int64_t first_step(int64_t row) const { return reverse_ ? L() - length(row) : 0; }
-  int64_t last_time(int64_t row) const { return reverse_ ? 0 : length(row) - 1; }
+  int64_t first_step(int64_t row) const { return reverse() ? L() - length(row) : 0; }
+  int64_t last_time(int64_t row) const { return reverse() ? 0 : length(row) - 1; }
   int64_t length(int64_t row) const { return length_[row]; }
 
   // A place to cut the rows so that a part of all steps lies above it.
   int64_t row_at(int64_t part, int64_t parts) const {
-    if (part == parts) return N_;
+    if (part == parts) return N();
     int64_t steps = 0, row = 0;
-    for (; row < N_ && steps * parts < part * rows(); ++row) steps += length(row);
+    for (; row < N() && steps * parts < part * S(); ++row) steps += length(row);
     return row;
   }
 
@@ -62,15 +54,13 @@ class Sequence {
   // A copy that says nothing of rows which have no such step.
   void set_reset(const at::Tensor& reset) {
     const at::Tensor dense = reset.contiguous();
-    reset_ = std::make_unique<bool[]>(L() * N_);
+    reset_ = std::make_unique<bool[]>(L() * N());
     for (int64_t t = 0; t < L(); ++t)
       for (int64_t row = 0; row < rows(t); ++row)
-        reset_[t * N_ + row] = dense.const_data_ptr<bool>()[t * N_ + row];
+        reset_[t * N() + row] = dense.const_data_ptr<bool>()[t * N() + row];
   }
 
-  int64_t N_;
-  bool reverse_;
-  std::vector<int64_t> offset_, length_;
+  std::vector<int64_t> length_;
   std::unique_ptr<bool[]> reset_;
 };
 
@@ -78,7 +68,7 @@ class Sequence {
 struct Share {
   int64_t row, row_end, block, block_end;
 
-  int64_t rows(const Sequence& sequence, int64_t t) const {
+  int64_t rows(const SharedSequence& sequence, int64_t t) const {
     return std::min(sequence.rows(t), row_end) - row;
   }
 };
@@ -89,7 +79,7 @@ struct Cut {
   bool by_rows;
   int64_t shares, blocks;
 
-  Cut(const Sequence& sequence, int64_t H, int64_t all_blocks) : blocks(all_blocks) {
+  Cut(const SharedSequence& sequence, int64_t H, int64_t all_blocks) : blocks(all_blocks) {
     const int64_t N = sequence.N(), threads = team_size();
     const bool worth_it = N * 4 * H * (H + 16) >= kSharedStepWork;
     by_rows = N >= 2 * kRowsOfAThread || blocks < 2 || threads == 1;
@@ -101,7 +91,7 @@ struct Cut {
   // Whether every block is read by one thread alone, who may then pack it for itself.
   bool own_blocks() const { return !by_rows || shares == 1; }
   // The shares from first to last as one.
-  Share share(const Sequence& sequence, int64_t first, int64_t last) const {
+  Share share(const SharedSequence& sequence, int64_t first, int64_t last) const {
     if (by_rows) return {sequence.row_at(first, shares), sequence.row_at(last, shares), 0, blocks};
     return {0, sequence.N(), blocks * first / shares, blocks * last / shares};
   }
