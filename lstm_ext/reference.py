@@ -152,7 +152,7 @@ def lstm(
     """
     h, c = hx
     sizes = [len(h)] * len(input) if batch_sizes is None else batch_sizes.tolist()
-    steps = list(input.unbind()) if batch_sizes is None else list(input.split(sizes))
+    steps = list(input.unbind()) if batch_sizes is None else list(torch.split(input, sizes))
     for t in reversed(range(len(steps))) if reverse else range(len(steps)):
         n = sizes[t]  # the first sequences; the others have ended, or in reverse not begun
         h_t, c_t = h[:n], c[:n]
