@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lstm_ext import _backend, _onnx, _ops
 from lstm_ext.reference import gates, states
+
+Kept = TypeVar("Kept")
 
 
 def lstm_cell(
@@ -160,22 +162,45 @@ def lstm(
             input, h, c, flat, bidirectional, dropout, batch_sizes, reset
         )
         return out
-    directions = 2 if bidirectional else 1
-    states_h, states_c = [], []
+
+    def run(
+        input: Tensor, h: Tensor, c: Tensor, w: LayerWeights, reverse: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        output, h_n, c_n = _layer(
+            input, h, c, w, batch_sizes, reset, reverse, checkpoint_every, reason
+        )
+        return output, (h_n, c_n)
+
+    output, last = run_layers(input, hx, weights, bidirectional, dropout, run)
+    h_n, c_n = zip(*last, strict=True)
+    return output, torch.stack(h_n), torch.stack(c_n)
+
+
+def run_layers(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: Sequence[LayerWeights],
+    bidirectional: bool,
+    dropout: float,
+    run: Callable[[Tensor, Tensor, Tensor, LayerWeights, bool], tuple[Tensor, Kept]],
+) -> tuple[Tensor, list[Kept]]:
+    """Run layers and directions one after the other (csrc/ops/lstm.cpp does the same).
+
+    ``run(input, h, c, weights, reverse)`` runs one, and returns its output and whatever else is to
+    be kept of it. Returns the last output, and what was kept of each.
+    """
+    (h, c), directions = hx, 2 if bidirectional else 1
+    kept: list[Kept] = []
     for k in range(0, len(weights), directions):
         if k > 0 and dropout > 0:
             input = torch.dropout(input, dropout, True)
         outputs = []
         for d in range(directions):
-            output, h_n, c_n = _layer(
-                input, h[k + d], c[k + d], weights[k + d], batch_sizes, reset, d == 1,
-                checkpoint_every, reason,
-            )  # fmt: skip
+            output, of_this = run(input, h[k + d], c[k + d], weights[k + d], d == 1)
             outputs.append(output)
-            states_h.append(h_n)
-            states_c.append(c_n)
+            kept.append(of_this)
         input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-    return input, torch.stack(states_h), torch.stack(states_c)
+    return input, kept
 
 
 def _is_transformed() -> bool:

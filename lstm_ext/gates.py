@@ -18,7 +18,7 @@ from lstm_ext import _backend, _call, _ops
 from lstm_ext._call import States
 from lstm_ext.cell import LSTMCell
 from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell
-from lstm_ext.functional import LayerWeights, layer_in_steps
+from lstm_ext.functional import LayerWeights, layer_in_steps, run_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -242,22 +242,17 @@ def trace_gates(
     if 0 in ready.input.shape:
         module(input, hx)  # raises torch's own error, if that is one
     data, sizes, weights = ready.input, ready.batch_sizes, options.layers()
-    directions = options.directions
-    layers: list[tuple[Tensor, ...]] = []
+
+    def run(
+        input: Tensor, h: Tensor, c: Tensor, w: LayerWeights, reverse: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        layer = _Run(w, sizes, ready.reset, reverse)
+        return layer.in_steps(input, h, c) if differentiable else layer(input, h, c)
+
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        for k in range(0, len(weights), directions):
-            if k > 0 and options.dropout > 0:
-                data = torch.dropout(data, options.dropout, True)
-            outputs = []
-            for d in range(directions):
-                state = ready.hx[0][k + d], ready.hx[1][k + d]
-                run = _Run(weights[k + d], sizes, ready.reset, d == 1)
-                output, tensors = (
-                    run.in_steps(data, *state) if differentiable else run(data, *state)
-                )
-                outputs.append(output)
-                layers.append(tensors)
-            data = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        data, layers = run_layers(
+            data, ready.hx, weights, options.bidirectional, options.dropout, run
+        )
     lengths = None
     if ready.packed is not None:
         order = ready.packed.unsorted_indices
