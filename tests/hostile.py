@@ -16,12 +16,12 @@ import sys
 import warnings
 
 import torch
+from measure import DTYPES
 
 import lstm_ext
 import lstm_ext._C as C
 
 OPS = torch.ops.lstm_ext
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def floats(draw, *shape, dtype=torch.float32):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from layers import OPTIONS, identify, pair
+from measure import DTYPES
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +32,7 @@ def same_count(modules, call):
 
 @pytest.mark.parametrize("wanted", ["parameters", "input", "states"])
 @pytest.mark.parametrize("size", [4, 180])  # within the operator, and as products of their own
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_cell(dtype, size, wanted):
     modules = [p.LSTMCell(3, size, dtype=dtype) for p in (nn, lstm_ext)]
     x, h, c = (torch.randn(2, k, dtype=dtype) for k in (3, size, size))

@@ -6,13 +6,13 @@ import pickle
 import pytest
 import torch
 from layers import identify
+from measure import DTYPES
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_sequence
 
 import lstm_ext
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OPTIONS = [
     {},
     {"num_layers": 2, "dropout": 0.5},

@@ -118,7 +118,8 @@ Gradients lstm_cell_backward(const CellOutputGradients& grads, const CellInputs&
                              const CellResults& results, const Wanted& wanted) {
   if (!fusable(in)) return composite::cell_backward(grads, in, results, wanted);
   check_backward(grads, in.hx, results);
-  check_all_allocated(in, grads, results);
+  check_allocated_for_backward(in);
+  check_all_allocated(grads, results);
   Targets to;
   to.input = Target::fresh(wanted.input, in.input);
   to.hx = Target::fresh(wanted.hx, in.hx);
@@ -172,7 +173,8 @@ CellStateGradients lstm_cell_backward_accumulate(const CellOutputGradients& grad
   TORCH_CHECK(fusable(in),
               "lstm_cell_backward_accumulate: the tensors must be those of lstm_cell_forward");
   check_backward(grads, in.hx, results);
-  check_all_allocated(in, grads, results, sums);
+  check_allocated_for_backward(in);
+  check_all_allocated(grads, results, sums);
   check_sums(sums, grads, in, results);
   Targets to;
   to.input = Target::fresh(mask[0], in.input);

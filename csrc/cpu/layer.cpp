@@ -28,7 +28,8 @@ LayerTrainingOutputs lstm_layer_forward(const LayerInputs& in) {
 Gradients lstm_layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
                               const LayerResults& results, const Wanted& wanted) {
   if (!fusable(in)) return composite::layer_backward(grads, in, results, wanted);
-  check_all_allocated(in, grads, results);
+  check_allocated_for_backward(in);
+  check_all_allocated(in.batch_sizes, in.reset, grads, results);
   check_backward(grads, in, results);
   log_cpu_path("lstm_layer_backward", in.input, in.hx);
   return layer_backward(grads, in, results, wanted);

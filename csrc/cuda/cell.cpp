@@ -82,7 +82,8 @@ Gradients lstm_cell_backward(const CellOutputGradients& grads, const CellInputs&
                              const CellResults& results, const Wanted& wanted) {
   if (!has_kernel(in)) return composite::cell_backward(grads, in, results, wanted);
   check_backward(grads, in.hx, results);
-  check_all_allocated(in, grads, results);
+  check_allocated_for_backward(in);
+  check_all_allocated(grads, results);
   const Tensor& hx = in.hx;
   const OnDevice guard(hx);
   const int64_t N = hx.size(0), H = hx.size(1);

@@ -259,7 +259,8 @@ LayerTrainingOutputs lstm_layer_forward(const LayerInputs& in) {
 Gradients lstm_layer_backward(const LayerOutputGradients& of_outputs, const LayerInputs& in,
                               const LayerResults& results, const Wanted& wanted) {
   if (!has_kernel(in)) return composite::layer_backward(of_outputs, in, results, wanted);
-  check_all_allocated(in, of_outputs, results);
+  check_allocated_for_backward(in);
+  check_all_allocated(in.batch_sizes, in.reset, of_outputs, results);
   check_backward(of_outputs, in, results);
   const Tensor& hx = in.hx;
   const OnDevice guard(hx);

@@ -136,6 +136,11 @@ void check_all_allocated(const Parts&... parts) {
   for_each_tensor([](const at::Tensor& tensor) { check_allocated(tensor); }, parts...);
 }
 
+// The same of what a backward reads of the inputs: of biases nothing, which may be gone by then.
+inline void check_allocated_for_backward(const CellInputs& in) {
+  check_all_allocated(in.input, in.hx, in.cx, in.w_ih, in.w_hh);
+}
+
 // The memory that a strided tensor reaches: by addresses, for one storage may hold several tensors
 // apart, and two storages may lie in the same memory (by way of NumPy).
 struct MemoryRange {
