@@ -198,10 +198,10 @@ def python(code, **variables):
 
 @pytest.mark.parametrize(
     ("value", "mode"),
-    [("", "auto"), ("fused", "fused"), ("Torch", "torch"), ("1", "auto"), ("0", "auto")],
+    [("", "auto"), ("Torch", "torch"), ("1", "auto")],
 )
 def test_the_environment_variable(value, mode):
-    """0 and 1 are for the build, and say nothing here."""
+    """0 and 1 are for the build, and say nothing here; letters are of any case."""
     done = python("import lstm_ext; print(lstm_ext.cuda_backend())", LSTM_EXT_CUDA=value)
     assert done.stdout.split() == [mode], done.stderr
 

@@ -41,7 +41,10 @@ def used_threads():
 
 
 # What torch itself asks for after a fork is one thread: GNU OpenMP's are not there any more.
-@pytest.mark.parametrize(("method", "threads"), [FORK(1), *slow(("spawn", 1)), ("spawn", 2)])
+@pytest.mark.parametrize(
+    ("method", "threads"),
+    [FORK(1, marks=[pytest.mark.alone, pytest.mark.slow]), *slow(("spawn", 1)), ("spawn", 2)],
+)
 def test_children(method, threads, used_threads):
     module, x, expected = used_threads
     if method == "fork" and torch.cuda.is_initialized():
