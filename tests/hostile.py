@@ -346,6 +346,10 @@ def torch_lstm_cell(x, h, c, *weights):
     return torch.lstm_cell(x, (h, c), *weights)
 
 
+def torch_frozen_cell(x, h, c, packed, b_ih, b_hh, w_ih, w_hh, *sizes):
+    return torch_lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
+
+
 def tensors(result):
     if isinstance(result, torch.Tensor):
         return [result]
@@ -391,7 +395,9 @@ def one(seed):
     if not call_fits(name, arguments):
         if not name.endswith(("lstm_cell", "lstm_cell_module")):
             return name, "wrong sizes", f"{done}: taken"
-        function = torch_lstm_cell  # it broadcasts biases
+        # torch's own broadcasts biases.
+        frozen = name == "frozen_lstm_cell_module"
+        function = torch_frozen_cell if frozen else torch_lstm_cell
     # The numbers of the same values in memory of their own.
     try:
         with torch.set_grad_enabled(grad):
