@@ -166,7 +166,6 @@ void define(torch::Library& library) {
   (Operators::define(library), ...);
 }
 
-inline bool defined(const at::Tensor& tensor) { return tensor.defined(); }
 inline bool defined(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() && tensor->defined();
 }
