@@ -28,7 +28,9 @@ def _refuse(what: str, instead: str) -> NoReturn:
     raise RuntimeError(f"ONNX's LSTM has no {what}: {instead}")
 
 
-def _check(batch_sizes: object, reset: object) -> None:
+def _check(variant: int, batch_sizes: object, reset: object) -> None:
+    if variant not in _PEEPHOLES:
+        _refuse("such cell", "export a model with torch's cell")
     if batch_sizes is not None:
         _refuse("packed sequences", "export the model with a padded tensor as its input")
     if reset is not None:

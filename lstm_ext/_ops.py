@@ -157,7 +157,8 @@ def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
 @_fake("lstm_layer_backward")
 def _(a: Any) -> tuple[Tensor | None, ...]:
     bias = a.w_hh.shape[:1]
-    shapes = (a.input.shape, a.hx.shape, a.cx.shape, a.w_ih.shape, a.w_hh.shape, bias, bias)
+    units = None if a.unit_weights is None else a.unit_weights.shape
+    shapes = (a.input.shape, a.hx.shape, a.cx.shape, a.w_ih.shape, a.w_hh.shape, bias, bias, units)
     return tuple(
         a.gates.new_empty(shape) if wanted else None
         for shape, wanted in zip(shapes, a.output_mask, strict=True)

@@ -66,7 +66,15 @@ def _named(name: str, args: tuple[Any, ...], dims: Dims) -> tuple[Any, Any]:
 
 def _any_weight(a: Any) -> bool:
     """Whether weights or biases have a dimension of vmap's."""
-    return any(x is not None for x in (a.w_ih, a.w_hh, a.b_ih, a.b_hh))
+    return any(x is not None for x in (a.w_ih, a.w_hh, a.b_ih, a.b_hh, a.unit_weights))
+
+
+def _unit_weights(a: Any, d: Any) -> Tensor | None:
+    """Return the weights of the units for :data:`reference.CELLS`: (P, H), or (P, B, 1, H)."""
+    if a.unit_weights is None or d.unit_weights is None:
+        weights: Tensor | None = a.unit_weights
+        return weights
+    return _front(a.unit_weights, d.unit_weights).transpose(0, 1).unsqueeze(2)
 
 
 def _cell(name: str, B: int, dims: Dims, args: tuple[Any, ...]) -> Results:
@@ -80,8 +88,11 @@ def _cell(name: str, B: int, dims: Dims, args: tuple[Any, ...]) -> Results:
         b if dim is None else _front(b, dim).unsqueeze(1)
         for b, dim in ((a.b_ih, d.b_ih), (a.b_hh, d.b_hh))
     ]
-    gates = reference.gates(x, h, _front(a.w_ih, d.w_ih), _front(a.w_hh, d.w_hh), *biases)
-    return *reference.states(gates, c), torch.cat(gates, -1)
+    weights = _front(a.w_ih, d.w_ih), _front(a.w_hh, d.w_hh), *biases
+    cell = reference.CELLS[a.variant]
+    pre = reference.pre_activations(x, h, *weights)
+    gates, hy, cy = cell.forward(pre, c, _unit_weights(a, d))
+    return hy, cy, torch.cat(gates, -1)
 
 
 @torch.library.register_vmap("lstm_ext::lstm_cell")
@@ -111,7 +122,10 @@ def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
     x, h, c = (_expand(getattr(a, key), getattr(d, key), B) for key in _STATES)
     w_ih, w_hh = _front(a.w_ih, d.w_ih), _front(a.w_hh, d.w_hh)
     activated = _expand(a.gates, d.gates, B).chunk(4, -1)
-    grad_ifgo, grad_c = reference.gate_gradients(activated, c, grad_h, grad_c)
+    grads, grad_c, of_units = reference.CELLS[a.variant].backward(
+        activated, c, _unit_weights(a, d), grad_h, grad_c
+    )
+    grad_ifgo = torch.cat(grads, -1)
     wanted: tuple[Callable[[], Tensor], ...] = (
         lambda: grad_ifgo @ w_ih,
         lambda: grad_ifgo @ w_hh,
@@ -120,6 +134,7 @@ def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
         lambda: grad_ifgo.mT @ h,
         lambda: grad_ifgo.sum(1),
         lambda: grad_ifgo.sum(1),
+        lambda: torch.stack(of_units, 1).sum(2),
     )
     results = tuple(
         value() if asked else None for asked, value in zip(a.output_mask, wanted, strict=True)

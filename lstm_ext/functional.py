@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lstm_ext import _backend, _onnx, _ops
-from lstm_ext.reference import gates, states
+from lstm_ext import _backend, _onnx, _ops, _variants
+from lstm_ext.reference import CELLS, pre_activations
 
 Kept = TypeVar("Kept")
 
@@ -22,6 +22,9 @@ def lstm_cell(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    *,
+    unit_weights: Tensor | None = None,
+    variant: str = "plain",
 ) -> tuple[Tensor, Tensor]:
     r"""Compute one step of an LSTM cell in one fused operation.
 
@@ -40,6 +43,8 @@ def lstm_cell(
         w_hh: (4H, H).
         b_ih: (4H), or None for no bias.
         b_hh: (4H), or None for no bias.
+        unit_weights: (P, H), the weights that each unit of another cell has of its own.
+        variant: which cell: "plain" is the one above.
 
     Returns:
         h' and c', each shaped like h.
@@ -51,7 +56,16 @@ def lstm_cell(
     Raises:
         RuntimeError, IndexError, TypeError: as ``torch.lstm_cell``, for sizes, dtypes, devices or
             types that do not fit.
+        ValueError: there is no such variant.
     """
+    if variant != "plain" or unit_weights is not None:
+        number = _variants.find(variant).number
+        arguments = w_ih, w_hh, b_ih, b_hh, unit_weights, number
+        if input.dim() == 1:
+            hy, cy = _ops.lstm_cell(*(t.unsqueeze(0) for t in (input, *hx)), *arguments)
+            return hy.squeeze(0), cy.squeeze(0)
+        hy, cy = _ops.lstm_cell(input, *hx, *arguments)
+        return hy, cy
     if not (isinstance(hx, (tuple, list)) and len(hx) == 2):
         # torch's own words for a hidden state that is no pair.
         return torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
@@ -79,7 +93,7 @@ class LayerWeights(NamedTuple):
     """The weights of one layer in one direction.
 
     w_ih (4H, I) and w_hh (4H, P); b_ih and b_hh (4H) or None; the projection w_hr (P, H) or None,
-    in which case P = H.
+    in which case P = H; unit_weights as in :func:`lstm_cell`.
     """
 
     w_ih: Tensor
@@ -87,6 +101,7 @@ class LayerWeights(NamedTuple):
     b_ih: Tensor | None = None
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
+    unit_weights: Tensor | None = None
 
 
 def lstm(
@@ -99,6 +114,7 @@ def lstm(
     batch_sizes: Tensor | None = None,
     reset: Tensor | None = None,
     checkpoint_every: int | None = None,
+    variant: str = "plain",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one or more layers of an LSTM over a whole sequence.
 
@@ -117,6 +133,7 @@ def lstm(
         checkpoint_every: keep the states of every so many steps alone, and compute the gates anew
             in backward: less memory for more time (for every 16th step, 1.5 times a training step
             of 200 x 16 x 128 -> 128, 2.7 times one of 100 x 1 x 256 -> 256).
+        variant: which cell, as in :func:`lstm_cell`.
 
     Returns:
         output (L, N, D P) or (S, D P), h_n and c_n, shaped like hx.
@@ -130,15 +147,16 @@ def lstm(
 
     Raises:
         RuntimeError: sizes, dtypes or devices do not fit.
-        ValueError: checkpoint_every is not positive.
+        ValueError: checkpoint_every is not positive, or there is no such variant.
     """
     h, c = hx
+    cell = _variants.find(variant)
     if checkpoint_every is not None and checkpoint_every <= 0:
         raise ValueError(f"checkpoint_every should be positive, got {checkpoint_every}")
     if checkpoint_every is not None and (not torch.is_grad_enabled() or _onnx.exporting()):
         checkpoint_every = None
     first = weights[0]
-    if first.w_hr is not None and _onnx.exporting():
+    if first.w_hr is not None and cell is _variants.PLAIN and _onnx.exporting():
         return _onnx.projected_lstm(input, hx, weights, bidirectional, dropout, batch_sizes, reset)
     call = _backend.LayerCall(
         rows=h.shape[1],
@@ -146,29 +164,37 @@ def lstm(
         single=len(weights) == 1,
         packed=batch_sizes is not None,
         projects=first.w_hr is not None,
-        needs_ours=reset is not None or checkpoint_every is not None or _is_transformed(),
+        needs_ours=(
+            reset is not None
+            or checkpoint_every is not None
+            or cell is not _variants.PLAIN
+            or _is_transformed()
+        ),
     )
     reason = _backend.why_layer_by_torch(input, call)
     if reason is not None and _onnx.exporting():
         reason = None  # one translation for all devices
-    empty = reset is None and 0 in input.shape
+    empty = reset is None and cell is _variants.PLAIN and 0 in input.shape
     if empty or (reason is not None and not call.needs_ours):
         reason = "the input is empty" if empty else reason
         _backend.log_path("lstm", input, f"torch's own LSTM: {reason}")
         return _torch_lstm(input, hx, weights, bidirectional, dropout, batch_sizes)
     if reason is None and checkpoint_every is None:
-        flat = [tensor for w in weights for tensor in w[:4]]
+        flat: list[Tensor | None] = []
+        for w in weights:
+            flat += w[:4]
+            if cell.unit_weights:
+                flat.append(w.unit_weights)
         out: tuple[Tensor, Tensor, Tensor] = _ops.lstm(
-            input, h, c, flat, bidirectional, dropout, batch_sizes, reset
+            input, h, c, flat, bidirectional, dropout, batch_sizes, reset, cell.number
         )
         return out
 
     def run(
         input: Tensor, h: Tensor, c: Tensor, w: LayerWeights, reverse: bool
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        output, h_n, c_n = _layer(
-            input, h, c, w, batch_sizes, reset, reverse, checkpoint_every, reason
-        )
+        steps = Steps(batch_sizes, reset, reverse)
+        output, h_n, c_n = _layer(input, h, c, w, cell, steps, checkpoint_every, reason)
         return output, (h_n, c_n)
 
     output, last = run_layers(input, hx, weights, bidirectional, dropout, run)
@@ -208,27 +234,32 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+class Steps(NamedTuple):
+    """Which steps a layer goes through, and in which order: as in :func:`lstm`."""
+
+    batch_sizes: Tensor | None
+    reset: Tensor | None
+    reverse: bool
+
+
 def _layer(
     input: Tensor,
     h: Tensor,
     c: Tensor,
     w: LayerWeights,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
+    cell: _variants.Variant,
+    steps: Steps,
     checkpoint_every: int | None,
     not_fused: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one layer in one direction; in tensor operations if not_fused says why."""
     if checkpoint_every is not None:
-        return _checkpointed_layer(
-            input, h, c, w, batch_sizes, reset, reverse, checkpoint_every, not_fused
-        )
+        return _checkpointed_layer(input, h, c, w, cell, steps, checkpoint_every, not_fused)
     if not_fused is not None:
         _backend.log_path("lstm_layer", input, f"plain tensor operations: {not_fused}")
-        return layer_in_steps(input, h, c, w, batch_sizes, reset, reverse)
+        return layer_in_steps(input, h, c, w, cell, steps)
     output, h_n, c_n = _ops.lstm_layer(
-        input, h, c, w.w_ih, w.w_hh, w.b_ih, w.b_hh, batch_sizes, reset, reverse
+        input, h, c, *w[:4], w.unit_weights, cell.number, *steps
     )
     return output, h_n, c_n
 
@@ -238,13 +269,13 @@ def _checkpointed_layer(
     h: Tensor,
     c: Tensor,
     w: LayerWeights,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
+    cell: _variants.Variant,
+    steps: Steps,
     every: int,
     not_fused: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The layer in pieces of some steps each, whose insides are made anew in backward."""
+    batch_sizes, reset, reverse = steps
     L = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     pieces: list[tuple[int, int, int, Tensor, Tensor | None]] = []
     for first in range(0, L, every):
@@ -257,9 +288,9 @@ def _checkpointed_layer(
             pieces.append((first, last, n, input[row:end], batch_sizes[first:last]))
     outputs: list[Tensor] = []
     for first, last, n, part, sizes in reversed(pieces) if reverse else pieces:
-        part_reset = None if reset is None else reset[first:last, :n]
+        of_part = Steps(sizes, None if reset is None else reset[first:last, :n], reverse)
         output, h_n, c_n = checkpoint(
-            _layer, part, h[:n], c[:n], w, sizes, part_reset, reverse, None, not_fused,
+            _layer, part, h[:n], c[:n], w, cell, of_part, None, not_fused,
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
         outputs.append(output)
@@ -272,15 +303,15 @@ def layer_in_steps(
     h: Tensor,
     c: Tensor,
     w: LayerWeights,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
+    cell: _variants.Variant,
+    order: Steps,
     keep: Callable[[int, tuple[Tensor, ...]], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one layer in tensor operations, projections included: h' = W_hr (o * tanh(c')).
 
     (Sak, Senior & Beaufays 2014.) What a step makes, ``keep`` is told: t and (i, f, g, o, c', h').
     """
+    batch_sizes, reset, reverse = order
     L = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     sizes = [h.shape[0]] * L if batch_sizes is None else batch_sizes.tolist()
     if reset is not None and reset.shape != (L, h.shape[0]):
@@ -295,8 +326,8 @@ def layer_in_steps(
         if reset is not None:
             zero = reset[t, :n].unsqueeze(1)
             h_t, c_t = h_t.masked_fill(zero, 0), c_t.masked_fill(zero, 0)
-        activated = gates(steps[t], h_t, w.w_ih, w.w_hh, w.b_ih, w.b_hh)
-        h_t, c_t = states(activated, c_t)
+        pre = pre_activations(steps[t], h_t, *w[:4])
+        activated, h_t, c_t = CELLS[cell.number].forward(pre, c_t, w.unit_weights)
         if w.w_hr is not None:
             h_t = torch.nn.functional.linear(h_t, w.w_hr)
         if keep is not None:
@@ -315,7 +346,7 @@ def _torch_lstm(
     dropout: float,
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    flat = [tensor for layer in weights for tensor in layer if tensor is not None]
+    flat = [tensor for layer in weights for tensor in layer[:5] if tensor is not None]
     has_biases = weights[0].b_ih is not None
     layers = len(weights) // (2 if bidirectional else 1)
     # cuDNN keeps what backward needs only if it is told to train.

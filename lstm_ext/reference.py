@@ -17,20 +17,32 @@ Shapes: N batch, L time, I input, H hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+Quarters = tuple[Tensor, Tensor, Tensor, Tensor]  # of i, f, g, o, each (N, H)
 
-def gates(
+
+def pre_activations(
     input: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the activated gates i, f, g, o, each (N, H), as in the module's docstring."""
+    """Compute the first line of the module's docstring: i, f, g and o, each (N, H)."""
     ifgo = input @ w_ih.mT + h @ w_hh.mT
     if b_ih is not None:
         ifgo = ifgo + b_ih
     if b_hh is not None:
         ifgo = ifgo + b_hh
     i, f, g, o = ifgo.chunk(4, dim=-1)
+    return i, f, g, o
+
+
+def gates(
+    input: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the activated gates i, f, g, o, each (N, H), as in the module's docstring."""
+    i, f, g, o = pre_activations(input, h, w_ih, w_hh, b_ih, b_hh)
     return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
 
 
@@ -41,28 +53,46 @@ def states(gates: tuple[Tensor, ...], c: Tensor) -> tuple[Tensor, Tensor]:
     return o * torch.tanh(c_next), c_next
 
 
-def gate_gradients(
-    gates: tuple[Tensor, ...], c: Tensor, grad_h_next: Tensor, grad_c_next: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of the pre-activations (N, 4H) and of c (N, H), from the gates."""
-    i, f, g, o = gates
-    tanh_c = torch.tanh(f * c + i * g)
+class PlainCell:
+    """The cell of the module's docstring."""
 
-    # h' = o * tanh(c'): one part of its gradient goes to o, the other joins that of c'.
-    grad_o = grad_h_next * tanh_c
-    grad_c_next = grad_c_next + grad_h_next * o * (1 - tanh_c**2)
+    @staticmethod
+    def forward(pre: Quarters, c: Tensor, _: Tensor | None) -> tuple[Quarters, Tensor, Tensor]:
+        """Compute the activated gates, h' and c' from the pre-activations."""
+        i, f, g, o = pre
+        gates = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+        return (gates, *states(gates, c))
 
-    # c' = f * c + i * g
-    grad_f = grad_c_next * c
-    grad_i = grad_c_next * g
-    grad_g = grad_c_next * i
+    @staticmethod
+    def backward(
+        gates: Quarters, c: Tensor, _: Tensor | None, grad_h_next: Tensor, grad_c_next: Tensor
+    ) -> tuple[Quarters, Tensor, list[Tensor]]:
+        """Compute the gradients of the pre-activations, of c, and of no weights of units."""
+        i, f, g, o = gates
+        tanh_c = torch.tanh(f * c + i * g)
 
-    # Through the activations: sigmoid' = s (1 - s), tanh' = 1 - t^2.
-    grad_ifgo = torch.cat(
-        [grad_i * i * (1 - i), grad_f * f * (1 - f), grad_g * (1 - g**2), grad_o * o * (1 - o)],
-        dim=-1,
-    )
-    return grad_ifgo, grad_c_next * f
+        # h' = o * tanh(c'): one part of its gradient goes to o, the other joins that of c'.
+        grad_o = grad_h_next * tanh_c
+        grad_c_next = grad_c_next + grad_h_next * o * (1 - tanh_c**2)
+
+        # c' = f * c + i * g
+        grad_f = grad_c_next * c
+        grad_i = grad_c_next * g
+        grad_g = grad_c_next * i
+
+        # Through the activations: sigmoid' = s (1 - s), tanh' = 1 - t^2.
+        grads = (
+            grad_i * i * (1 - i),
+            grad_f * f * (1 - f),
+            grad_g * (1 - g**2),
+            grad_o * o * (1 - o),
+        )
+        return grads, grad_c_next * f, []
+
+
+# By the operators' argument `variant`. Each has forward, and backward by hand, as PlainCell has
+# them; the gradients of the units' weights are for each row of the batch, (N, H).
+CELLS: tuple[Any, ...] = (PlainCell,)
 
 
 def lstm_cell(
@@ -72,13 +102,18 @@ def lstm_cell(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    unit_weights: Tensor | None = None,
+    variant: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Compute one step of an LSTM cell, (N, I) and twice (N, H) -> h', c', each (N, H).
 
-    Arguments as for :func:`lstm_ext.lstm_cell`. Differentiable by autograd.
+    Arguments as for :func:`lstm_ext.lstm_cell`, but that variant is the cell's place in
+    :data:`CELLS`. Differentiable by autograd.
     """
     h, c = hx
-    return states(gates(input, h, w_ih, w_hh, b_ih, b_hh), c)
+    pre = pre_activations(input, h, w_ih, w_hh, b_ih, b_hh)
+    _, h_next, c_next = CELLS[variant].forward(pre, c, unit_weights)
+    return h_next, c_next
 
 
 def lstm_cell_backward(
@@ -90,7 +125,9 @@ def lstm_cell_backward(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    unit_weights: Tensor | None = None,
+    variant: int = 0,
+) -> tuple[Tensor, ...]:
     """Compute the gradients of :func:`lstm_cell` by hand.
 
     Args:
@@ -102,13 +139,19 @@ def lstm_cell_backward(
         w_hh: as in the forward.
         b_ih: as in the forward.
         b_hh: as in the forward.
+        unit_weights: as in the forward.
+        variant: as in the forward.
 
     Returns:
-        The gradients of input, h, c, w_ih, w_hh, b_ih and b_hh, shaped like them.
+        The gradients of input, h, c, w_ih, w_hh, b_ih and b_hh, and of unit_weights where there
+        are some; shaped like them.
     """
     h, c = hx
-    activated = gates(input, h, w_ih, w_hh, b_ih, b_hh)
-    grad_ifgo, grad_c = gate_gradients(activated, c, grad_h_next, grad_c_next)
+    cell = CELLS[variant]
+    pre = pre_activations(input, h, w_ih, w_hh, b_ih, b_hh)
+    activated, _, _ = cell.forward(pre, c, unit_weights)
+    grads, grad_c, of_units = cell.backward(activated, c, unit_weights, grad_h_next, grad_c_next)
+    grad_ifgo = torch.cat(grads, dim=-1)
 
     # ifgo = x W_ih^T + b_ih + h W_hh^T + b_hh: the two biases share one gradient.
     grad_b = grad_ifgo.sum(0)
@@ -120,6 +163,7 @@ def lstm_cell_backward(
         grad_ifgo.T @ h,
         grad_b,
         grad_b.clone(),
+        *([torch.stack(of_units).sum(1)] if of_units else []),
     )
 
 
@@ -133,6 +177,8 @@ def lstm(
     batch_sizes: Tensor | None = None,
     reset: Tensor | None = None,
     reverse: bool = False,
+    unit_weights: Tensor | None = None,
+    variant: int = 0,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run :func:`lstm_cell` over a sequence: one layer, one direction.
 
@@ -146,6 +192,8 @@ def lstm(
         batch_sizes: of a packed input, int64 (L), falling: the rows of each step.
         reset: bool (L, N): before these steps, h and c are zero. Or None.
         reverse: from the last step to the first.
+        unit_weights: as in :func:`lstm_cell`.
+        variant: as in :func:`lstm_cell`.
 
     Returns:
         The h of every step, (L, N, H) or (S, H), and the last (h, c), each (N, H).
@@ -159,7 +207,8 @@ def lstm(
         if reset is not None:
             zero = reset[t, :n].unsqueeze(1)
             h_t, c_t = h_t.masked_fill(zero, 0), c_t.masked_fill(zero, 0)
-        h_t, c_t = lstm_cell(steps[t], (h_t, c_t), w_ih, w_hh, b_ih, b_hh)
+        weights = w_ih, w_hh, b_ih, b_hh, unit_weights
+        h_t, c_t = lstm_cell(steps[t], (h_t, c_t), *weights, variant)
         steps[t] = h_t
         h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])
     if batch_sizes is not None:

@@ -87,7 +87,7 @@ class ExistingGradients {
       if (defined(tensor) && memory.overlaps(memory_of(*tensor))) usable_ = false;
   }
   ParameterGradients tensors() const {
-    return {tensors_[0], tensors_[1], tensors_[2], tensors_[3]};
+    return {tensors_[0], tensors_[1], tensors_[2], tensors_[3], tensors_[4]};
   }
 
   // Runs write() while no other thread writes these .grad tensors, and marks them as changed.
@@ -97,7 +97,7 @@ class ExistingGradients {
     for (int k = 0; k < kCellParameters; ++k)
       locks[k] = nodes_[k] ? std::unique_lock(NodeMutex::of(*nodes_[k]), std::defer_lock)
                            : std::unique_lock(unused_[k], std::defer_lock);
-    std::lock(locks[0], locks[1], locks[2], locks[3]);
+    std::lock(locks[0], locks[1], locks[2], locks[3], locks[4]);
     write();
     for (const auto& tensor : tensors_)
       if (defined(tensor)) tensor->unsafeGetTensorImpl()->bump_version();
@@ -124,7 +124,7 @@ bool products_apart(const CellInputs& in) {
 Gradients backward_with_products_apart(const CellOutputGradients& grads, const CellInputs& in,
                                        const CellResults& results, const Wanted& wanted) {
   Wanted states = wanted, parameters = wanted;
-  states.w_ih = states.w_hh = states.b_ih = states.b_hh = false;
+  states.w_ih = states.w_hh = states.b_ih = states.b_hh = states.unit_weights = false;
   parameters.input = parameters.hx = parameters.cx = false;
   Gradients out = composite::cell_backward(grads, in, results, parameters);
   Gradients of_states = ops::lstm_cell_backward::call(grads, in, results, states);
@@ -141,15 +141,16 @@ struct LSTMCellBackward : public RecordedNode<LSTMCellBackward, CellInputs, Cell
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined() && !grads[1].defined()) return variable_list(kCellInputs);
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(kCellTensors);
     const Kept kept = unpack();
     const CellInputs in = kept.inputs();
     const Wanted asked = wanted();
 
-    const bool parameters[] = {asked.w_ih, asked.w_hh, asked.b_ih, asked.b_hh};
+    const bool parameters[] = {asked.w_ih, asked.w_hh, asked.b_ih, asked.b_hh, asked.unit_weights};
     ExistingGradients existing(&next_edges()[kFirstParameter], parameters);
     for (const Tensor* read : {&in.input, &in.hx, &in.cx, &in.w_ih, &in.w_hh})
       existing.keep_apart_from(*read);
+    existing.keep_apart_from(or_undefined(in.unit_weights));
     for (const Tensor& grad : grads) existing.keep_apart_from(grad);
     if (!existing.usable()) return gradients(grads, kept, asked);
     CellStateGradients state;
@@ -160,12 +161,12 @@ struct LSTMCellBackward : public RecordedNode<LSTMCellBackward, CellInputs, Cell
                                                        {asked.input, asked.hx, asked.cx});
     });
     auto& [d_input, d_hx, d_cx] = state;
-    return {std::move(d_input), std::move(d_hx), std::move(d_cx), {}, {}, {}, {}};
+    return {std::move(d_input), std::move(d_hx), std::move(d_cx), {}, {}, {}, {}, {}};
   }
 
   static variable_list gradients(const variable_list& grads, const Kept& kept,
                                  const Wanted& wanted) {
-    if (!grads[0].defined() && !grads[1].defined()) return variable_list(kCellInputs);
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(kCellTensors);
     const CellInputs in = kept.inputs();
     const std::optional<Tensor> hy = or_none(grads[0]), cy = or_none(grads[1]);
     const auto backward =
@@ -195,7 +196,7 @@ CellOutputs lstm_cell(const CellInputs& in) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return ops::lstm_cell::call(in);
   }
-  if (!fusable(in)) return torch_lstm_cell(in);
+  if (!fusable(in)) return unfused_lstm_cell(in);
   auto [hy, cy, gates] = forward_ad ? composite::cell_forward(in) : forward_with_graph(in);
   return {std::move(hy), std::move(cy)};
 }

@@ -38,7 +38,7 @@ inline torch::autograd::edge_list edges_to(const CellInputs& in) {
       [](const auto&... field) {
         return torch::autograd::collect_next_edges(or_undefined(field)...);
       },
-      in.fields());
+      in.tensors());
 }
 
 }  // namespace lstm_ext

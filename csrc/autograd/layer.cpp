@@ -32,7 +32,7 @@ struct LSTMLayerBackward : public RecordedNode<LSTMLayerBackward, LayerInputs, L
   static variable_list gradients(const variable_list& grads, const Kept& kept,
                                  const Wanted& wanted) {
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined())
-      return variable_list(kCellInputs);
+      return variable_list(kCellTensors);
     return as_list(
         ops::lstm_layer_backward::call({or_none(grads[0]), or_none(grads[1]), or_none(grads[2])},
                                        kept.inputs(), kept.results(), wanted));

@@ -21,38 +21,47 @@
 
 namespace lstm_ext {
 
-// The fields of a group of arguments, which has its tensors first and then its options.
+// The fields of a group of arguments: its tensors, and its options, which are what is none.
 template <class Group>
 struct FieldsOfGroup {
   using Fields = operators::FieldsOf<const Group&>;
   static constexpr size_t kCount = std::tuple_size_v<Fields>;
+  static constexpr auto kAll = std::make_index_sequence<kCount>();
 
   template <size_t k>
   static constexpr bool kIsTensor = std::is_reference_v<std::tuple_element_t<k, Fields>>;
+  // How many of the first fields are tensors.
   template <size_t... k>
-  static constexpr size_t count_tensors(std::index_sequence<k...> /*fields*/) {
-    return (size_t{kIsTensor<k>} + ... + 0);
+  static constexpr size_t count_tensors(size_t first, std::index_sequence<k...> /*fields*/) {
+    return (size_t{k < first && kIsTensor<k>} + ... + 0);
   }
-  static constexpr size_t kTensors = count_tensors(std::make_index_sequence<kCount>());
+  template <size_t k>
+  static constexpr size_t kTensorsBefore = count_tensors(k, kAll);
+  static constexpr size_t kTensors = count_tensors(kCount, kAll);
 
+  template <size_t k>
+  static auto option(const Fields& fields) {
+    if constexpr (kIsTensor<k>)
+      return std::tuple<>();
+    else
+      return std::make_tuple(std::get<k>(fields));
+  }
   template <size_t... k>
-  static auto options(const Fields& fields, std::index_sequence<k...> /*options*/) {
-    return std::make_tuple(std::get<kTensors + k>(fields)...);
+  static auto options(const Fields& fields, std::index_sequence<k...> /*fields*/) {
+    return std::tuple_cat(option<k>(fields)...);
   }
-  static auto options(const Group& group) {
-    return options(group.fields(), std::make_index_sequence<kCount - kTensors>());
-  }
+  static auto options(const Group& group) { return options(group.fields(), kAll); }
   using Options = decltype(options(std::declval<const Group&>()));
 
   // The group, of the tensors and options of before.
   template <size_t k>
   static decltype(auto) field(const std::optional<at::Tensor>* tensors, const Options& options) {
     if constexpr (std::is_same_v<std::tuple_element_t<k, Fields>, const at::Tensor&>)
-      return (*tensors[k]);
+      return (*tensors[kTensorsBefore<k>]);
     else if constexpr (kIsTensor<k>)
-      return (tensors[k]);
+      return (tensors[kTensorsBefore<k>]);
     else
-      return (std::get<k - kTensors>(options));
+      return (std::get<k - kTensorsBefore<k>>(options));
   }
   template <size_t... k>
   static Group group(const std::optional<at::Tensor>* tensors, const Options& options,
@@ -60,7 +69,7 @@ struct FieldsOfGroup {
     return {field<k>(tensors, options)...};
   }
   static Group group(const std::optional<at::Tensor>* tensors, const Options& options) {
-    return group(tensors, options, std::make_index_sequence<kCount>());
+    return group(tensors, options, kAll);
   }
 };
 

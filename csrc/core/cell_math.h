@@ -1,11 +1,15 @@
-// The gate maths of one element of an LSTM cell, forward and backward. Defined
-// once: the CPU kernels apply it to vectors, the CUDA kernels to scalars.
+// The cells: the gate maths of one element, forward and backward, each written once. The CPU's
+// kernels apply it to vectors, the CUDA kernels to scalars, ops/composite_cell.cpp to tensors.
 //
-//   i, f, o = sigmoid of their pre-activations,  g = tanh of its own
-//   c' = f * c + i * g          h' = o * tanh(c')
-//
-// (Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, as in
-// torch.nn.LSTMCell.) M supplies sigmoid(V) and tanh(V) for the value type V.
+// A cell is a struct with
+//   kUnitWeights   how many weights each hidden unit has of its own, beside the matrices
+//   forward        in: pre-activations, c, the unit's weights; out: the activated gates, c' and h'
+//   backward       in: the activated gates, c, the unit's weights, the gradients of h' and c';
+//                  out: the gradients of the four pre-activations and of c
+//   add_unit_gradients   adds the gradients of the unit's weights to sums; in: the activated gates,
+//                  c, and the gradients of the pre-activations
+// V is the type of a value, M has its sigmoid(V) and tanh(V). What a backward needs of c' is
+// computed anew: two numbers fewer to keep for every element, and c' may be overwritten meanwhile.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -28,26 +32,34 @@ LSTM_EXT_INLINE V next_cell_state(const Gates<V>& gate, V c) {
   return gate.f * c + gate.i * gate.g;
 }
 
-// In: pre-activations and c. Out: the activated gates, c' and h'.
-template <class M, class V>
-LSTM_EXT_INLINE Gates<V> cell_forward(const Gates<V>& pre, V c, V& c_next, V& h_next) {
-  const Gates<V> gate = {M::sigmoid(pre.i), M::sigmoid(pre.f), M::tanh(pre.g), M::sigmoid(pre.o)};
-  c_next = next_cell_state(gate, c);
-  h_next = gate.o * M::tanh(c_next);
-  return gate;
-}
+// The LSTM of torch.nn (Hochreiter & Schmidhuber 1997, the forget gate of Gers et al. 2000):
+//   i, f, o = sigmoid of their pre-activations,  g = tanh of its own
+//   c' = f * c + i * g          h' = o * tanh(c')
+struct PlainCell {
+  static constexpr int kUnitWeights = 0;
 
-// In: the activated gates, c, and the gradients of h' and c'. Out: the gradients
-// of the four pre-activations and of c. c' and tanh(c') are computed anew: two
-// numbers fewer to keep for every element, and c' may be overwritten meanwhile.
-template <class M, class V>
-LSTM_EXT_INLINE Gates<V> cell_backward(const Gates<V>& gate, V c, V grad_h, V grad_c_next,
-                                       V& grad_c) {
-  const V tanh_c = M::tanh(next_cell_state(gate, c));
-  const V grad_state = grad_c_next + grad_h * gate.o * (1 - tanh_c * tanh_c);
-  grad_c = grad_state * gate.f;
-  return {grad_state * gate.g * gate.i * (1 - gate.i), grad_state * c * gate.f * (1 - gate.f),
-          grad_state * gate.i * (1 - gate.g * gate.g), grad_h * tanh_c * gate.o * (1 - gate.o)};
-}
+  template <class M, class V>
+  static LSTM_EXT_INLINE Gates<V> forward(const Gates<V>& pre, V c, const V* /*weights*/, V& c_next,
+                                          V& h_next) {
+    const Gates<V> gate = {M::sigmoid(pre.i), M::sigmoid(pre.f), M::tanh(pre.g), M::sigmoid(pre.o)};
+    c_next = next_cell_state(gate, c);
+    h_next = gate.o * M::tanh(c_next);
+    return gate;
+  }
+
+  template <class M, class V>
+  static LSTM_EXT_INLINE Gates<V> backward(const Gates<V>& gate, V c, const V* /*weights*/,
+                                           V grad_h, V grad_c_next, V& grad_c) {
+    const V tanh_c = M::tanh(next_cell_state(gate, c));
+    const V grad_state = grad_c_next + grad_h * gate.o * (1 - tanh_c * tanh_c);
+    grad_c = grad_state * gate.f;
+    return {grad_state * gate.g * gate.i * (1 - gate.i), grad_state * c * gate.f * (1 - gate.f),
+            grad_state * gate.i * (1 - gate.g * gate.g), grad_h * tanh_c * gate.o * (1 - gate.o)};
+  }
+
+  template <class V>
+  static LSTM_EXT_INLINE void add_unit_gradients(const Gates<V>& /*gate*/, V /*c*/,
+                                                 const Gates<V>& /*grad*/, V* /*sums*/) {}
+};
 
 }  // namespace lstm_ext

@@ -21,6 +21,7 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   const CellKernels& kernels = all.cell;
   const Dense input(in.input), hx(in.hx), cx(in.cx), w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih),
       b_hh(in.b_hh);
+  const DenseCell cell(in);
   Tensor input_factors, hx_factors;
   if (kernels.forward_packs(N)) {
     input_factors = to_factors(all.product, in.input);
@@ -39,6 +40,7 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   args.w_hh = w_hh.data();
   args.b_ih = b_ih.data();
   args.b_hh = b_hh.data();
+  args.cell = cell.kind();
   args.hy = hy.mutable_data_ptr();
   args.cy = cy.mutable_data_ptr();
   args.gates = gates ? gates->mutable_data_ptr() : nullptr;
@@ -47,7 +49,7 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
 }
 
 CellOutputs lstm_cell(const CellInputs& in) {
-  if (!fusable(in)) return torch_lstm_cell(in);
+  if (!fusable(in)) return unfused_lstm_cell(in);
   check_all_allocated(in);
   log_cpu_path("lstm_cell", in.input, in.hx);
   Tensor hy, cy;
@@ -57,7 +59,7 @@ CellOutputs lstm_cell(const CellInputs& in) {
 
 CellTrainingOutputs lstm_cell_forward(const CellInputs& in) {
   if (!fusable(in)) {
-    torch_lstm_cell(in);  // raises torch's error, if torch rejects them
+    unfused_lstm_cell(in);  // raises torch's error, if torch rejects them
     return composite::cell_forward(in);
   }
   check_all_allocated(in);
@@ -68,17 +70,18 @@ CellTrainingOutputs lstm_cell_forward(const CellInputs& in) {
 }
 
 struct Targets {
-  Target input, hx, cx, w_ih, w_hh, b_ih, b_hh;
+  Target input, hx, cx, w_ih, w_hh, b_ih, b_hh, unit_weights;
 };
 
 // The gradients of the gates' pre-activations [N, 4H] in the compute type, those of cx, and the
 // biases', in one pass.
-Tensor gate_gradients(const Kernels& kernels, const CellOutputGradients& grads, const Tensor& cx,
-                      const Tensor& gates, const Targets& targets) {
-  const int64_t N = cx.size(0), H = cx.size(1);
-  const at::ScalarType compute = compute_type(cx.scalar_type());
+Tensor gate_gradients(const Kernels& kernels, const CellOutputGradients& grads,
+                      const CellInputs& in, const Tensor& gates, const Targets& targets) {
+  const int64_t N = in.cx.size(0), H = in.cx.size(1);
+  const at::ScalarType compute = compute_type(in.cx.scalar_type());
   Tensor grad_gates = empty({N, 4 * H}, compute);
-  const Dense grad_hy(grads.hy), grad_cy(grads.cy), c(cx), g(gates);
+  const Dense grad_hy(grads.hy), grad_cy(grads.cy), c(in.cx), g(gates);
+  const DenseCell cell(in);
   Tensor bias_sums;
   if (targets.b_ih.wanted() || targets.b_hh.wanted())
     bias_sums = empty({bias_blocks(N), 4 * H}, compute);
@@ -89,6 +92,7 @@ Tensor gate_gradients(const Kernels& kernels, const CellOutputGradients& grads, 
   args.grad_cy = grad_cy.data();
   args.cx = c.data();
   args.gates = g.data();
+  args.cell = cell.kind();
   args.grad_gates = grad_gates.mutable_data_ptr();
   args.grad_cx = targets.cx.wanted() ? targets.cx.tensor.mutable_data_ptr() : nullptr;
   args.bias_sums = bias_sums.defined() ? bias_sums.mutable_data_ptr() : nullptr;
@@ -98,14 +102,15 @@ Tensor gate_gradients(const Kernels& kernels, const CellOutputGradients& grads, 
     if (bias->wanted())
       kernels.product.add_up(bias_sums.const_data_ptr(), bias_blocks(N), 4 * H,
                              bias->tensor.mutable_data_ptr(), bias->accumulate);
+  if (targets.unit_weights.wanted())
+    unit_gradients(kernels, in.variant, in.cx, gates, grad_gates, targets.unit_weights);
   return grad_gates;
 }
 
 void backward(const CellOutputGradients& grads, const CellInputs& in, const CellResults& results,
               const Targets& targets) {
   const Kernels& kernels = cpu::kernels(kernel_dtype(in.hx.scalar_type()));
-  GateFactors factors(kernels.product,
-                      gate_gradients(kernels, grads, in.cx, results.gates, targets));
+  GateFactors factors(kernels.product, gate_gradients(kernels, grads, in, results.gates, targets));
   Products products(kernels.product, factors);
   products.add(targets.input, false, in.w_ih);
   products.add(targets.hx, false, in.w_hh);
@@ -128,11 +133,12 @@ Gradients lstm_cell_backward(const CellOutputGradients& grads, const CellInputs&
   to.w_hh = Target::fresh(wanted.w_hh, in.w_hh);
   to.b_ih = Target::bias(wanted.b_ih, in.w_hh);
   to.b_hh = Target::bias(wanted.b_hh, in.w_hh);
+  to.unit_weights = Target::fresh(wanted.unit_weights, or_undefined(in.unit_weights));
   log_cpu_path("lstm_cell_backward", in.input, in.hx);
   backward(grads, in, results, to);
-  return {std::move(to.input.tensor), std::move(to.hx.tensor),   std::move(to.cx.tensor),
-          std::move(to.w_ih.tensor),  std::move(to.w_hh.tensor), std::move(to.b_ih.tensor),
-          std::move(to.b_hh.tensor)};
+  return {std::move(to.input.tensor), std::move(to.hx.tensor),          std::move(to.cx.tensor),
+          std::move(to.w_ih.tensor),  std::move(to.w_hh.tensor),        std::move(to.b_ih.tensor),
+          std::move(to.b_hh.tensor),  std::move(to.unit_weights.tensor)};
 }
 
 // Raises an error unless the sums are dense, have their parameters' sizes and dtype, and share
@@ -142,7 +148,7 @@ void check_sums(const ParameterGradients& sums, const CellOutputGradients& grads
   // Of each, once: what is read, and what is written to so far.
   c10::SmallVector<MemoryRange, 12> used;
   for_each_tensor([&](const Tensor& read) { used.push_back(memory_of(read)); }, in.input, in.hx,
-                  in.cx, in.w_ih, in.w_hh, grads, results);
+                  in.cx, in.w_ih, in.w_hh, in.unit_weights, grads, results);
   for_each_tensor(
       [&](const Tensor& sum) {
         const MemoryRange written = memory_of(sum);
@@ -164,6 +170,7 @@ void check_sums(const ParameterGradients& sums, const CellOutputGradients& grads
   check(sums.w_hh, in.w_hh.sizes());
   check(sums.b_ih, {in.w_hh.size(0)});
   check(sums.b_hh, {in.w_hh.size(0)});
+  if (defined(sums.unit_weights)) check(sums.unit_weights, in.unit_weights->sizes());
 }
 
 CellStateGradients lstm_cell_backward_accumulate(const CellOutputGradients& grads,
@@ -184,6 +191,7 @@ CellStateGradients lstm_cell_backward_accumulate(const CellOutputGradients& grad
   to.w_hh = Target::existing(sums.w_hh);
   to.b_ih = Target::existing(sums.b_ih);
   to.b_hh = Target::existing(sums.b_hh);
+  to.unit_weights = Target::existing(sums.unit_weights);
   log_cpu_path("lstm_cell_backward_accumulate", in.input, in.hx);
   backward(grads, in, results, to);
   return {std::move(to.input.tensor), std::move(to.hx.tensor), std::move(to.cx.tensor)};

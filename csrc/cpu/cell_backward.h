@@ -1,10 +1,9 @@
-// Backward of one LSTM cell: the gate gradients with the bias sums in one pass. The matrix products
-// that spread them to inputs and weights: product.h.
+// Backward of one LSTM cell: the gate gradients with the bias sums in one pass, and those of the
+// units' own weights. The matrix products that spread them to inputs and weights: product.h.
 #pragma once
 
-#include "cpu/activations.h"
+#include "cpu/cell_finish.h"
 #include "cpu/cell_kernels.h"
-#include "cpu/panel.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -20,7 +19,7 @@ int64_t gate_gradient_tasks(int64_t N, int64_t H) {
 }
 
 // A task: one vector of hidden units for the rows of one block of bias_sums.
-template <class S>
+template <class S, class Cell>
 void gate_gradient_task(const GateGradientArgs& args, int64_t row_block, int64_t unit) {
   using T = ComputeType<S>;
   using V = VectorOf<S>;
@@ -28,6 +27,7 @@ void gate_gradient_task(const GateGradientArgs& args, int64_t row_block, int64_t
   const int64_t row_begin = row_block * kBiasBlockRows;
   const int64_t row_end = at_most(row_begin + kBiasBlockRows, args.N);
   const int64_t units = at_most(kWidthOf<S>, H - unit);
+  const UnitWeights<S, Cell> weights(args.cell.unit_weights, H, unit, units);
   Gates<V> bias = {};
   for (int64_t row = row_begin; row < row_end; ++row) {
     const int64_t state = row * H + unit;
@@ -35,9 +35,9 @@ void gate_gradient_task(const GateGradientArgs& args, int64_t row_block, int64_t
     const Gates<V> gate = load_gates(gates, H, units);
     V grad_c;
     const V c = load(static_cast<const S*>(args.cx) + state, units);
-    const Gates<V> grad =
-        cell_backward<Activations<T>>(gate, c, load_or_zero<S>(args.grad_hy, state, units),
-                                      load_or_zero<S>(args.grad_cy, state, units), grad_c);
+    const Gates<V> grad = Cell::template backward<Activations<T>>(
+        gate, c, weights.at, load_or_zero<S>(args.grad_hy, state, units),
+        load_or_zero<S>(args.grad_cy, state, units), grad_c);
     store_gates(static_cast<T*>(args.grad_gates) + row * 4 * H + unit, H, grad, units);
     if (args.grad_cx) store(static_cast<S*>(args.grad_cx) + state, grad_c, units);
     bias.i += grad.i;
@@ -49,11 +49,54 @@ void gate_gradient_task(const GateGradientArgs& args, int64_t row_block, int64_t
     store_gates(static_cast<T*>(args.bias_sums) + row_block * 4 * H + unit, H, bias, units);
 }
 
-template <class S>
-void gate_gradients(const GateGradientArgs& args, int64_t first_task, int64_t last_task) {
+template <class S, class... Cell>
+void gate_gradients(CellList<Cell...> /*cells*/, const GateGradientArgs& args, int64_t first_task,
+                    int64_t last_task) {
+  static constexpr decltype(&gate_gradient_task<S, PlainCell>) kOfCell[] = {
+      gate_gradient_task<S, Cell>...};
   const int64_t row_blocks = bias_blocks(args.N);
   for (int64_t task = first_task; task < last_task; ++task)
-    gate_gradient_task<S>(args, task % row_blocks, task / row_blocks * kWidthOf<S>);
+    kOfCell[args.cell.variant](args, task % row_blocks, task / row_blocks * kWidthOf<S>);
+}
+template <class S>
+void gate_gradients(const GateGradientArgs& args, int64_t first_task, int64_t last_task) {
+  gate_gradients<S>(Cells(), args, first_task, last_task);
+}
+
+// Of one vector of hidden units, over the rows of a block.
+template <class S, class Cell>
+void unit_gradient_block(const UnitGradientArgs& args, int64_t block, int64_t unit) {
+  using T = ComputeType<S>;
+  using V = VectorOf<S>;
+  if constexpr (Cell::kUnitWeights > 0) {
+    const int64_t H = args.H, row_begin = block * kBiasBlockRows;
+    const int64_t row_end = at_most(row_begin + kBiasBlockRows, args.rows);
+    const int64_t units = at_most(kWidthOf<S>, H - unit);
+    V sums[Cell::kUnitWeights] = {};
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      const int64_t at = row * 4 * H + unit;
+      Cell::add_unit_gradients(load_gates(static_cast<const S*>(args.gates) + at, H, units),
+                               load(static_cast<const S*>(args.cx) + row * H + unit, units),
+                               load_gates(static_cast<const T*>(args.grad_gates) + at, H, units),
+                               sums);
+    }
+    T* to = static_cast<T*>(args.sums) + block * Cell::kUnitWeights * H + unit;
+    for (int p = 0; p < Cell::kUnitWeights; ++p) store(to + p * H, sums[p], units);
+  }
+}
+
+template <class S, class... Cell>
+void unit_gradients(CellList<Cell...> /*cells*/, const UnitGradientArgs& args, int64_t first_block,
+                    int64_t last_block) {
+  static constexpr decltype(&unit_gradient_block<S, PlainCell>) kOfCell[] = {
+      unit_gradient_block<S, Cell>...};
+  for (int64_t block = first_block; block < last_block; ++block)
+    for (int64_t unit = 0; unit < args.H; unit += kWidthOf<S>)
+      kOfCell[args.variant](args, block, unit);
+}
+template <class S>
+void unit_gradients(const UnitGradientArgs& args, int64_t first_block, int64_t last_block) {
+  unit_gradients<S>(Cells(), args, first_block, last_block);
 }
 
 }  // namespace

@@ -1,7 +1,9 @@
 // From pre-activations to the new states: what ends every forward, of a cell and of a time step.
 #pragma once
 
+#include "core/cells.h"
 #include "cpu/activations.h"
+#include "cpu/cell_kernels.h"
 #include "cpu/panel.h"
 
 namespace lstm_ext::cpu {
@@ -28,12 +30,24 @@ LSTM_EXT_INLINE GateLayout gate_layout(int64_t H) {
   return {true, static_cast<int>(blocks(kGates * H, width)), H};
 }
 
+// The weights of a vector of units, in the compute type.
+template <class S, class Cell>
+struct UnitWeights {
+  VectorOf<S> at[Cell::kUnitWeights > 0 ? Cell::kUnitWeights : 1] = {};
+
+  UnitWeights(const void* unit_weights, int64_t H, int64_t unit, int64_t units) {
+    const S* weights = static_cast<const S*>(unit_weights) + unit;
+    for (int p = 0; p < Cell::kUnitWeights; ++p) at[p] = load(weights + p * H, units);
+  }
+};
+
 // Where the states of some rows lie; each pointer is to the first of them. The biases and the
 // last four may be null.
 template <class S>
 struct CellRows {
   int64_t H;
-  const S *b_ih, *b_hh;         // [4H]
+  const S *b_ih, *b_hh;  // [4H]
+  CellKind cell;
   const S* cx;                  // [rows, H]; may be cy
   S* cy;                        // [rows, H]
   S* hy;                        // [rows, H]
@@ -44,9 +58,9 @@ struct CellRows {
 };
 
 // One vector of hidden units.
-template <class S>
-void finish_cells(const CellRows<S>& cells, int64_t rows, int64_t unit, int units,
-                  int64_t gate_stride, const ComputeType<S>* sums) {
+template <class S, class Cell>
+void finish_cells_of(const CellRows<S>& cells, int64_t rows, int64_t unit, int units,
+                     int64_t gate_stride, const ComputeType<S>* sums) {
   using T = ComputeType<S>;
   using V = VectorOf<S>;
   const int64_t H = cells.H;
@@ -56,6 +70,7 @@ void finish_cells(const CellRows<S>& cells, int64_t rows, int64_t unit, int unit
     if (cells.b_ih) bias[gate] += load(cells.b_ih + offset, units);
     if (cells.b_hh) bias[gate] += load(cells.b_hh + offset, units);
   }
+  const UnitWeights<S, Cell> weights(cells.cell.unit_weights, H, unit, units);
   for (int64_t r = 0; r < rows; ++r, sums += kGates * kWidthOf<S>) {
     const int64_t state = r * H + unit;
     const Gates<V> pre = {load(sums, units) + bias[0], load(sums + gate_stride, units) + bias[1],
@@ -63,7 +78,8 @@ void finish_cells(const CellRows<S>& cells, int64_t rows, int64_t unit, int unit
                           load(sums + 3 * gate_stride, units) + bias[3]};
     V c_next, h_next;
     const V c = load(cells.cx + state, units);
-    const Gates<V> gate = cell_forward<Activations<T>>(pre, c, c_next, h_next);
+    const Gates<V> gate =
+        Cell::template forward<Activations<T>>(pre, c, weights.at, c_next, h_next);
     if (cells.c_before) store(cells.c_before + state, c, units);
     store(cells.hy + state, h_next, units);
     if (cells.gates) store_gates(cells.gates + r * kGates * H + unit, H, gate, units);
@@ -71,6 +87,14 @@ void finish_cells(const CellRows<S>& cells, int64_t rows, int64_t unit, int unit
     store(cells.cy + state, c_next, units);
     if (cells.h_factors) store(cells.h_factors + r * factor_row<S>(H) + unit, h_next, units);
   }
+}
+
+template <class S, class... Cell>
+void finish_cells(CellList<Cell...> /*cells*/, const CellRows<S>& cells, int64_t rows, int64_t unit,
+                  int units, int64_t gate_stride, const ComputeType<S>* sums) {
+  static constexpr decltype(&finish_cells_of<S, PlainCell>) kOfCell[] = {
+      finish_cells_of<S, Cell>...};
+  kOfCell[cells.cell.variant](cells, rows, unit, units, gate_stride, sums);
 }
 
 }  // namespace

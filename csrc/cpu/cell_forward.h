@@ -123,6 +123,7 @@ LSTM_EXT_INLINE CellRows<S> cell_rows(const CellForwardArgs& args, int64_t row) 
   cells.H = H;
   cells.b_ih = static_cast<const S*>(args.b_ih);
   cells.b_hh = static_cast<const S*>(args.b_hh);
+  cells.cell = args.cell;
   cells.cx = static_cast<const S*>(args.cx) + row * H;
   cells.cy = static_cast<S*>(args.cy) + row * H;
   cells.hy = static_cast<S*>(args.hy) + row * H;
@@ -142,8 +143,8 @@ void forward_panels(const CellForwardArgs& args, int64_t first_task, int64_t las
     const auto [row, rows, unit, units] = forward_task<S>(args, task);
     gate_product_panel<S>(hx, w_hh, args.H, args.H, row, rows, unit, units, true, panel);
     gate_product_panel<S>(input, w_ih, args.I, args.H, row, rows, unit, units, false, panel);
-    finish_cells<S>(cell_rows<S>(args, row), rows, unit, units, gate_layout<S>(args.H).gate_stride,
-                    panel.sums[0][0]);
+    finish_cells<S>(Cells(), cell_rows<S>(args, row), rows, unit, units,
+                    gate_layout<S>(args.H).gate_stride, panel.sums[0][0]);
   }
 }
 
@@ -153,7 +154,7 @@ void forward_dots(const CellForwardArgs& args, int64_t first_task, int64_t last_
   for (int64_t task = first_task; task < last_task; ++task) {
     const auto [row, rows, unit, units] = forward_task<S>(args, task);
     gate_product_dots<S>(args, row, rows, unit, units, sums);
-    finish_cells<S>(cell_rows<S>(args, row), rows, unit, units, kWidthOf<S>, sums[0][0]);
+    finish_cells<S>(Cells(), cell_rows<S>(args, row), rows, unit, units, kWidthOf<S>, sums[0][0]);
   }
 }
 

@@ -9,6 +9,12 @@
 
 namespace lstm_ext::cpu {
 
+// Which cell (core/cells.h), and the weights that its units have of their own.
+struct CellKind {
+  int variant;
+  const void* unit_weights;  // [P, H], null where P is 0
+};
+
 // No output may overlap an input. Compute type and factors: product_kernels.h.
 struct CellForwardArgs {
   int64_t N, I, H;
@@ -21,9 +27,10 @@ struct CellForwardArgs {
   const void* w_hh;  // [4H, H]
   const void* b_ih;  // [4H] or null
   const void* b_hh;  // [4H] or null
-  void* hy;          // [N, H]
-  void* cy;          // [N, H]
-  void* gates;       // [N, 4H], the activated gates; null in inference
+  CellKind cell;
+  void* hy;     // [N, H]
+  void* cy;     // [N, H]
+  void* gates;  // [N, 4H], the activated gates; null in inference
 };
 
 struct GateGradientArgs {
@@ -32,10 +39,21 @@ struct GateGradientArgs {
   const void* grad_cy;  // [N, H] or null for zero
   const void* cx;       // [N, H]
   const void* gates;    // [N, 4H], activated
-  void* grad_gates;     // [N, 4H] in the compute type, of the pre-activations
-  void* grad_cx;        // [N, H] or null
-  void* bias_sums;      // [bias_blocks(N), 4H] in the compute type or null: grad_gates summed
-                        // over the rows of each block
+  CellKind cell;
+  void* grad_gates;  // [N, 4H] in the compute type, of the pre-activations
+  void* grad_cx;     // [N, H] or null
+  void* bias_sums;   // [bias_blocks(N), 4H] in the compute type or null: grad_gates summed
+                     // over the rows of each block
+};
+
+// The gradients of the units' own weights, from the results of GateGradientArgs or of all steps.
+struct UnitGradientArgs {
+  int64_t rows, H;
+  const void* cx;          // [rows, H]
+  const void* gates;       // [rows, 4H], activated
+  const void* grad_gates;  // [rows, 4H] in the compute type
+  int variant;
+  void* sums;  // [bias_blocks(rows), P, H] in the compute type: summed over the rows of each block
 };
 
 struct CellKernels {
@@ -44,6 +62,7 @@ struct CellKernels {
   void (*forward)(const CellForwardArgs&, int64_t first_task, int64_t last_task);
   int64_t (*gate_gradient_tasks)(int64_t N, int64_t H);
   void (*gate_gradients)(const GateGradientArgs&, int64_t first_task, int64_t last_task);
+  void (*unit_gradients)(const UnitGradientArgs&, int64_t first_block, int64_t last_block);
 };
 
 inline constexpr int64_t kBiasBlockRows = 16;  // short sums: few roundings

@@ -1,5 +1,5 @@
-// The matrix products of a backward, from the gradients of the gates to those of inputs and
-// weights.
+// What a backward makes of the gradients of the gates: those of the units' own weights, and by
+// matrix products those of inputs and weights.
 #pragma once
 
 #include <array>
@@ -25,6 +25,26 @@ struct Target {
     return {tensor.value_or(Tensor()), true};
   }
 };
+
+// target = or += the gradients of the units' own weights [P, H], from those of the gates.
+inline void unit_gradients(const Kernels& kernels, int64_t variant, const Tensor& cx,
+                           const Tensor& gates, const Tensor& grad_gates, const Target& target) {
+  const int64_t rows = cx.size(0), H = cx.size(1), blocks = bias_blocks(rows);
+  const Tensor sums = empty({blocks, target.tensor.numel()}, grad_gates.scalar_type());
+  const Dense c(cx), g(gates);
+  UnitGradientArgs args = {};
+  args.rows = rows;
+  args.H = H;
+  args.cx = c.data();
+  args.gates = g.data();
+  args.grad_gates = grad_gates.const_data_ptr();
+  args.variant = static_cast<int>(variant);
+  args.sums = sums.mutable_data_ptr();
+  cpu::run(blocks, rows * H * 64,
+           [&](int64_t first, int64_t last) { kernels.cell.unit_gradients(args, first, last); });
+  kernels.product.add_up(sums.const_data_ptr(), blocks, target.tensor.numel(),
+                         target.tensor.mutable_data_ptr(), target.accumulate);
+}
 
 // The gradients of the gates [N, 4H] as the left factors of the products, made when asked for.
 class GateFactors {

@@ -33,6 +33,7 @@ constexpr CellKernels cell_table() {
   table.forward = forward<S>;
   table.gate_gradient_tasks = gate_gradient_tasks<S>;
   table.gate_gradients = gate_gradients<S>;
+  table.unit_gradients = unit_gradients<S>;
   return table;
 }
 

@@ -36,6 +36,7 @@ Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
   const Elements factor = pairs ? stored : computed;
   const Dense w_hh(in.w_hh), gates(results.gates), c_before(results.c_before),
       grad_output(grads.output);
+  const DenseCell cell(in);
   const Tensor packed = empty_large({layer.packed_columns(H)}, compute);
   const int64_t block_elements = layer.packed_columns(H) / column_blocks;
   const auto pack = [&](int64_t first, int64_t last) {
@@ -62,6 +63,7 @@ Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
       step.grad_c = computed.at(grad_c.mutable_data_ptr(), row * H);
       step.gates = stored.at(gates.data(), first_row * 4 * H);
       step.c_before = stored.at(c_before.data(), first_row * H);
+      step.cell = cell.kind();
       step.grad_gates = computed.at(grad_gates.mutable_data_ptr(), first_row * 4 * H);
       if (pairs) step.grad_gates_factors = stored.at(halves.mutable_data_ptr(), first_row * 4 * H);
       step.reset = reset;
@@ -119,10 +121,11 @@ Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& i
   const Kernels& kernels = cpu::kernels(kernel_dtype(dtype));
   Target input = Target::fresh(wanted.input, in.input), w_ih = Target::fresh(wanted.w_ih, in.w_ih),
          w_hh = Target::fresh(wanted.w_hh, in.w_hh), b_ih = Target::bias(wanted.b_ih, in.w_hh),
-         b_hh = Target::bias(wanted.b_hh, in.w_hh);
+         b_hh = Target::bias(wanted.b_hh, in.w_hh),
+         unit_weights = Target::fresh(wanted.unit_weights, or_undefined(in.unit_weights));
   Tensor grad_h, grad_c;
   if (S == 0 || H == 0) {
-    for (const Target* target : {&input, &w_ih, &w_hh, &b_ih, &b_hh})
+    for (const Target* target : {&input, &w_ih, &w_hh, &b_ih, &b_hh, &unit_weights})
       if (target->wanted()) target->tensor.zero_();
     grad_h = defined(grads.hy) ? grads.hy->clone() : at::zeros({N, H}, at::dtype(dtype));
     grad_c = defined(grads.cy) ? grads.cy->clone() : at::zeros({N, H}, at::dtype(dtype));
@@ -140,6 +143,9 @@ Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& i
           kernels.product.add_up(sums.const_data_ptr(), bias_blocks(S), 4 * H,
                                  target->tensor.mutable_data_ptr(), false);
     }
+    if (unit_weights.wanted())
+      unit_gradients(kernels, in.variant, results.c_before, results.gates, grad_gates,
+                     unit_weights);
     GateFactors factors(kernels.product, grad_gates);
     Products products(kernels.product, factors);
     if (input.wanted()) input.tensor = input.tensor.view({S, I});
@@ -166,7 +172,8 @@ Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& i
           std::move(w_ih.tensor),
           std::move(w_hh.tensor),
           std::move(b_ih.tensor),
-          std::move(b_hh.tensor)};
+          std::move(b_hh.tensor),
+          std::move(unit_weights.tensor)};
 }
 
 }  // namespace lstm_ext::cpu

@@ -33,24 +33,25 @@ void pack_state_columns(const void* w_hh, int64_t H, void* packed, int64_t first
   }
 }
 
-template <class S>
-void step_gradient(const StepGradientArgs& args, int64_t first_block, int64_t last_block) {
+template <class S, class Cell>
+void step_gradient_of(const StepGradientArgs& args, int64_t first_block, int64_t last_block) {
   using T = ComputeType<S>;
   using V = VectorOf<S>;
   const int64_t H = args.H;
   for (int64_t unit = first_block * kWidthOf<S>; unit < at_most(H, last_block * kWidthOf<S>);
        unit += kWidthOf<S>) {
     const int64_t units = at_most(kWidthOf<S>, H - unit);
+    const UnitWeights<S, Cell> weights(args.cell.unit_weights, H, unit, units);
     for (int64_t r = 0; r < args.rows; ++r) {
       const int64_t state = r * H + unit, gates = r * 4 * H + unit;
       T* grad_c = static_cast<T*>(args.grad_c) + state;
       const V grad_h = load(static_cast<const T*>(args.grad_h) + state, units) +
                        load_or_zero<S>(args.grad_output, state, units);
       V grad_c_before;
-      const Gates<V> grad = cell_backward<Activations<T>>(
+      const Gates<V> grad = Cell::template backward<Activations<T>>(
           load_gates(static_cast<const S*>(args.gates) + gates, H, units),
-          load(static_cast<const S*>(args.c_before) + state, units), grad_h, load(grad_c, units),
-          grad_c_before);
+          load(static_cast<const S*>(args.c_before) + state, units), weights.at, grad_h,
+          load(grad_c, units), grad_c_before);
       store_gates(static_cast<T*>(args.grad_gates) + gates, H, grad, units);
       if (args.grad_gates_factors)
         store_gates(static_cast<S*>(args.grad_gates_factors) + gates, H, grad, units);
@@ -58,6 +59,18 @@ void step_gradient(const StepGradientArgs& args, int64_t first_block, int64_t la
       store(grad_c, grad_c_before, units);
     }
   }
+}
+
+template <class S, class... Cell>
+void step_gradient(CellList<Cell...> /*cells*/, const StepGradientArgs& args, int64_t first_block,
+                   int64_t last_block) {
+  static constexpr decltype(&step_gradient_of<S, PlainCell>) kOfCell[] = {
+      step_gradient_of<S, Cell>...};
+  kOfCell[args.cell.variant](args, first_block, last_block);
+}
+template <class S>
+void step_gradient(const StepGradientArgs& args, int64_t first_block, int64_t last_block) {
+  step_gradient<S>(Cells(), args, first_block, last_block);
 }
 
 template <class S>

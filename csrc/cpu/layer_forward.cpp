@@ -50,6 +50,7 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Shared
   const int64_t blocks = layer.unit_blocks(H);
   const Elements stored(dtype), computed(compute), factor(factor_type(kernels.product, dtype));
   const Dense w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih), b_hh(in.b_hh);
+  const DenseCell cell(in);
 
   const Cut cut(sequence, H, blocks);
   const bool one_chunk = cut.own_blocks() && sequence.S() <= kOneChunkRows;
@@ -153,6 +154,7 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Shared
           step.first_row = place(s);
           step.b_ih = b_ih.data();
           step.b_hh = b_hh.data();
+          step.cell = cell.kind();
           step.c = stored.at(out.cy.mutable_data_ptr(), row * H);
           step.h_factors = factor.at(h[(s + 1) % 2], row * h_columns);
           step.output = stored.at(out.output.mutable_data_ptr(), first_row * H);
@@ -180,6 +182,7 @@ void forward_by_cells(const LayerInputs& in, const SharedSequence& sequence, con
   const Elements stored(in.hx.scalar_type());
   const Dense input(in.input), hx(in.hx), w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih),
       b_hh(in.b_hh);
+  const DenseCell cell(in);
   const void* h = hx.data();
   const Tensor c_next = empty({N, H}, in.hx.scalar_type());
   for (int64_t s = 0; s < sequence.L(); ++s) {
@@ -199,6 +202,7 @@ void forward_by_cells(const LayerInputs& in, const SharedSequence& sequence, con
     args.w_hh = w_hh.data();
     args.b_ih = b_ih.data();
     args.b_hh = b_hh.data();
+    args.cell = cell.kind();
     args.hy = output;
     args.cy = c_next.mutable_data_ptr();
     if (out.gates.defined()) args.gates = stored.at(out.gates.mutable_data_ptr(), row * 4 * H);

@@ -173,20 +173,22 @@ void gate_product(const GateProductArgs& args, int64_t first_block, int64_t last
 template <class S>
 void step(const StepArgs& args, int64_t first_block, int64_t last_block) {
   const int64_t H = args.H;
-  const CellRows<S> cells = {H,
-                             static_cast<const S*>(args.b_ih),
-                             static_cast<const S*>(args.b_hh),
-                             static_cast<const S*>(args.c),
-                             static_cast<S*>(args.c),
-                             static_cast<S*>(args.output),
-                             static_cast<FactorElement<S>*>(args.h_factors),
-                             static_cast<S*>(args.gates),
-                             static_cast<S*>(args.c_before),
-                             args.reset_next};
+  CellRows<S> cells = {};
+  cells.H = H;
+  cells.b_ih = static_cast<const S*>(args.b_ih);
+  cells.b_hh = static_cast<const S*>(args.b_hh);
+  cells.cell = args.cell;
+  cells.cx = static_cast<const S*>(args.c);
+  cells.cy = static_cast<S*>(args.c);
+  cells.hy = static_cast<S*>(args.output);
+  cells.h_factors = static_cast<FactorElement<S>*>(args.h_factors);
+  cells.gates = static_cast<S*>(args.gates);
+  cells.c_before = static_cast<S*>(args.c_before);
+  cells.reset_next = args.reset_next;
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t unit = block * kWidthOf<S>;
-    finish_cells<S>(cells, args.rows, unit, static_cast<int>(at_most(kWidthOf<S>, H - unit)),
-                    gate_layout<S>(H).gate_stride,
+    finish_cells<S>(Cells(), cells, args.rows, unit,
+                    static_cast<int>(at_most(kWidthOf<S>, H - unit)), gate_layout<S>(H).gate_stride,
                     block_sums_of<S>(args.sums, block, args.first_row));
   }
 }

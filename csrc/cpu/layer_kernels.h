@@ -35,8 +35,9 @@ struct StepArgs {
   int64_t rows, H;
   GateSums sums;
   int64_t first_row;
-  const void* b_ih;        // [4H] or null
-  const void* b_hh;        // [4H] or null
+  const void* b_ih;  // [4H] or null
+  const void* b_hh;  // [4H] or null
+  CellKind cell;
   void* c;                 // [rows, H], replaced
   void* h_factors;         // [rows, H] as factors, for the next step's product
   void* output;            // [rows, H], h
@@ -48,11 +49,12 @@ struct StepArgs {
 // One time step backward: the gradients of the pre-activations.
 struct StepGradientArgs {
   int64_t rows, H;
-  const void* grad_output;   // [rows, H] or null for zero
-  const void* grad_h;        // [rows, H] in the compute type: from the step after
-  void* grad_c;              // [rows, H] in the compute type, replaced
-  const void* gates;         // [rows, 4H]
-  const void* c_before;      // [rows, H]
+  const void* grad_output;  // [rows, H] or null for zero
+  const void* grad_h;       // [rows, H] in the compute type: from the step after
+  void* grad_c;             // [rows, H] in the compute type, replaced
+  const void* gates;        // [rows, 4H]
+  const void* c_before;     // [rows, H]
+  CellKind cell;
   void* grad_gates;          // [rows, 4H] in the compute type
   void* grad_gates_factors;  // [rows, 4H] as factors where those are pairs, else null
   const bool* reset;         // rows whose states the step found zero; or null

@@ -63,7 +63,8 @@ Tensor lstm_layer_pack_meta(const Tensor& w_ih, const Tensor& w_hh) {
 LayerOutputs lstm_layer_packed(const PackedLayerInputs& from) {
   const Tensor& packed = from.packed;
   const Tensor none;
-  const LayerInputs in = {{from.input, from.hx, from.cx, none, none, from.b_ih, from.b_hh},
+  const LayerInputs in = {{from.input, from.hx, from.cx, none, none, from.b_ih, from.b_hh,
+                           from.unit_weights, from.variant},
                           from.batch_sizes,
                           from.reset,
                           from.reverse};

@@ -72,6 +72,18 @@ class Dense {
   const c10::MaybeOwned<Tensor> tensor_;
 };
 
+// What makes a cell one of its kind, for the kernels.
+class DenseCell {
+ public:
+  explicit DenseCell(const CellInputs& in)
+      : variant_(static_cast<int>(in.variant)), unit_weights_(in.unit_weights) {}
+  CellKind kind() const { return {variant_, unit_weights_.data()}; }
+
+ private:
+  const int variant_;
+  const Dense unit_weights_;
+};
+
 // A new dense tensor; at::empty, less its way through the dispatcher.
 inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::detail::empty_cpu(sizes, at::dtype(dtype));

@@ -25,9 +25,9 @@ template <class Call>
 auto with_cast(at::DeviceType device, const CellInputs& in, const Call& call) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  return std::apply(
-      [&, cast = caster(device)](const auto&... field) { return call({cast(field)...}); },
-      in.fields());
+  return std::apply([&, cast = caster(device)](
+                        const auto&... tensor) { return call({cast(tensor)..., in.variant}); },
+                    in.tensors());
 }
 
 LayerOutputs cast_layer(at::DeviceType device, const LayerInputs& in) {

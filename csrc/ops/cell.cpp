@@ -5,7 +5,9 @@
 #include <ATen/ops/lstm_cell.h>
 #include <torch/library.h>
 
+#include "core/cells.h"
 #include "core/path_log.h"
+#include "ops/composite.h"
 
 namespace lstm_ext {
 
@@ -23,6 +25,24 @@ bool bias_fits(const std::optional<at::Tensor>& bias, const c10::SymInt& size) {
   return !defined(bias) || (bias->dim() == 1 && bias->sym_size(0) == size);
 }
 
+bool variant_fits(const CellInputs& in, const c10::SymInt& H) {
+  if (!is_cell(in.variant)) return false;
+  const int wanted = unit_weights_of(in.variant);
+  if (wanted == 0) return !defined(in.unit_weights);
+  return defined(in.unit_weights) && in.unit_weights->dim() == 2 &&
+         in.unit_weights->sym_size(0) == wanted && in.unit_weights->sym_size(1) == H;
+}
+
+void check_variant(const CellInputs& in, const c10::SymInt& H) {
+  TORCH_CHECK(is_cell(in.variant), "there is no cell of variant ", in.variant);
+  const int wanted = unit_weights_of(in.variant);
+  TORCH_CHECK(wanted > 0 || !defined(in.unit_weights), "a cell of variant ", in.variant,
+              " has no unit_weights");
+  TORCH_CHECK(variant_fits(in, H), "a cell of variant ", in.variant, " has unit_weights of shape (",
+              wanted, ", ", H, "), got ",
+              defined(in.unit_weights) ? c10::str(in.unit_weights->sym_sizes()) : "none");
+}
+
 bool sizes_fit(const CellInputs& in) {
   for (const at::Tensor* t : {&in.input, &in.hx, &in.cx, &in.w_ih, &in.w_hh})
     if (t->dim() != 2) return false;
@@ -30,7 +50,8 @@ bool sizes_fit(const CellInputs& in) {
   const c10::SymInt gates = H * 4;
   return in.hx.sym_size(0) == N && in.hx.sym_size(1) == H && in.cx.sym_size(0) == N &&
          in.cx.sym_size(1) == H && in.w_ih.sym_size(0) == gates && in.w_ih.sym_size(1) == I &&
-         in.w_hh.sym_size(0) == gates && bias_fits(in.b_ih, gates) && bias_fits(in.b_hh, gates);
+         in.w_hh.sym_size(0) == gates && bias_fits(in.b_ih, gates) && bias_fits(in.b_hh, gates) &&
+         variant_fits(in, H);
 }
 
 bool all_alike(const CellInputs& in) {
@@ -130,6 +151,12 @@ CellOutputs torch_lstm_cell(const CellInputs& in) {
   CellOutputs out = at::lstm_cell(in.input, {in.hx, in.cx}, in.w_ih, in.w_hh, in.b_ih, in.b_hh);
   check_one_device(in);  // torch's own error first, where it has one
   return out;
+}
+
+CellOutputs unfused_lstm_cell(const CellInputs& in) {
+  if (in.variant == kPlainCell && !defined(in.unit_weights)) return torch_lstm_cell(in);
+  auto [hy, cy, gates] = composite::cell_forward(in);
+  return {std::move(hy), std::move(cy)};
 }
 
 TORCH_LIBRARY(lstm_ext, m) {

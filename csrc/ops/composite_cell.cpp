@@ -1,17 +1,20 @@
-// The cell in plain tensor operations: for every device, differentiable any number of times.
-// The formulas are those of cell_math.h (and of lstm_ext/reference.py, which explains them).
+// The cells of cell_math.h in plain tensor operations: for every device, differentiable any number
+// of times. (lstm_ext/reference.py explains the formulas.)
 #include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sigmoid.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/tanh.h>
+#include <ATen/ops/unbind.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <vector>
 
+#include "core/cells.h"
 #include "core/path_log.h"
 #include "ops/cell.h"
 #include "ops/composite.h"
@@ -33,6 +36,7 @@ void check_inputs(const CellInputs& in) {
   check_given(in.w_ih, "w_ih");
   check_given(in.w_hh, "w_hh");
   check_one_device(in);
+  check_variant(in, in.w_hh.dim() == 2 ? in.w_hh.sym_size(1) : c10::SymInt(0));
   TORCH_CHECK(sizes_fit(in),
               "expected an input (N, I), states (N, H), weights (4H, I) and (4H, H), and biases "
               "(4H) or None; got an input of shape ",
@@ -50,27 +54,53 @@ void check_inputs(const CellInputs& in) {
       in);
 }
 
+struct TensorMath {
+  static at::Tensor sigmoid(const at::Tensor& x) { return x.sigmoid(); }
+  static at::Tensor tanh(const at::Tensor& x) { return x.tanh(); }
+};
+
+using TensorGates = Gates<at::Tensor>;
+
 // Of [N, 4H]: four times [N, H].
-std::vector<at::Tensor> quarters(const at::Tensor& gates) { return gates.chunk(4, 1); }
+TensorGates quarters(const at::Tensor& gates) {
+  const auto quarter = gates.chunk(4, 1);
+  return {quarter[0], quarter[1], quarter[2], quarter[3]};
+}
+at::Tensor join(const TensorGates& gates) {
+  return at::cat({gates.i, gates.f, gates.g, gates.o}, 1);
+}
+
+// Of each of the weights of the units: [H].
+std::vector<at::Tensor> rows_of(const std::optional<at::Tensor>& unit_weights) {
+  return defined(unit_weights) ? unit_weights->unbind(0) : std::vector<at::Tensor>();
+}
+
+struct Activated {
+  TensorGates gates;
+  at::Tensor cy, hy;
+};
+
+Activated activate(const CellInputs& in) {
+  check_inputs(in);
+  const TensorGates pre =
+      quarters(at::linear(in.input, in.w_ih, in.b_ih) + at::linear(in.hx, in.w_hh, in.b_hh));
+  const auto weights = rows_of(in.unit_weights);
+  Activated out;
+  with_cell(in.variant, [&](auto cell) {
+    out.gates =
+        decltype(cell)::template forward<TensorMath>(pre, in.cx, weights.data(), out.cy, out.hy);
+  });
+  return out;
+}
 
 }  // namespace
 
-at::Tensor cell_gates(const CellInputs& in) {
-  check_inputs(in);
-  const auto quarter =
-      quarters(at::linear(in.input, in.w_ih, in.b_ih) + at::linear(in.hx, in.w_hh, in.b_hh));
-  return at::cat(
-      {quarter[0].sigmoid(), quarter[1].sigmoid(), quarter[2].tanh(), quarter[3].sigmoid()}, 1);
-}
+at::Tensor cell_gates(const CellInputs& in) { return join(activate(in).gates); }
 
 CellTrainingOutputs cell_forward(const CellInputs& in) {
   if (verbose()) log_path("lstm_cell", in.input, in.hx, "plain tensor operations");
-  at::Tensor gates = cell_gates(in);
-  const auto quarter = quarters(gates);
-  const at::Tensor &i = quarter[0], &f = quarter[1], &g = quarter[2], &o = quarter[3];
-  at::Tensor cy = f * in.cx + i * g;
-  at::Tensor hy = o * cy.tanh();
-  return {std::move(hy), std::move(cy), std::move(gates)};
+  Activated out = activate(in);
+  return {std::move(out.hy), std::move(out.cy), join(out.gates)};
 }
 
 Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
@@ -78,24 +108,31 @@ Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
   check_inputs(in);
   check_given(results.gates, "gates");
   check_backward_sizes(grads, in.hx, results);
-  const auto quarter = quarters(results.gates);
-  const at::Tensor &i = quarter[0], &f = quarter[1], &g = quarter[2], &o = quarter[3];
-  const at::Tensor tanh_c = (f * in.cx + i * g).tanh();
-  const at::Tensor grad_h = defined(grads.hy) ? *grads.hy : at::zeros_like(tanh_c);
-  at::Tensor grad_state = grad_h * o * (1 - tanh_c * tanh_c);
-  if (defined(grads.cy)) grad_state = grad_state + *grads.cy;
-  const at::Tensor grad_gates =
-      at::cat({grad_state * g * i * (1 - i), grad_state * in.cx * f * (1 - f),
-               grad_state * i * (1 - g * g), grad_h * tanh_c * o * (1 - o)},
-              1);
+  const TensorGates gates = quarters(results.gates);
+  const auto zero_if_none = [&](const std::optional<at::Tensor>& grad) {
+    return defined(grad) ? *grad : at::zeros_like(in.cx);
+  };
+  const at::Tensor grad_hy = zero_if_none(grads.hy), grad_cy = zero_if_none(grads.cy);
+  const auto weights = rows_of(in.unit_weights);
+  std::vector<at::Tensor> unit_gradients(weights.size());
+  at::Tensor grad_cx, grad_gates;
+  with_cell(in.variant, [&](auto cell) {
+    using Cell = decltype(cell);
+    const TensorGates found = Cell::template backward<TensorMath>(gates, in.cx, weights.data(),
+                                                                  grad_hy, grad_cy, grad_cx);
+    grad_gates = join(found);
+    for (at::Tensor& sum : unit_gradients) sum = at::zeros_like(in.cx);
+    if (wanted.unit_weights) Cell::add_unit_gradients(gates, in.cx, found, unit_gradients.data());
+  });
   Gradients to;
   if (wanted.input) to.input = grad_gates.mm(in.w_ih);
   if (wanted.hx) to.hx = grad_gates.mm(in.w_hh);
-  if (wanted.cx) to.cx = grad_state * f;
+  if (wanted.cx) to.cx = grad_cx;
   if (wanted.w_ih) to.w_ih = grad_gates.t().mm(in.input);
   if (wanted.w_hh) to.w_hh = grad_gates.t().mm(in.hx);
   if (wanted.b_ih) to.b_ih = grad_gates.sum(0);
   if (wanted.b_hh) to.b_hh = grad_gates.sum(0);
+  if (wanted.unit_weights) to.unit_weights = at::stack(unit_gradients).sum(1);
   return to;
 }
 
@@ -103,7 +140,7 @@ Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
 
 // Every backend that has no kernel of its own.
 TORCH_LIBRARY_IMPL(lstm_ext, CompositeExplicitAutograd, m) {
-  ops::lstm_cell::implement<torch_lstm_cell>(m);
+  ops::lstm_cell::implement<unfused_lstm_cell>(m);
   ops::lstm_cell_forward::implement<composite::cell_forward>(m);
   ops::lstm_cell_backward::implement<composite::cell_backward>(m);
 }

@@ -29,7 +29,8 @@ struct Steps {
 
   // What a step was computed from.
   CellInputs cell(const LayerInputs& in, const at::Tensor& input, int64_t t) const {
-    return {input, h_before[t], c_before[t], in.w_ih, in.w_hh, in.b_ih, in.b_hh};
+    return {input,   h_before[t], c_before[t],     in.w_ih,   in.w_hh,
+            in.b_ih, in.b_hh,     in.unit_weights, in.variant};
   }
 };
 
@@ -41,6 +42,7 @@ at::Tensor over(const at::Tensor& first, const at::Tensor& whole) {
 
 Steps run(const LayerInputs& in) {
   check_sequence(in);
+  check_variant(in, in.hx.size(1));
   TORCH_CHECK(sizes_fit(in),
               "expected weights (4H, I) and (4H, H), and biases (4H) or None, with H ",
               in.hx.size(1), " and I ", in.input.size(-1), "; got weights of shape ",
@@ -115,6 +117,7 @@ Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& i
     sum.w_hh = sum_of(sum.w_hh, found.w_hh);
     sum.b_ih = sum_of(sum.b_ih, found.b_ih);
     sum.b_hh = sum_of(sum.b_hh, found.b_hh);
+    sum.unit_weights = sum_of(sum.unit_weights, found.unit_weights);
     grad_h = over(reset_to_zero(found.hx, in, t), grad_h);
     grad_c = over(reset_to_zero(found.cx, in, t), grad_c);
   }

@@ -22,7 +22,8 @@ bool states_fit(const LayerInputs& in) {
 }  // namespace
 
 bool sizes_fit(const LayerInputs& in) {
-  const CellInputs recurrent = {in.hx, in.hx, in.cx, in.w_hh, in.w_hh, in.b_ih, in.b_hh};
+  const CellInputs recurrent = {in.hx,   in.hx,   in.cx,           in.w_hh,   in.w_hh,
+                                in.b_ih, in.b_hh, in.unit_weights, in.variant};
   return states_fit(in) && sizes_fit(recurrent) && in.w_ih.dim() == 2 &&
          in.w_ih.sym_size(0) == in.w_hh.sym_size(0) && in.w_ih.sym_size(1) == in.input.sym_size(-1);
 }
@@ -70,6 +71,8 @@ void check_packed_inputs(const LayerInputs& in) {
   for (const at::Tensor* t : {&input, &hx, &cx}) fits = fits && alike(*t, input);
   for (const auto* bias : {&in.b_ih, &in.b_hh})
     fits = fits && bias_fits(*bias, 4 * hx.size(1)) && (!defined(*bias) || alike(**bias, input));
+  if (fits) check_variant(in, hx.size(1));
+  fits = fits && (!defined(in.unit_weights) || alike(*in.unit_weights, input));
   TORCH_CHECK(fits,
               "lstm_layer_packed: input, states and biases do not fit each other: got an input of ",
               "shape ", input.sizes(), ", states of ", hx.sizes(), " and ", cx.sizes());

@@ -50,12 +50,14 @@ struct PackedLayerInputs {
   const at::Tensor& packed;
   const std::optional<at::Tensor>& b_ih;
   const std::optional<at::Tensor>& b_hh;
+  const std::optional<at::Tensor>& unit_weights;
+  int64_t variant;
   const std::optional<at::Tensor>& batch_sizes;
   const std::optional<at::Tensor>& reset;
   bool reverse;
   auto fields() const {
-    return std::tuple_cat(std::tie(input, hx, cx, packed, b_ih, b_hh, batch_sizes, reset),
-                          std::tuple(reverse));
+    return std::tuple_cat(std::tie(input, hx, cx, packed, b_ih, b_hh, unit_weights),
+                          std::tuple(variant), std::tie(batch_sizes, reset), std::tuple(reverse));
   }
 };
 inline constexpr at::ScalarType kPackedType = at::kByte;
@@ -66,26 +68,27 @@ namespace ops {
 struct lstm_layer : Operator<lstm_layer, LayerOutputs(const LayerInputs&)> {
   static constexpr char kSchema[] =
       "lstm_layer(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
-      "Tensor? b_hh, Tensor? batch_sizes, Tensor? reset, bool reverse) "
+      "Tensor? b_hh, Tensor? unit_weights, int variant, Tensor? batch_sizes, Tensor? reset, "
+      "bool reverse) "
       "-> (Tensor, Tensor, Tensor)";
 };
 // The same, and what its backward needs: gates, and the c that each step started from.
 struct lstm_layer_forward : Operator<lstm_layer_forward, LayerTrainingOutputs(const LayerInputs&)> {
   static constexpr char kSchema[] =
       "lstm_layer_forward(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, "
-      "Tensor? b_ih, Tensor? b_hh, Tensor? batch_sizes, Tensor? reset, bool reverse) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)";
+      "Tensor? b_ih, Tensor? b_hh, Tensor? unit_weights, int variant, Tensor? batch_sizes, "
+      "Tensor? reset, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
 };
-// Gradients of the first seven; those that output_mask leaves out are not computed (None).
+// Gradients of the first eight tensors; those that output_mask leaves out are not computed (None).
 struct lstm_layer_backward
     : Operator<lstm_layer_backward, Gradients(const LayerOutputGradients&, const LayerInputs&,
                                               const LayerResults&, const Wanted&)> {
   static constexpr char kSchema[] =
       "lstm_layer_backward(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor input, "
       "Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-      "Tensor? batch_sizes, Tensor? reset, bool reverse, Tensor output, Tensor gates, "
-      "Tensor c_before, bool[7] output_mask) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+      "Tensor? unit_weights, int variant, Tensor? batch_sizes, Tensor? reset, bool reverse, "
+      "Tensor output, Tensor gates, Tensor c_before, bool[8] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 };
 // Inference over weights packed before: w_ih and w_hh in the layout of this processor's kernels.
 struct lstm_layer_pack
@@ -95,7 +98,8 @@ struct lstm_layer_pack
 struct lstm_layer_packed : Operator<lstm_layer_packed, LayerOutputs(const PackedLayerInputs&)> {
   static constexpr char kSchema[] =
       "lstm_layer_packed(Tensor input, Tensor hx, Tensor cx, Tensor packed, Tensor? b_ih, "
-      "Tensor? b_hh, Tensor? batch_sizes, Tensor? reset, bool reverse) "
+      "Tensor? b_hh, Tensor? unit_weights, int variant, Tensor? batch_sizes, Tensor? reset, "
+      "bool reverse) "
       "-> (Tensor, Tensor, Tensor)";
 };
 

@@ -5,6 +5,8 @@
 #include <ATen/ops/stack.h>
 #include <torch/library.h>
 
+#include "core/cells.h"
+
 namespace lstm_ext {
 namespace {
 
@@ -15,9 +17,17 @@ const at::Tensor& required(Optional tensor) {
   return *tensor;
 }
 
+// The weights of the units, which come last of a layer's.
+Optional unit_weights(const LSTMInputs& in, const std::optional<at::Tensor>* last) {
+  static const std::optional<at::Tensor> none;
+  return unit_weights_of(in.variant) > 0 ? *last : none;
+}
+
 // layer(input, h, c, the layer's weights, reverse) for one after the other.
 template <class Layer>
 LayerOutputs run_layers(const LSTMInputs& in, int64_t weights_per_layer, const Layer& layer) {
+  TORCH_CHECK(is_cell(in.variant), "there is no cell of variant ", in.variant);
+  if (unit_weights_of(in.variant) > 0) ++weights_per_layer;
   const int64_t directions = in.bidirectional ? 2 : 1;
   const int64_t count = static_cast<int64_t>(in.weights.size()) / weights_per_layer;
   TORCH_CHECK(count > 0 && count % directions == 0 &&
@@ -53,12 +63,12 @@ OptionalTensors to_vector(const TensorList& list) { return {list.begin(), list.e
 
 LayerOutputs lstm_op(const LSTMArguments& in) {
   return lstm({in.input, in.hx, in.cx, to_vector(in.weights), in.bidirectional, in.dropout,
-               in.batch_sizes, in.reset});
+               in.batch_sizes, in.reset, in.variant});
 }
 
 LayerOutputs lstm_packed_op(const PackedLSTMArguments& in) {
   return lstm_packed({in.input, in.hx, in.cx, to_vector(in.weights), in.bidirectional, 0,
-                      in.batch_sizes, in.reset});
+                      in.batch_sizes, in.reset, in.variant});
 }
 
 }  // namespace
@@ -68,7 +78,8 @@ LayerOutputs lstm(const LSTMInputs& in) {
       in, kLayerWeights,
       [&](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c,
           const std::optional<at::Tensor>* w, bool reverse) {
-        return ops::lstm_layer::call({{input, h, c, required(w[0]), required(w[1]), w[2], w[3]},
+        return ops::lstm_layer::call({{input, h, c, required(w[0]), required(w[1]), w[2], w[3],
+                                       unit_weights(in, w + kLayerWeights), in.variant},
                                       in.batch_sizes,
                                       in.reset,
                                       reverse});
@@ -76,12 +87,14 @@ LayerOutputs lstm(const LSTMInputs& in) {
 }
 
 LayerOutputs lstm_packed(const LSTMInputs& in) {
-  return run_layers(in, kPackedLayerWeights,
-                    [&](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c,
-                        const std::optional<at::Tensor>* w, bool reverse) {
-                      return ops::lstm_layer_packed::call({input, h, c, required(w[0]), w[1], w[2],
-                                                           in.batch_sizes, in.reset, reverse});
-                    });
+  return run_layers(
+      in, kPackedLayerWeights,
+      [&](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c,
+          const std::optional<at::Tensor>* w, bool reverse) {
+        return ops::lstm_layer_packed::call({input, h, c, required(w[0]), w[1], w[2],
+                                             unit_weights(in, w + kPackedLayerWeights), in.variant,
+                                             in.batch_sizes, in.reset, reverse});
+      });
 }
 
 TORCH_LIBRARY_FRAGMENT(lstm_ext, m) { define<ops::lstm, ops::lstm_packed>(m); }

@@ -22,8 +22,10 @@ struct LSTMInputs {
   double dropout;                                // after each layer but the last
   const std::optional<at::Tensor>& batch_sizes;  // as in LayerInputs
   const std::optional<at::Tensor>& reset;
+  int64_t variant;  // of CellInputs
 };
-// w_ih, w_hh, b_ih, b_hh; or the result of lstm_layer_pack, b_ih, b_hh.
+// w_ih, w_hh, b_ih, b_hh; or the result of lstm_layer_pack, b_ih, b_hh. Behind them, the weights of
+// the units where the cell has some.
 inline constexpr int64_t kLayerWeights = 4;
 inline constexpr int64_t kPackedLayerWeights = 3;
 
@@ -38,9 +40,10 @@ struct LSTMArguments {
   double dropout;
   const std::optional<at::Tensor>& batch_sizes;
   const std::optional<at::Tensor>& reset;
+  int64_t variant;
   auto fields() const {
     return std::tuple_cat(std::tie(input, hx, cx, weights), std::tuple(bidirectional, dropout),
-                          std::tie(batch_sizes, reset));
+                          std::tie(batch_sizes, reset), std::tuple(variant));
   }
 };
 struct PackedLSTMArguments {
@@ -51,25 +54,27 @@ struct PackedLSTMArguments {
   bool bidirectional;
   const std::optional<at::Tensor>& batch_sizes;
   const std::optional<at::Tensor>& reset;
+  int64_t variant;
   auto fields() const {
     return std::tuple_cat(std::tie(input, hx, cx, weights), std::tuple(bidirectional),
-                          std::tie(batch_sizes, reset));
+                          std::tie(batch_sizes, reset), std::tuple(variant));
   }
 };
 
 namespace ops {
 
-// All layers and directions: w_ih, w_hh, b_ih, b_hh of each.
+// All layers and directions: w_ih, w_hh, b_ih, b_hh of each, and unit_weights where there are some.
 struct lstm : Operator<lstm, LayerOutputs(const LSTMArguments&)> {
   static constexpr char kSchema[] =
       "lstm(Tensor input, Tensor hx, Tensor cx, Tensor?[] weights, bool bidirectional, "
-      "float dropout, Tensor? batch_sizes, Tensor? reset) -> (Tensor, Tensor, Tensor)";
+      "float dropout, Tensor? batch_sizes, Tensor? reset, int variant=0) "
+      "-> (Tensor, Tensor, Tensor)";
 };
-// The same for inference: packed weights, b_ih, b_hh of each.
+// The same for inference: packed weights, b_ih, b_hh of each, and unit_weights.
 struct lstm_packed : Operator<lstm_packed, LayerOutputs(const PackedLSTMArguments&)> {
   static constexpr char kSchema[] =
       "lstm_packed(Tensor input, Tensor hx, Tensor cx, Tensor?[] weights, bool bidirectional, "
-      "Tensor? batch_sizes, Tensor? reset) -> (Tensor, Tensor, Tensor)";
+      "Tensor? batch_sizes, Tensor? reset, int variant=0) -> (Tensor, Tensor, Tensor)";
 };
 
 }  // namespace ops

@@ -11,6 +11,7 @@
 
 #include <atomic>
 
+#include "core/cells.h"
 #include "ops/cell.h"
 #include "ops/lstm.h"
 #include "python/module_options.h"
@@ -50,10 +51,19 @@ bool brief(const CellInputs& in) {
          in.input.sym_size(0) * (in.w_ih.sym_numel() + in.w_hh.sym_numel()) < kBriefWork;
 }
 
+// Of torch's cell: this way is for no other.
+CellInputs plain_cell(const at::Tensor& input, const at::Tensor& h, const at::Tensor& c,
+                      const at::Tensor& w_ih, const at::Tensor& w_hh,
+                      const std::optional<at::Tensor>& b_ih,
+                      const std::optional<at::Tensor>& b_hh) {
+  static const std::optional<at::Tensor> none;
+  return {input, h, c, w_ih, w_hh, b_ih, b_hh, none, kPlainCell};
+}
+
 PyObject* call_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  constexpr int kRequired = 5;
-  if (count != kCellInputs || !plain_mode()) Py_RETURN_NONE;
+  constexpr int kRequired = 5, kArguments = 7;
+  if (count != kArguments || !plain_mode()) Py_RETURN_NONE;
   for (int k = 0; k < kRequired; ++k)
     if (!THPVariable_CheckExact(args[k])) Py_RETURN_NONE;
   std::optional<at::Tensor> b_ih, b_hh;
@@ -61,13 +71,9 @@ PyObject* call_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
   for (int k = 0; k < 3; ++k)
     if (THPVariable_Unpack(args[k]).dim() != 2) Py_RETURN_NONE;
   if (THPVariable_Unpack(args[0]).is_cuda() && gpu_cells_by_torch) Py_RETURN_NONE;
-  const CellInputs in = {THPVariable_Unpack(args[0]),
-                         THPVariable_Unpack(args[1]),
-                         THPVariable_Unpack(args[2]),
-                         THPVariable_Unpack(args[3]),
-                         THPVariable_Unpack(args[4]),
-                         b_ih,
-                         b_hh};
+  const CellInputs in = plain_cell(THPVariable_Unpack(args[0]), THPVariable_Unpack(args[1]),
+                                   THPVariable_Unpack(args[2]), THPVariable_Unpack(args[3]),
+                                   THPVariable_Unpack(args[4]), b_ih, b_hh);
   auto [hy, cy] = without_lock(brief(in), [&] { return ops::lstm_cell::call(in); });
   return wrap(std::move(hy), std::move(cy));
   END_HANDLE_TH_ERRORS
@@ -134,8 +140,8 @@ PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
   if (transposed) input = input.transpose(0, 1);
   const bool brief = input.numel() / I * 4 * H * (I + H) * h_sizes[0] < kBriefWork;
   auto [output, h_n, c_n] = without_lock(brief, [&] {
-    const LSTMInputs in = {input, *h,          *c,          *weights, options->directions == 2,
-                           0,     batch_sizes, std::nullopt};
+    const LSTMInputs in = {input, *h,          *c,           *weights,  options->directions == 2,
+                           0,     batch_sizes, std::nullopt, kPlainCell};
     return Packed ? lstm_packed(in) : lstm(in);
   });
   if (transposed) output = output.transpose(0, 1);
@@ -164,7 +170,7 @@ PyObject* call_cell_module(PyObject* /*module*/, PyObject* const* args, Py_ssize
   } else if (h->dim() != 2 || c->dim() != 2) {
     Py_RETURN_NONE;
   }
-  const CellInputs in = {input, *h, *c, *(*w)[0], *(*w)[1], (*w)[2], (*w)[3]};
+  const CellInputs in = plain_cell(input, *h, *c, *(*w)[0], *(*w)[1], (*w)[2], (*w)[3]);
   auto [hy, cy] = without_lock(brief(in), [&] { return ops::lstm_cell::call(in); });
   return wrap(std::move(hy), std::move(cy));
   END_HANDLE_TH_ERRORS
@@ -187,7 +193,7 @@ PyObject* call_frozen_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize
     if (h->dim() != 2 || c->dim() != 2 || input.scalar_type() != w_ih->scalar_type() ||
         torch::autograd::compute_requires_grad(input, *h, *c))
       Py_RETURN_NONE;
-    const CellInputs in = {input, *h, *c, *w_ih, *w_hh, b_ih, b_hh};
+    const CellInputs in = plain_cell(input, *h, *c, *w_ih, *w_hh, b_ih, b_hh);
     auto [hy, cy] = without_lock(brief(in), [&] { return ops::lstm_cell::call(in); });
     return wrap(std::move(hy), std::move(cy));
   }
@@ -195,8 +201,9 @@ PyObject* call_frozen_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize
   if (!usual(input, I, *h, *c, h_sizes)) Py_RETURN_NONE;
   const bool is_brief = N * 4 * H * (I + H) < kBriefWork;
   auto [output, h_n, c_n] = without_lock(is_brief, [&] {
-    return ops::lstm_layer_packed::call(
-        {input.unsqueeze(0), *h, *c, cell->packed, b_ih, b_hh, std::nullopt, std::nullopt, false});
+    return ops::lstm_layer_packed::call({input.unsqueeze(0), *h, *c, cell->packed, b_ih, b_hh,
+                                         std::nullopt, kPlainCell, std::nullopt, std::nullopt,
+                                         false});
   });
   return wrap(std::move(h_n), std::move(c_n));
   END_HANDLE_TH_ERRORS

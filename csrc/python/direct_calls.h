@@ -12,7 +12,8 @@ namespace lstm_ext {
 // frozen_lstm_cell_module, frozen_lstm_module: the same for what lstm_ext.freeze makes.
 //
 // They return None for what is left to torch.ops and to the checks in Python: arguments that are
-// no tensors (the operator's error names them) or of a subclass other than Parameter; options and
+// no tensors (the operator's error names them) or of a subclass other than Parameter; another cell
+// than torch's (core/cells.h); options and
 // weights of a module that are not as they were when it was built; __torch_function__ modes,
 // torch.jit.trace; input or states whose rank or size is not the usual; but for cells also other
 // devices than the CPU and empty input.

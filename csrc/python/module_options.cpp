@@ -19,13 +19,14 @@ struct Names {
   PyObject* hidden_size = PyUnicode_InternFromString("hidden_size");
   PyObject* num_layers = PyUnicode_InternFromString("num_layers");
   PyObject* proj_size = PyUnicode_InternFromString("proj_size");
+  PyObject* variant = PyUnicode_InternFromString("_variant");
   PyObject* checkpoint_every = PyUnicode_InternFromString("checkpoint_every");
   PyObject* parameters = PyUnicode_InternFromString("_parameters");
   PyObject* buffers = PyUnicode_InternFromString("_buffers");
   PyObject* packed_names = PyUnicode_InternFromString("_packed_names");
   PyObject* flat_weights = PyUnicode_InternFromString("_flat_weights");
   PyObject* flat_weights_names = PyUnicode_InternFromString("_flat_weights_names");
-  std::array<PyObject*, kCellParameters> cell = {
+  std::array<PyObject*, kCellWeights> cell = {
       PyUnicode_InternFromString("weight_ih"), PyUnicode_InternFromString("weight_hh"),
       PyUnicode_InternFromString("bias_ih"), PyUnicode_InternFromString("bias_hh")};
 };
@@ -170,9 +171,9 @@ std::optional<FrozenCell> read_frozen_cell(PyObject* dict) {
 
 std::optional<CellParameters> read_cell_weights(PyObject* dict) {
   PyObject* const parameters = dict_in(dict, names().parameters);
-  if (parameters == nullptr) return std::nullopt;
+  if (parameters == nullptr || look_up(dict, names().variant) != nullptr) return std::nullopt;
   CellParameters weights;
-  for (int k = 0; k < kCellParameters; ++k) {
+  for (int k = 0; k < kCellWeights; ++k) {
     PyObject* const weight = parameter(dict, parameters, names().cell[k]);
     if (weight == nullptr || !unpack(weight, weights[k])) return std::nullopt;
   }

@@ -34,7 +34,8 @@ std::optional<OptionalTensors> read_weights(PyObject* module_dict, const LSTMOpt
 std::optional<OptionalTensors> read_packed_weights(PyObject* module_dict,
                                                    const LSTMOptions& options);
 
-using CellParameters = std::array<std::optional<at::Tensor>, kCellParameters>;
+inline constexpr int kCellWeights = 4;  // w_ih, w_hh, b_ih, b_hh
+using CellParameters = std::array<std::optional<at::Tensor>, kCellWeights>;
 
 // The buffers of a frozen cell: packed weights, b_ih, b_hh, and the plain weights w_ih, w_hh.
 struct FrozenCell {
@@ -43,7 +44,8 @@ struct FrozenCell {
 };
 std::optional<FrozenCell> read_frozen_cell(PyObject* module_dict);
 
-// w_ih, w_hh, b_ih, b_hh of a torch.nn.LSTMCell. None unless each is a parameter of the module.
+// The weights of a torch.nn.LSTMCell. None unless each is a parameter of the module, and its cell
+// is torch's.
 std::optional<CellParameters> read_cell_weights(PyObject* module_dict);
 
 struct CellSizes {
