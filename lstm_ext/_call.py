@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_ext import _backend, _ops
+from lstm_ext import _backend, _ops, _variants
 from lstm_ext.functional import LayerWeights, lstm
 
 States = tuple[Tensor, Tensor]
@@ -30,6 +30,8 @@ class _Fields(NamedTuple):
     bidirectional: bool
     dropout: float  # 0 in evaluation
     weights: Sequence[Tensor]
+    cell: _variants.Variant
+    unit_weights: Sequence[Tensor | None]  # of each layer and direction
 
 
 _FEWER_LAYERS = "there are weights for more layers than num_layers says"
@@ -39,7 +41,8 @@ class Options(_Fields):
     """A module's options, of the types that torch's own call takes, and its weights.
 
     The weights are those of ``_flat_weights``: layer by layer, in each forward first, w_ih, w_hh,
-    then b_ih and b_hh, then w_hr, where they exist.
+    then b_ih and b_hh, then w_hr, where they exist. Those that another cell than torch's has for
+    each of its units are apart.
     """
 
     __slots__ = ()
@@ -66,7 +69,9 @@ class Options(_Fields):
         for k in range(0, len(self.weights), size):
             w = self.weights[k : k + size]
             b_ih, b_hh = (w[2], w[3]) if self.bias else (None, None)
-            layers.append(LayerWeights(w[0], w[1], b_ih, b_hh, w[-1] if self.proj_size else None))
+            w_hr = w[-1] if self.proj_size else None
+            units = self.unit_weights[k // size] if self.unit_weights else None
+            layers.append(LayerWeights(w[0], w[1], b_ih, b_hh, w_hr, units))
         return layers
 
 
@@ -131,11 +136,20 @@ def read(module: Any, packed: bool = False, weights: Sequence[Tensor] | None = N
     options = Options(
         module.input_size, module.hidden_size, module.proj_size, module.num_layers, module.bias,
         module.batch_first, module.bidirectional, float(dropout) if module.training else 0.0,
-        flat_weights(module) if weights is None else weights,
+        flat_weights(module) if weights is None else weights, _variants.of_module(module), (),
     )  # fmt: skip
     if weights is None:
         _check_weights(options)
+        if options.cell.unit_weights:
+            units = [_variants.unit_weights(module, s) for s in layer_suffixes(options)]
+            options = options._replace(unit_weights=units)
     return options
+
+
+def layer_suffixes(options: Any) -> list[str]:
+    """Return what the parameters' names end in, for each layer and direction of an LSTM."""
+    ends = ("", "_reverse") if options.bidirectional else ("",)
+    return [f"_l{k}{end}" for k in range(options.num_layers) for end in ends]
 
 
 def _check_weights(options: Options) -> None:
@@ -152,7 +166,7 @@ def _check_weights(options: Options) -> None:
         # The input is compared with the weights when it is there.
         I = layer.w_ih.shape[-1] if k < options.directions else P * options.directions
         shapes = (4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H)
-        for weight, shape in zip(layer, shapes, strict=True):
+        for weight, shape in zip(layer[:5], shapes, strict=True):
             # torch's fused LSTM reads memory that is not there, where its others raise an error.
             if weight is not None and weight.shape != shape:
                 raise RuntimeError(
@@ -291,7 +305,8 @@ def run(
     except TorchAnswersError as error:
         return by_torch(module, input, hx, reset, str(error))
     ready = prepare(module, options, input, hx, reset)
-    if _is_mixed(ready) and reset is None and module.checkpoint_every is None:
+    torchs = options.cell is _variants.PLAIN and reset is None and module.checkpoint_every is None
+    if torchs and _is_mixed(ready):
         return by_torch(module, input, hx, None, "dtypes, devices or layouts differ")
     output, h, c = lstm(
         ready.input,
@@ -302,6 +317,7 @@ def run(
         batch_sizes=ready.batch_sizes,
         reset=ready.reset,
         checkpoint_every=module.checkpoint_every,
+        variant=options.cell.name,
     )
     return ready.as_asked(output), ready.states_as_asked((h, c))
 
@@ -332,7 +348,9 @@ def run_frozen(
     options = _read_frozen(module, packed, input, hx)
     ready = prepare(module, options, input, hx, reset)
     wanted = packed[: _packed_tensors(options)]
-    arguments = list(wanted), options.bidirectional, ready.batch_sizes, ready.reset
+    arguments = (
+        list(wanted), options.bidirectional, ready.batch_sizes, ready.reset, options.cell.number
+    )  # fmt: skip
     low = None if ready.batch_sizes is not None else _autocast_dtype(ready.input)
     if low is None:
         output, h, c = _ops.lstm_packed(ready.input, *ready.hx, *arguments)
@@ -346,7 +364,8 @@ def run_frozen(
 
 
 def _packed_tensors(options: Options) -> int:
-    return options.num_layers * options.directions * len(("packed", "b_ih", "b_hh"))
+    per_layer = len(("packed", "b_ih", "b_hh")) + bool(options.cell.unit_weights)
+    return options.num_layers * options.directions * per_layer
 
 
 def _read_frozen(module: Any, packed: Sequence[Tensor | None], input: Any, hx: Any) -> Options:
@@ -385,6 +404,7 @@ def _why_not_direct(module: Any, data: Tensor, hx: Any, reset: Tensor | None) ->
     parameters = module._parameters
     weights = [parameters.get(name) for name in module._flat_weights_names]
     reasons = {
+        "the cell is not torch's": _variants.of_module(module) is not _variants.PLAIN,
         "reset": reset is not None,
         "checkpoint_every": module.checkpoint_every is not None,
         "projections": bool(module.proj_size),
@@ -427,8 +447,13 @@ def by_torch(
     data = input.data if isinstance(input, PackedSequence) else input
     _backend.log_path("LSTM", data, f"torch.nn.LSTM.forward: {reason}")
     out: tuple[Any, States] = nn.LSTM.forward(module, input, hx)
-    if reset is not None or module.checkpoint_every is not None:
-        option = "reset" if reset is not None else "checkpoint_every"
+    cell = _variants.of_module(module)
+    options = {
+        cell.name: cell is not _variants.PLAIN,
+        "reset": reset is not None,
+        "checkpoint_every": module.checkpoint_every is not None,
+    }
+    for option in (option for option, used in options.items() if used):
         raise RuntimeError(
             f"{option} is not for torch.nn.LSTM, which has to compute this: {reason}"
         )

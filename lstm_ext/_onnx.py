@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 
-from lstm_ext import _ops, reference
+from lstm_ext import _ops, _variants, reference
 
 if TYPE_CHECKING:
     from lstm_ext.functional import LayerWeights
@@ -35,6 +35,11 @@ def _check(variant: int, batch_sizes: object, reset: object) -> None:
         _refuse("packed sequences", "export the model with a padded tensor as its input")
     if reset is not None:
         _refuse("reset", "export a loop over an lstm_ext.LSTMCell, which zeroes the states itself")
+
+
+# Which cells it has, by the operators' variant: of their weights of units, in which order ONNX has
+# them (its P: of the gates i, o, f).
+_PEEPHOLES: dict[int, tuple[int, ...]] = {_variants.PLAIN.number: ()}
 
 
 def _refuse_packed_weights(*_: Any, **__: Any) -> NoReturn:
@@ -68,23 +73,26 @@ def _decomposition(
 
 @_decomposition("lstm_cell", _ops.cell_states)
 def _decompose_cell(a: Any) -> tuple[Tensor, Tensor]:
-    return reference.states(reference.gates(a.input, a.hx, a.w_ih, a.w_hh, a.b_ih, a.b_hh), a.cx)
+    weights = a.w_ih, a.w_hh, a.b_ih, a.b_hh, a.unit_weights
+    return reference.lstm_cell(a.input, (a.hx, a.cx), *weights, a.variant)
 
 
 @_decomposition("lstm_layer", _ops.layer_states)
 def _decompose_layer(a: Any) -> Any:
     if not torch.onnx.is_in_onnx_export():
         return NotImplemented  # which leaves the operator as it is
-    _check(a.batch_sizes, a.reset)
+    _check(a.variant, a.batch_sizes, a.reset)
     (L, N), H = a.input.shape[:2], a.w_hh.shape[1]
     biases = [_onnx_order(b) for b in (a.b_ih, a.b_hh) if b is not None]
     if len(biases) == 1:
         biases.append(torch.zeros_like(biases[0]))  # ONNX adds two, or none
     bias = torch.cat(biases, 1) if biases else None
     weights = _onnx_order(a.w_ih), _onnx_order(a.w_hh)
+    rows = [a.unit_weights[k] for k in _PEEPHOLES[a.variant]]
+    peepholes = [torch.cat(rows).unsqueeze(0)] if rows else []
     output, h, c = torch.onnx.ops.symbolic_multi_out(
         "LSTM",
-        (a.input, *weights, bias, None, a.hx[None], a.cx[None]),
+        (a.input, *weights, bias, None, a.hx[None], a.cx[None], *peepholes),
         {"hidden_size": H, "direction": "reverse" if a.reverse else "forward"},
         dtypes=[a.input.dtype] * 3,
         shapes=[(L, 1, N, H), (1, N, H), (1, N, H)],
@@ -205,12 +213,16 @@ def onnx_translations() -> dict[Any, Translation]:
         )
         return op.Unsqueeze(op.Concat(i, o, fg, axis=0), [0])
 
+    def peepholes(unit_weights: Any, variant: int) -> list[Any]:
+        rows = [op.Slice(unit_weights, [k], [k + 1], [0]) for k in _PEEPHOLES[variant]]
+        return [op.Concat(*rows, axis=1)] if rows else []
+
     # The exporter reads these functions' signatures.
     def lstm_layer(
         input: Any, hx: Any, cx: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any,
-        batch_sizes: Any, reset: Any, reverse: Any,
+        batch_sizes: Any, reset: Any, reverse: Any, unit_weights: Any = None, variant: Any = 0,
     ) -> Any:  # fmt: skip
-        _check(batch_sizes, reset)
+        _check(variant, batch_sizes, reset)
         biases = [onnx_order(b) for b in (b_ih, b_hh) if b is not None]
         if len(biases) == 1:
             biases.append(op.Sub(biases[0], biases[0]))
@@ -222,16 +234,19 @@ def onnx_translations() -> dict[Any, Translation]:
             None,  # lengths
             op.Unsqueeze(hx, [0]),
             op.Unsqueeze(cx, [0]),
+            *peepholes(unit_weights, variant),
             direction="reverse" if reverse else "forward",
             hidden_size=w_hh.shape[1],
         )
         return op.Squeeze(output, [1]), op.Squeeze(h, [0]), op.Squeeze(c, [0])
 
     def lstm_cell(
-        input: Any, hx: Any, cx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
-    ) -> Any:
-        step = op.Unsqueeze(input, [0])
-        return lstm_layer(step, hx, cx, w_ih, w_hh, b_ih, b_hh, None, None, False)[1:]
+        input: Any, hx: Any, cx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None,
+        unit_weights: Any = None, variant: Any = 0,
+    ) -> Any:  # fmt: skip
+        step, weights = op.Unsqueeze(input, [0]), (w_ih, w_hh, b_ih, b_hh)
+        cell = unit_weights, variant
+        return lstm_layer(step, hx, cx, *weights, None, None, False, *cell)[1:]
 
     # lstm and lstm_packed are made of the operators of one layer, into which they are decomposed.
     return {

@@ -75,6 +75,6 @@ class LSTMCellFunction(torch.autograd.Function):
             return (None,) * 7
         *inputs, gates = ctx.saved_tensors
         gradients: tuple[Tensor | None, ...] = torch.ops.lstm_ext.lstm_cell_backward(
-            *grads, *inputs, gates, list(ctx.needs_input_grad)
+            *grads, *inputs, None, 0, gates, [*ctx.needs_input_grad, False]
         )
-        return gradients
+        return gradients[:-1]

@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from lstm_ext import _backend, _fx, _ops
+from lstm_ext import _backend, _fx, _ops, _variants
 from lstm_ext.functional import lstm_cell
 
 
@@ -52,6 +52,7 @@ class LSTMCell(nn.LSTMCell):
                 return out
             self._log_refusal(input, hx)
             if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+                self._check_torchs_cell("torch.jit is tracing")
                 # For tools that know torch's own cell alone.
                 why = "torch.nn.LSTMCell.forward: torch.jit is tracing"
                 _backend.log_path("LSTMCell", input, why)
@@ -64,9 +65,18 @@ class LSTMCell(nn.LSTMCell):
                 hx = self._zero_state(input)
             if _is_state_pair(hx):
                 return lstm_cell(
-                    input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-                )
+                    input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh,
+                    unit_weights=_variants.unit_weights(self),
+                    variant=_variants.of_module(self).name,
+                )  # fmt: skip
         return self._torch_forward(input, hx)
+
+    def _check_torchs_cell(self, reason: str) -> None:
+        cell = _variants.of_module(self)
+        if cell is not _variants.PLAIN:
+            raise RuntimeError(
+                f"{cell.name} is not for torch.nn.LSTMCell, which has to compute this: {reason}"
+            )
 
     def _log_refusal(self, input: object, hx: object) -> None:
         """In the verbose mode, say why the direct call left a call to Python."""
@@ -78,6 +88,7 @@ class LSTMCell(nn.LSTMCell):
         """Go through what csrc/python/direct_calls.cpp and module_options.cpp ask for."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         reasons = {
+            "the cell is not torch's": _variants.of_module(self) is not _variants.PLAIN,
             "a single sample": input.dim() == 1,
             "a weight is no parameter": any(n not in self._parameters for n in names),
             "no tuple of two states": hx is not None and not (type(hx) is tuple and len(hx) == 2),
@@ -107,7 +118,9 @@ class LSTMCell(nn.LSTMCell):
     ) -> tuple[Tensor, Tensor]:
         """Let torch raise its own error; a note is added where that would be obscure."""
         try:
-            return super().forward(input, hx)
+            out = super().forward(input, hx)
+            self._check_torchs_cell("the arguments are not those of a cell")
+            return out
         except AttributeError as error:
             if sys.version_info >= (3, 11):
                 states = hx if isinstance(hx, (tuple, list)) else (hx,)

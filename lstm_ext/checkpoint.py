@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lstm_ext import _variants
 from lstm_ext.gates import GateTrace, trace_gates
 from lstm_ext.layer import LSTM
 
@@ -202,6 +203,7 @@ def _build(tensors: Mapping[str, Tensor], prefix: str) -> LSTM:
         bidirectional="weight_hh_l0_reverse" in own,
         proj_size=0 if projection is None else projection.shape[0],
         dtype=first.dtype,
+        **_variants.options_of(own),
     )
     try:
         lstm.load_state_dict(own)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lstm_ext import _rebind
+from lstm_ext import _rebind, _variants
 from lstm_ext.cell import LSTMCell
 from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell, plain_kind
 from lstm_ext.layer import LSTM
@@ -109,14 +109,14 @@ def revert(model: Model, *, report: bool = False) -> Model:
 
     Warns:
         UserWarning: for each of our modules that was left as it is, with the reason: a class that
-            derives from ours, or frozen (:func:`lstm_ext.unfreeze` comes first); and for
-            ``checkpoint_every``, which torch's module does not have.
+            derives from ours, a cell that torch has not, or frozen (:func:`lstm_ext.unfreeze` comes
+            first); and for ``checkpoint_every``, which torch's module does not have.
     """
     lines, reverted = [], []
     for name, module in list(model.named_modules()):
         kind = plain_kind(module)
         theirs = _TORCHS.get(kind) or vars(kind).get("_lstm_ext_joined_to")
-        if theirs is not None:
+        if theirs is not None and _variants.of_module(module) is _variants.PLAIN:
             if isinstance(module, LSTM):
                 if module.checkpoint_every is not None:
                     _warn(
@@ -129,11 +129,13 @@ def revert(model: Model, *, report: bool = False) -> Model:
             lines.append(Line(name, type(module).__name__, "reverted"))
         elif isinstance(module, (LSTM, LSTMCell)):
             frozen = isinstance(module, (FrozenLSTM, FrozenLSTMCell))
-            reason = (
-                "it is frozen; call lstm_ext.unfreeze first"
-                if frozen
-                else "its class derives from lstm_ext's"
-            )
+            cell = _variants.of_module(module)
+            if frozen:
+                reason = "it is frozen; call lstm_ext.unfreeze first"
+            elif theirs is not None:
+                reason = f"torch's modules have no {cell.name}"
+            else:
+                reason = "its class derives from lstm_ext's"
             lines.append(Line(name, type(module).__name__, f"left as it is: {reason}"))
             _warn(f"revert left {_where(name, module)} as it is: {reason}")
     _rebind.rebind(model, reverted, {ours: torchs for torchs, ours in _FORWARDS.items()})

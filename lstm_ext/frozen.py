@@ -14,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lstm_ext import _call, _fx, _guard, _ops
+from lstm_ext import _call, _fx, _guard, _ops, _variants
 from lstm_ext._call import States
 from lstm_ext.cell import LSTMCell
 from lstm_ext.layer import LSTM
@@ -151,8 +151,11 @@ def _check_weights(module: nn.Module, where: str) -> None:
             computed.add(name)
     for parameters in getattr(module, "parametrizations", {}):
         computed.add(parameters)
-    names = module._flat_weights_names if isinstance(module, LSTM) else _CELL_WEIGHTS
-    for name in names:
+    if isinstance(module, LSTM):
+        names, suffixes = list(module._flat_weights_names), _call.layer_suffixes(module)
+    else:
+        names, suffixes = list(_CELL_WEIGHTS), [""]
+    for name in names + [n for suffix in suffixes for n in _variants.names(module, suffix)]:
         own = module._parameters.get(name, "missing")
         plain = own is None or (isinstance(own, nn.Parameter) and name not in vars(module))
         if name not in computed and not plain:
@@ -280,6 +283,8 @@ class FrozenLSTM(_Frozen, LSTM):
             raise TypeError(f"{where}: {error}") from None
         for weights in options.layers():
             packed += _pack(where, *weights[:4])
+            if weights.unit_weights is not None:
+                packed.append(weights.unit_weights.detach())
         return packed
 
     _direct = staticmethod(_ops.fast_frozen_lstm)
@@ -297,7 +302,9 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
         m = self.original
         # And the plain weights as they are now: for few rows they are faster (ops.h).
         plain = [w.detach().clone() for w in (m.weight_ih, m.weight_hh)]
-        return [*_pack(where, m.weight_ih, m.weight_hh, m.bias_ih, m.bias_hh), *plain]
+        units = _variants.unit_weights(m)
+        own = [] if units is None else [units.detach()]
+        return [*_pack(where, m.weight_ih, m.weight_hh, m.bias_ih, m.bias_hh), *plain, *own]
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         """Compute (h', c') from the input and the states."""
@@ -317,7 +324,11 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
                     step = input[None, None], h.unsqueeze(0), c.unsqueeze(0)
                 else:
                     step = input.unsqueeze(0), h, c
-                _, h_n, c_n = _ops.lstm_layer_packed(*step, *self._packed()[:3], None, None, False)
+                packed, b_ih, b_hh, _, _, *own = self._packed()
+                cell = own[0] if own else None, _variants.of_module(self).number
+                _, h_n, c_n = _ops.lstm_layer_packed(
+                    *step, packed, b_ih, b_hh, None, None, False, *cell
+                )
                 return (h_n.squeeze(0), c_n.squeeze(0)) if input.dim() == 1 else (h_n, c_n)
         # torch's own errors; what it would compute nevertheless has no packed form.
         super().forward(input, hx)

@@ -258,9 +258,7 @@ def _layer(
     if not_fused is not None:
         _backend.log_path("lstm_layer", input, f"plain tensor operations: {not_fused}")
         return layer_in_steps(input, h, c, w, cell, steps)
-    output, h_n, c_n = _ops.lstm_layer(
-        input, h, c, *w[:4], w.unit_weights, cell.number, *steps
-    )
+    output, h_n, c_n = _ops.lstm_layer(input, h, c, *w[:4], *steps, w.unit_weights, cell.number)
     return output, h_n, c_n
 
 

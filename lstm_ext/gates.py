@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lstm_ext import _backend, _call, _ops
+from lstm_ext import _backend, _call, _ops, _variants
 from lstm_ext._call import States
 from lstm_ext.cell import LSTMCell
 from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell
-from lstm_ext.functional import LayerWeights, layer_in_steps, run_layers
+from lstm_ext.functional import LayerWeights, Steps, layer_in_steps, run_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -246,7 +246,7 @@ def trace_gates(
     def run(
         input: Tensor, h: Tensor, c: Tensor, w: LayerWeights, reverse: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        layer = _Run(w, sizes, ready.reset, reverse)
+        layer = _Run(w, options.cell, sizes, ready.reset, reverse)
         return layer.in_steps(input, h, c) if differentiable else layer(input, h, c)
 
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
@@ -284,8 +284,11 @@ def _trace_cell(
         reset = None if reset is None else reset.unsqueeze(-1)
     if hx is None:
         hx = (input.new_zeros(input.shape[1], cell.hidden_size),) * 2
-    weights = LayerWeights(cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
-    run = _Run(weights, None, reset, False)
+    weights = LayerWeights(
+        cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh,
+        unit_weights=_variants.unit_weights(cell),
+    )  # fmt: skip
+    run = _Run(weights, _variants.of_module(cell), None, reset, False)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         _, tensors = run.in_steps(input, *hx) if differentiable else run(input, *hx)
     i, f, g, o, c, h = (t.unsqueeze(0) for t in tensors)
@@ -297,6 +300,7 @@ class _Run:
     """One layer in one direction: called, it returns the output, and (i, f, g, o, c, h)."""
 
     w: LayerWeights
+    cell: _variants.Variant
     batch_sizes: Tensor | None
     reset: Tensor | None
     reverse: bool
@@ -314,8 +318,9 @@ class _Run:
         if _backend.why_layer_by_torch(input, call):
             return self.in_steps(input, h, c)
         output, _, c_n, gates, c_before = _ops.lstm_layer_forward(
-            input, h, c, *self.w[:4], self.batch_sizes, self.reset, self.reverse
-        )
+            input, h, c, *self.w[:4], self.batch_sizes, self.reset, self.reverse,
+            self.w.unit_weights, self.cell.number,
+        )  # fmt: skip
         L = len(input) if self.batch_sizes is None else len(self.batch_sizes)
         padded_gates, c_before, padded_h = (
             self._pad(t.reshape(L, -1, t.shape[-1]) if self.batch_sizes is None else t)
@@ -355,7 +360,7 @@ class _Run:
             kept[t] = tuple(nn.functional.pad(x, (0, 0, 0, N - x.shape[0])) for x in tensors)
 
         output, _, _ = layer_in_steps(
-            input, h, c, self.w, self.batch_sizes, self.reset, self.reverse, keep
+            input, h, c, self.w, self.cell, Steps(self.batch_sizes, self.reset, self.reverse), keep
         )
         i, f, g, o, c, h = (torch.stack(parts) for parts in zip(*kept, strict=True))
         return output, (i, f, g, o, c, h)

@@ -134,17 +134,18 @@ def right_call(draw):
         return kind, function, cell
     if kind.startswith("lstm_cell_backward"):
         h, c, gates = OPS.lstm_cell_forward(*cell)
-        arguments = [*grads(draw, h, c), *cell, gates]
+        arguments = [*grads(draw, h, c), *cell, None, 0, gates]
         if kind == "lstm_cell_backward":
-            return kind, function, [*arguments, mask(draw, 7)]
+            return kind, function, [*arguments, [*mask(draw, 7), False]]
         sums = [None if w is None else torch.zeros_like(w) for w in cell[3:]]
-        return kind, function, [*arguments, *sums, mask(draw, 3)]
+        return kind, function, [*arguments, *sums, None, mask(draw, 3)]
     if kind in ("lstm_layer", "lstm_layer_forward"):
         return kind, function, [*layer, *options]
     if kind == "lstm_layer_backward":
         output, h, c, gates, before = OPS.lstm_layer_forward(*layer, *options)
         return kind, function, [
-            *grads(draw, output, h, c), *layer, *options, output, gates, before, mask(draw, 7),
+            *grads(draw, output, h, c), *layer, *options, None, 0, output, gates, before,
+            [*mask(draw, 7), False],
         ]  # fmt: skip
     if kind == "lstm_layer_pack":
         return kind, function, layer[3:5]
@@ -295,11 +296,11 @@ WEIGHTS = CELL[3:]
 SIZES = {
     "lstm_cell": CELL,
     "lstm_cell_forward": CELL,
-    "lstm_cell_backward": ["N H", "N H", *CELL, "N 4H"],
-    "lstm_cell_backward_accumulate": ["N H", "N H", *CELL, "N 4H", *WEIGHTS],
+    "lstm_cell_backward": ["N H", "N H", *CELL, None, None, "N 4H"],
+    "lstm_cell_backward_accumulate": ["N H", "N H", *CELL, None, None, "N 4H", *WEIGHTS],
     "lstm_layer": LAYER,
     "lstm_layer_forward": LAYER,
-    "lstm_layer_backward": ["L N H", "N H", "N H", *LAYER, None, "L N H", "S 4H", "S H"],
+    "lstm_layer_backward": ["L N H", "N H", "N H", *LAYER, *[None] * 3, "L N H", "S 4H", "S H"],
     "lstm_layer_pack": ["4H I", "4H H"],
     "lstm_layer_packed": [*LAYER[:3], None, *LAYER[5:]],
     "lstm": ["L N I", "1 N H", "1 N H", WEIGHTS, None, None, "L", "L N"],

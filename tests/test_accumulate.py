@@ -209,6 +209,6 @@ def test_accumulate_operator_checks_its_arguments():
     *_, gates = torch.ops.lstm_ext.lstm_cell_forward(*values.values())
     with pytest.raises(RuntimeError, match=r"dense, with its parameter's shape \[8, 4\]"):
         torch.ops.lstm_ext.lstm_cell_backward_accumulate(
-            grad_h, grad_c, *values.values(), gates, torch.zeros(4, 8).t(), None, None, None,
-            [False] * 3,
+            grad_h, grad_c, *values.values(), None, 0, gates, torch.zeros(4, 8).t(),
+            None, None, None, None, [False] * 3,
         )  # fmt: skip

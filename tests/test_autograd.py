@@ -82,9 +82,9 @@ def test_only_what_is_asked_for(device, wanted):
     tensors = list(values.values())
     _, _, gates = torch.ops.lstm_ext.lstm_cell_forward(*tensors)
     backward = torch.ops.lstm_ext.lstm_cell_backward
-    everything = backward(*grads, *tensors, gates, [True] * 7)
-    some = backward(*grads, *tensors, gates, list(wanted))
-    for want, a, b in zip(wanted, everything, some, strict=True):
+    everything = backward(*grads, *tensors, None, 0, gates, [True] * 7 + [False])
+    some = backward(*grads, *tensors, None, 0, gates, [*wanted, False])
+    for want, a, b in zip((*wanted, False), everything, some, strict=True):
         assert (b is not None) == want
         if want:
             assert torch.equal(a, b)
@@ -242,14 +242,13 @@ def test_graph_is_freed(device):
 def test_backward_operator_checks_its_arguments(grad):
     values, (grad_h, grad_c) = case(3, 4, 2, torch.float32)
     _, _, gates = torch.ops.lstm_ext.lstm_cell_forward(*values.values())
+    backward, cell = torch.ops.lstm_ext.lstm_cell_backward, [*values.values(), None, 0]
     wrong = grad_h[:2] if grad == "shape" else grad_h.double()
     said = r"state's shape \[3, 2\]" if grad == "shape" else "state's dtype Float and device cpu"
     with pytest.raises(RuntimeError, match=f"gradient must .*{said}"):
-        torch.ops.lstm_ext.lstm_cell_backward(wrong, grad_c, *values.values(), gates, [True] * 7)
+        backward(wrong, grad_c, *cell, gates, [True] * 7 + [False])
     with pytest.raises(RuntimeError, match="third result of lstm_cell_forward"):
-        torch.ops.lstm_ext.lstm_cell_backward(
-            grad_h, grad_c, *values.values(), gates[:, 1:], [True] * 7
-        )
+        backward(grad_h, grad_c, *cell, gates[:, 1:], [True] * 7 + [False])
 
 
 OPS = torch.ops.lstm_ext

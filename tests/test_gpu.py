@@ -242,24 +242,24 @@ def test_whose_kernels_run(mode):
 
 def test_tensors_of_the_cpu_among_others_are_an_error():
     """Its addresses mean nothing to a GPU."""
-    OPS = torch.ops.lstm_ext
+    OPS, ALL = torch.ops.lstm_ext, [True] * 7 + [False]  # there are no weights of units
     weights = [torch.randn(s, device="cuda") for s in ((4 * H, I), (4 * H, H), (4 * H,), (4 * H,))]
     x, h, c = (torch.randn(N, size, device="cuda") for size in (I, H, H))
     cell = [x, h, c, *weights]
     kept = list(OPS.lstm_cell_forward(*cell))
-    for k in range(10):
-        arguments = [*kept[:2], *cell, kept[2]]
+    for k in (*range(9), 11):
+        arguments = [*kept[:2], *cell, None, 0, kept[2]]
         arguments[k] = arguments[k].cpu()
         with pytest.raises(RuntimeError):
-            OPS.lstm_cell_backward(*arguments, [True] * 7)
+            OPS.lstm_cell_backward(*arguments, ALL)
     reset = torch.zeros(1, N, dtype=torch.bool, device="cuda")
     layer = [x[None], *cell[1:], None, reset, False]
     output, h1, c1, gates, before = OPS.lstm_layer_forward(*layer)
-    everything = [output, h1, c1, *layer, output, gates, before]
+    everything = [output, h1, c1, *layer, None, 0, output, gates, before]
     for k in (k for k, t in enumerate(everything) if isinstance(t, torch.Tensor)):
         arguments = [t.cpu() if j == k else t for j, t in enumerate(everything)]
         with pytest.raises(RuntimeError):
-            OPS.lstm_layer_backward(*arguments, [True] * 7)
+            OPS.lstm_layer_backward(*arguments, ALL)
     with pytest.raises(RuntimeError, match="reset must be a bool tensor"):
         OPS.lstm_layer(*layer[:-2], reset.cpu(), False)
     assert OPS.lstm_layer(*layer)[0].isfinite().all()  # the GPU is still of use

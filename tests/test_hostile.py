@@ -13,6 +13,7 @@ from limits import HUNG, slow
 import lstm_ext
 
 OPS = torch.ops.lstm_ext
+ALL = [True] * 7 + [False]  # all gradients, there being no weights of units
 
 
 @pytest.mark.parametrize("calls", [2_000, *slow(10_000)])
@@ -110,13 +111,13 @@ def test_gradients_to_add_to_lie_apart():
     weights = [torch.randn(16, 4), torch.randn(16, 4), torch.randn(16), torch.randn(16)]
     h1, c1, gates = OPS.lstm_cell_forward(x, h, c, *weights)
     sums = [torch.zeros_like(w) for w in weights]
-    everything = (h1, c1, x, h, c, *weights, gates)
-    OPS.lstm_cell_backward_accumulate(*everything, *sums, [True] * 3)
+    everything = (h1, c1, x, h, c, *weights, None, 0, gates)
+    OPS.lstm_cell_backward_accumulate(*everything, *sums, None, [True] * 3)
     for k, other in ((1, sums[0]), (0, weights[1]), (3, sums[2]), (2, sums[3].numpy())):
         other = torch.from_numpy(other) if not isinstance(other, torch.Tensor) else other
         shared = [other if j == k else s for j, s in enumerate(sums)]
         with pytest.raises(RuntimeError, match="share memory with no"):
-            OPS.lstm_cell_backward_accumulate(*everything, *shared, [True] * 3)
+            OPS.lstm_cell_backward_accumulate(*everything, *shared, None, [True] * 3)
 
 
 def test_nothing_is_broadcast_or_left_unread():
@@ -133,9 +134,9 @@ def test_nothing_is_broadcast_or_left_unread():
         (OPS.lstm_layer, lambda t: [t[0][None], *t[1:], *rest]),
         (OPS.lstm_layer, lambda t: [t[0][None][:0], *t[1:], *rest]),  # no step
         (OPS.lstm_layer_forward, lambda t: [t[0][None], *t[1:], *rest]),
-        (OPS.lstm_cell_backward, lambda t: [*grads, *t, gates, [True] * 7]),
+        (OPS.lstm_cell_backward, lambda t: [*grads, *t, None, 0, gates, ALL]),
         (OPS.lstm_layer_backward, lambda t: [
-            grads[0][None], *grads, t[0][None], *t[1:], *rest, *kept, [True] * 7,
+            grads[0][None], *grads, t[0][None], *t[1:], *rest, None, 0, *kept, ALL,
         ]),
     ]  # fmt: skip
     others = [lambda t: t[:1], lambda t: torch.cat([t, t[:1]]), lambda t: t[..., :1]]
@@ -147,16 +148,16 @@ def test_nothing_is_broadcast_or_left_unread():
             t.requires_grad_(grad)
         with pytest.raises(RuntimeError):
             call(*arguments(wrong))
-    call, tensors = OPS.lstm_cell_backward, (*right, gates)
+    call, tensors = OPS.lstm_cell_backward, (*right, None, 0, gates)
     for k, other in itertools.product((0, 1), others):
         wrong = [other(g) if j == k else g for j, g in enumerate(grads)]
         with pytest.raises(RuntimeError, match="gradient must have"):
-            call(*wrong, *tensors, [True] * 7)
+            call(*wrong, *tensors, ALL)
     # As many numbers, but in another order.
     for leaf in (right[1], right[1].clone().requires_grad_()):
         with pytest.raises(RuntimeError, match="gradient must have"):
             OPS.lstm_layer_backward(
-                grads[0][:, None], *grads, x[None], leaf, *right[2:], *rest, *kept, [True] * 7
+                grads[0][:, None], *grads, x[None], leaf, *right[2:], *rest, None, 0, *kept, ALL
             )
 
 

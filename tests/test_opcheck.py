@@ -10,7 +10,7 @@ OPS = torch.ops.lstm_ext
 L, N, I, H = 4, 3, 5, 2
 SHAPES = ((N, I), (N, H), (N, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
 PACKED = torch.tensor([3, 3, 2, 1])
-ALL = [True] * 7
+ALL = [True] * 7 + [False]
 
 
 def draw(shapes, device, requires_grad=False):
@@ -24,15 +24,18 @@ def cells(device, requires_grad):
     yield OPS.lstm_cell_forward, args
     args = draw(SHAPES, device)
     gates = OPS.lstm_cell_forward(*args)[2]
-    yield OPS.lstm_cell_backward, (*grads, *args, gates, ALL)
-    some = [True, False, True, False, True, True, True]
-    yield OPS.lstm_cell_backward, (None, grads[1], *args, gates, some)
+    yield OPS.lstm_cell_backward, (*grads, *args, None, 0, gates, ALL)
+    some = [True, False, True, False, True, True, True, False]
+    yield OPS.lstm_cell_backward, (None, grads[1], *args, None, 0, gates, some)
     if device != "cpu":
         return  # adding into .grad in the same pass is for the CPU
     into = [t.clone() for t in args[3:]]
-    yield OPS.lstm_cell_backward_accumulate, (*grads, *args, gates, *into, ALL[:3])
+    yield OPS.lstm_cell_backward_accumulate, (*grads, *args, None, 0, gates, *into, None, ALL[:3])
     into[1:3] = None, None
-    yield OPS.lstm_cell_backward_accumulate, (*grads, *args, gates, *into, [True, False, True])
+    yield (
+        OPS.lstm_cell_backward_accumulate,
+        (*grads, *args, None, 0, gates, *into, None, [True, False, True]),
+    )
 
 
 def layers(device, requires_grad):
@@ -49,7 +52,7 @@ def layers(device, requires_grad):
         for grads in ((output, hy, cy), (output, None, None), (None, hy, None)):
             kept = (output, gates, c_before)
             yield OPS.lstm_layer_backward, (*(g if g is None else g.clone() for g in grads),
-                                            *args, *rest, *kept, ALL)  # fmt: skip
+                                            *args, *rest, None, 0, *kept, ALL)  # fmt: skip
 
 
 def packed_weights(device, _):

@@ -66,7 +66,7 @@ struct FieldsOfGroup {
   template <size_t... k>
   static Group group(const std::optional<at::Tensor>* tensors, const Options& options,
                      std::index_sequence<k...> /*fields*/) {
-    return {field<k>(tensors, options)...};
+    return operators::make_group<Group>(field<k>(tensors, options)...);
   }
   static Group group(const std::optional<at::Tensor>* tensors, const Options& options) {
     return group(tensors, options, kAll);

@@ -8,8 +8,9 @@
 //   lstm_cell::implement<function>(m)    // CellOutputs function(const CellInputs&)
 //
 // A part of the signature is an argument of the schema, or a group of them: a struct whose
-// fields() returns them as a tuple, and that is made of them in the same order. A result may be a
-// struct with results() in the same way. torch compares schema and signature when they meet.
+// fields() returns them as a tuple, and that is made of them in the same order, by its static of()
+// if it has one. A result may be a struct with results() in the same way. torch compares schema and
+// signature when they meet.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -42,6 +43,19 @@ auto fields_of(const std::remove_reference_t<Part>& part) {
 template <class Part>
 using FieldsOf = decltype(fields_of<Part>(std::declval<Part>()));
 
+template <class Group, class = void>
+struct HasOf : std::false_type {};
+template <class Group>
+struct HasOf<Group, std::void_t<decltype(&Group::of)>> : std::true_type {};
+
+template <class Group, class... Field>
+Group make_group(Field&&... field) {
+  if constexpr (HasOf<Group>::value)
+    return Group::of(std::forward<Field>(field)...);
+  else
+    return Group{std::forward<Field>(field)...};
+}
+
 template <class Result, class = void>
 struct Returned {
   using Flat = Result;
@@ -62,7 +76,7 @@ template <class Part, size_t kAt, class Arguments, size_t... k>
 decltype(auto) part_of(Arguments& arguments, std::index_sequence<k...> /*of its fields*/) {
   using Plain = std::remove_cv_t<std::remove_reference_t<Part>>;
   if constexpr (IsGroup<Plain>::value)
-    return Plain{std::get<kAt + k>(arguments)...};
+    return make_group<Plain>(std::get<kAt + k>(arguments)...);
   else
     return std::get<kAt>(arguments);
 }

@@ -5,6 +5,7 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
+#include "core/cells.h"
 #include "cuda/kernels.h"
 #include "cuda/tensors.h"
 #include "ops/composite.h"
@@ -14,7 +15,9 @@ namespace {
 
 using at::Tensor;
 
-bool has_kernel(const CellInputs& in) { return fusable(in) && fits(in.w_ih, in.w_hh); }
+bool has_kernel(const CellInputs& in) {
+  return fusable(in) && fits(in.w_ih, in.w_hh) && in.variant == kPlainCell;
+}
 
 void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   const OnDevice guard(in.hx);
@@ -60,7 +63,7 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
 }
 
 CellOutputs lstm_cell(const CellInputs& in) {
-  if (!has_kernel(in)) return torch_lstm_cell(in);
+  if (!has_kernel(in)) return unfused_lstm_cell(in);
   check_all_allocated(in);
   Tensor hy, cy;
   forward(in, hy, cy, nullptr);
@@ -69,7 +72,7 @@ CellOutputs lstm_cell(const CellInputs& in) {
 
 CellTrainingOutputs lstm_cell_forward(const CellInputs& in) {
   if (!has_kernel(in)) {
-    torch_lstm_cell(in);  // raises torch's error, if torch rejects them
+    unfused_lstm_cell(in);  // raises torch's error, if torch rejects them
     return composite::cell_forward(in);
   }
   check_all_allocated(in);

@@ -12,6 +12,7 @@
 
 #include <vector>
 
+#include "core/cells.h"
 #include "core/sequence.h"
 #include "cuda/kernels.h"
 #include "cuda/tensors.h"
@@ -20,7 +21,9 @@
 namespace lstm_ext::cuda {
 namespace {
 
-bool has_kernel(const LayerInputs& in) { return fusable(in) && fits(in.w_ih, in.w_hh); }
+bool has_kernel(const LayerInputs& in) {
+  return fusable(in) && fits(in.w_ih, in.w_hh) && in.variant == kPlainCell;
+}
 
 // A sequence for the kernels, and its tensors on the device for as long as they may read them.
 struct SequenceOnDevice {

@@ -20,8 +20,22 @@ struct LayerInputs : CellInputs {
   const std::optional<at::Tensor>& reset;        // bool [L, N]: states are zero before these steps
   bool reverse;                                  // from the last step to the first
 
+  // In the schema's order, in which what came to it later stands last.
   auto fields() const {
-    return std::tuple_cat(CellInputs::fields(), std::tie(batch_sizes, reset), std::tuple(reverse));
+    return std::tuple_cat(std::tie(input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset),
+                          std::tuple(reverse), std::tie(unit_weights), std::tuple(variant));
+  }
+  static LayerInputs of(const at::Tensor& input, const at::Tensor& hx, const at::Tensor& cx,
+                        const at::Tensor& w_ih, const at::Tensor& w_hh,
+                        const std::optional<at::Tensor>& b_ih,
+                        const std::optional<at::Tensor>& b_hh,
+                        const std::optional<at::Tensor>& batch_sizes,
+                        const std::optional<at::Tensor>& reset, bool reverse,
+                        const std::optional<at::Tensor>& unit_weights, int64_t variant) {
+    return {{input, hx, cx, w_ih, w_hh, b_ih, b_hh, unit_weights, variant},
+            batch_sizes,
+            reset,
+            reverse};
   }
 };
 
@@ -50,14 +64,14 @@ struct PackedLayerInputs {
   const at::Tensor& packed;
   const std::optional<at::Tensor>& b_ih;
   const std::optional<at::Tensor>& b_hh;
-  const std::optional<at::Tensor>& unit_weights;
-  int64_t variant;
   const std::optional<at::Tensor>& batch_sizes;
   const std::optional<at::Tensor>& reset;
   bool reverse;
+  const std::optional<at::Tensor>& unit_weights;
+  int64_t variant;
   auto fields() const {
-    return std::tuple_cat(std::tie(input, hx, cx, packed, b_ih, b_hh, unit_weights),
-                          std::tuple(variant), std::tie(batch_sizes, reset), std::tuple(reverse));
+    return std::tuple_cat(std::tie(input, hx, cx, packed, b_ih, b_hh, batch_sizes, reset),
+                          std::tuple(reverse), std::tie(unit_weights), std::tuple(variant));
   }
 };
 inline constexpr at::ScalarType kPackedType = at::kByte;
@@ -68,25 +82,25 @@ namespace ops {
 struct lstm_layer : Operator<lstm_layer, LayerOutputs(const LayerInputs&)> {
   static constexpr char kSchema[] =
       "lstm_layer(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
-      "Tensor? b_hh, Tensor? unit_weights, int variant, Tensor? batch_sizes, Tensor? reset, "
-      "bool reverse) "
-      "-> (Tensor, Tensor, Tensor)";
+      "Tensor? b_hh, Tensor? batch_sizes, Tensor? reset, bool reverse, Tensor? unit_weights=None, "
+      "int variant=0) -> (Tensor, Tensor, Tensor)";
 };
 // The same, and what its backward needs: gates, and the c that each step started from.
 struct lstm_layer_forward : Operator<lstm_layer_forward, LayerTrainingOutputs(const LayerInputs&)> {
   static constexpr char kSchema[] =
       "lstm_layer_forward(Tensor input, Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, "
-      "Tensor? b_ih, Tensor? b_hh, Tensor? unit_weights, int variant, Tensor? batch_sizes, "
-      "Tensor? reset, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
+      "Tensor? b_ih, Tensor? b_hh, Tensor? batch_sizes, Tensor? reset, bool reverse, "
+      "Tensor? unit_weights=None, int variant=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
 };
-// Gradients of the first eight tensors; those that output_mask leaves out are not computed (None).
+// Gradients of input, states and parameters; those that output_mask leaves out are not computed
+// (None).
 struct lstm_layer_backward
     : Operator<lstm_layer_backward, Gradients(const LayerOutputGradients&, const LayerInputs&,
                                               const LayerResults&, const Wanted&)> {
   static constexpr char kSchema[] =
       "lstm_layer_backward(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor input, "
       "Tensor hx, Tensor cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-      "Tensor? unit_weights, int variant, Tensor? batch_sizes, Tensor? reset, bool reverse, "
+      "Tensor? batch_sizes, Tensor? reset, bool reverse, Tensor? unit_weights, int variant, "
       "Tensor output, Tensor gates, Tensor c_before, bool[8] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 };
@@ -98,8 +112,8 @@ struct lstm_layer_pack
 struct lstm_layer_packed : Operator<lstm_layer_packed, LayerOutputs(const PackedLayerInputs&)> {
   static constexpr char kSchema[] =
       "lstm_layer_packed(Tensor input, Tensor hx, Tensor cx, Tensor packed, Tensor? b_ih, "
-      "Tensor? b_hh, Tensor? unit_weights, int variant, Tensor? batch_sizes, Tensor? reset, "
-      "bool reverse) "
+      "Tensor? b_hh, Tensor? batch_sizes, Tensor? reset, bool reverse, "
+      "Tensor? unit_weights=None, int variant=0) "
       "-> (Tensor, Tensor, Tensor)";
 };
 

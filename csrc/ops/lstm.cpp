@@ -87,14 +87,13 @@ LayerOutputs lstm(const LSTMInputs& in) {
 }
 
 LayerOutputs lstm_packed(const LSTMInputs& in) {
-  return run_layers(
-      in, kPackedLayerWeights,
-      [&](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c,
-          const std::optional<at::Tensor>* w, bool reverse) {
-        return ops::lstm_layer_packed::call({input, h, c, required(w[0]), w[1], w[2],
-                                             unit_weights(in, w + kPackedLayerWeights), in.variant,
-                                             in.batch_sizes, in.reset, reverse});
-      });
+  return run_layers(in, kPackedLayerWeights,
+                    [&](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c,
+                        const std::optional<at::Tensor>* w, bool reverse) {
+                      return ops::lstm_layer_packed::call(
+                          {input, h, c, required(w[0]), w[1], w[2], in.batch_sizes, in.reset,
+                           reverse, unit_weights(in, w + kPackedLayerWeights), in.variant});
+                    });
 }
 
 TORCH_LIBRARY_FRAGMENT(lstm_ext, m) { define<ops::lstm, ops::lstm_packed>(m); }

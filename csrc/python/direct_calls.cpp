@@ -202,8 +202,8 @@ PyObject* call_frozen_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize
   const bool is_brief = N * 4 * H * (I + H) < kBriefWork;
   auto [output, h_n, c_n] = without_lock(is_brief, [&] {
     return ops::lstm_layer_packed::call({input.unsqueeze(0), *h, *c, cell->packed, b_ih, b_hh,
-                                         std::nullopt, kPlainCell, std::nullopt, std::nullopt,
-                                         false});
+                                         std::nullopt, std::nullopt, false, std::nullopt,
+                                         kPlainCell});
   });
   return wrap(std::move(h_n), std::move(c_n));
   END_HANDLE_TH_ERRORS
