@@ -313,7 +313,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     left = len(cases)
     for case in cases:
-        if time.monotonic() - begin > options.seconds:
+        if rows and time.monotonic() - begin > options.seconds:
             break
         rows += bench_case(case, options.device, options.rounds)
         left -= 1

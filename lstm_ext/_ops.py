@@ -110,8 +110,11 @@ def _cell_states(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    # torch's own cell on tensors of the same shapes: its checks, its errors, its results' shapes.
-    # Without memory on any device: torch's rule for a CUDA device knows no cell without biases.
+    # torch's own cell on the same tensors: its checks, its errors, its shapes.
+    if not all(t.is_cuda for t in _tensors((input, hx, cx, w_ih, w_hh, b_ih, b_hh))):
+        hy, cy = torch.lstm_cell(input, (hx, cx), w_ih, w_hh, b_ih, b_hh)
+        return hy, cy
+    # torch's rule for a CUDA device (2.11) knows no cell without biases: the rule without a device.
     x, h, c, *weights = (t.to("meta") for t in (input, hx, cx, w_ih, w_hh))
     biases = (b if b is None else b.to("meta") for b in (b_ih, b_hh))
     hy, cy = torch.lstm_cell(x, (h, c), *weights, *biases)

@@ -12,9 +12,11 @@ import hypothesis
 import pytest
 import torch
 
-# On a GPU torch's own layer rounds float32 to TF32 by default. Tests that compare float32 want it
-# as it is on the CPU; those of TF32 switch it on.
-torch.backends.cudnn.rnn.fp32_precision = "ieee"
+if torch.cuda.is_available():
+    # torch's own layer rounds float32 to TF32 there by default. Tests that compare float32 want it
+    # as it is on the CPU; those of TF32 switch it on. (By the older switch: torch.export reads it,
+    # and throws once the newer says something else.)
+    torch.backends.cudnn.allow_tf32 = False
 
 # No limit on time: how fast cases are drawn says how busy the machine is.
 hypothesis.settings.register_profile(
@@ -40,7 +42,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Run a test marked `alone` in a process that no other test has used: memory, files, threads."""
+    """Run a test marked `alone` in a process that no other test has used."""
     inside = "LSTM_EXT_TEST_ALONE"
     if pyfuncitem.get_closest_marker("alone") is None or inside in os.environ:
         return None

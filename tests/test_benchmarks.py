@@ -123,12 +123,12 @@ def test_shapes_are_checked():
     assert "'3x2' is not batch x input x hidden" in result.stderr
 
 
+@pytest.mark.slow
 def test_cuda_benchmark(tmp_path):
     """The script itself, on the CPU: what runs on a GPU is made of the same rows."""
     out = tmp_path / "cuda.json"
     script = [BENCHMARKS / "bench_cuda.py", "--quick", "--rounds", 1, "--out", out]
-    dtypes = ["--dtypes", "float32", "bfloat16"]
-    result = run(*script, "--device", "cpu", *dtypes)
+    result = run(*script, "--device", "cpu")
     assert result.returncode == 0, result.stderr
     rows = json.loads(out.read_text())["rows"]
     kinds = {"cell": "nn.LSTMCell", "layer": "nn.LSTM", "packed layer": "nn.LSTM"}
@@ -143,8 +143,8 @@ def test_cuda_benchmark(tmp_path):
     short = run(BENCHMARKS / "report.py", out, "--short", "--png").stdout
     assert len([line for line in short.splitlines() if "geometric mean" in line]) == 6
     # What there was no time for is said.
-    hurried = run(*script, "--device", "cpu", *dtypes, "--seconds", 0)
-    assert "11 of 12 cases left out" in hurried.stdout
+    hurried = run(*script, "--device", "cpu", "--seconds", 0)
+    assert "2 of 3 cases left out" in hurried.stdout
     if not torch.cuda.is_available():
         refused = run(*script)
         assert refused.returncode == 2

@@ -183,7 +183,11 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("bug", slow_but([b for b in PLANTED if PLANTED[b][1] == "none"], PLANTED))
+@pytest.mark.parametrize(
+    "bug",
+    slow_but([bug for bug in PLANTED if PLANTED[bug][1] == "none"], PLANTED),
+    ids=lambda bug: f"{bug}: {PLANTED[bug][1]}",
+)
 def test_planted_bugs_are_found(bug, build):
     number, sanitizer, says = PLANTED[bug]
     result = run(build([EMULATOR / "planted.cpp"], sanitizer), number)
@@ -356,8 +360,11 @@ MUTATIONS = {
 }
 
 
+FEW = ("gates in another order", "one copy of h")
+
+
 @pytest.mark.parametrize(
-    "mutation", slow_but(["gates in another order", "one copy of h"], MUTATIONS)
+    "mutation", slow_but(FEW, MUTATIONS), ids=lambda m: f"{'few' if m in FEW else 'all'}: {m}"
 )
 def test_broken_kernels_are_found(mutation, build, tmp_path):
     file, old, new, finder = MUTATIONS[mutation]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import why_lstm
-from limits import HUNG
+from limits import HUNG, slow
 
 import lstm_ext
 
@@ -52,7 +52,7 @@ def test_character_model():
     assert "\nclass " in result.stdout
 
 
-@pytest.mark.parametrize("options", ["", "--fsdp"])
+@pytest.mark.parametrize("options", ["", *slow("--fsdp")])
 def test_two_processes(options, tmp_path):
     """DistributedDataParallel and FSDP2 give what one process gives on the joined batch.
 
@@ -90,6 +90,7 @@ def test_two_processes(options, tmp_path):
     assert not torch.allclose(untrained(x)[0], found[1](x)[0], atol=0.1)
 
 
+@pytest.mark.slow
 def test_lecture_script():
     """The notebook's twin: its own assertions hold the lecture's numbers."""
     result = subprocess.run(
@@ -119,6 +120,7 @@ def test_the_wide_rnn_has_the_lstms_parameters():
     assert kinds["RNN"][1] == kinds["LSTM"][1] == 32
 
 
+@pytest.mark.slow
 def test_why_lstm(tmp_path):
     out = tmp_path / "why"
     result = subprocess.run(

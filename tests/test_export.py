@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.backends.common
 import torch._dynamo.compiled_autograd
 import torch._dynamo.testing
+from limits import slow
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,7 +55,7 @@ def gradients(call, model, x):
     return torch.autograd.grad(call(x).square().sum(), [x, *model.parameters()])
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, *slow(True)])
 def test_compile_forward_and_backward(model, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
@@ -66,6 +67,7 @@ def test_compile_forward_and_backward(model, dynamic):
         torch.testing.assert_close(gradients(compiled, model, x), gradients(model, model, x))
 
 
+@pytest.mark.parametrize("model", ["tagger", *slow("stepper")], indirect=True)
 def test_compile_for_less_overhead(model, device):
     """mode="reduce-overhead": CUDA graphs on a GPU, which are replayed from the third call on."""
     torch._dynamo.reset()
@@ -208,6 +210,7 @@ def test_export_round_trip(model, tmp_path):
     torch.testing.assert_close(torch.export.load(path).module()(x), model(x))
 
 
+@pytest.mark.parametrize("model", ["tagger", *slow("stepper")], indirect=True)
 def test_aot_inductor_package(model, tmp_path):
     x = torch.randn(5, 2, 3)
     with torch.no_grad():

@@ -176,6 +176,16 @@ def test_killed_it_leaves_what_was_known(tmp_path):
     assert run.left() == []
 
 
+def test_nobody_has_to_read_what_it_prints(tmp_path):
+    run = Run(tmp_path / "out", "--dry-run", "--only", "good", "fails", "last")
+    run.process.stdout.close()
+    assert run.process.wait(600) == 1
+    assert run.results()["status"] == "complete"
+    statuses = [stage["status"] for stage in run.results()["stages"]]
+    assert statuses == ["passed", "failed (1)", "passed"]
+    assert "GPU check on" in (tmp_path / "out" / "table.txt").read_text()
+
+
 def test_the_time_of_all_is_limited(tmp_path):
     run = Run(tmp_path / "out", "--dry-run", "--only", "stubborn", "last", "--seconds", "12",
               "--seconds-each", "600")  # fmt: skip
@@ -281,6 +291,7 @@ def test_a_path_that_goes_wrong_costs_itself_alone(tmp_path):
     assert "cannot open shared object" in found["b no start"]["worst"]
     assert "profiler" in found["c hangs in the profiler"]["other_way"]
     assert "7 of 12 paths agree" in done.stdout
+    assert "ImportError: libsomething.so" in done.stdout  # what the process said last
     assert done.returncode == 1
 
 
@@ -531,11 +542,13 @@ def test_on_cuda(): pass
 def with_lines(folder, text, *arguments, which=""):
     (folder / "test_it.py").write_text(text)
     lines = folder / "lines.jsonl"
+    # It is no worker, where this is one.
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "pytest_lines", "-p", "no:cacheprovider", "-v",
          "--rootdir", folder, "-c", os.devnull, *arguments, f"{folder}/test_it.py{which}"],
         capture_output=True, text=True, check=False, cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(GPU / "plugin"), "GPU_CHECK_LINES": str(lines)},
+        env={**alone, "PYTHONPATH": str(GPU / "plugin"), "GPU_CHECK_LINES": str(lines)},
     )  # fmt: skip
     found = [json.loads(line) for line in lines.read_text().splitlines()]
     return done, found

@@ -69,9 +69,7 @@ def watched(tmp_path_factory):
 
     Returns a function: of a header and what to replace in it, if anything, to the library.
     """
-    unwatched = [
-        o for o in built_objects("csrc/*.o") if o.stem not in ("bindings", "direct_calls")
-    ]
+    unwatched = [o for o in built_objects("csrc/*.o") if o.stem not in ("bindings", "direct_calls")]
     runtime = subprocess.run(
         ["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()

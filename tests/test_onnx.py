@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 import torch.multiprocessing
+from limits import slow
 from torch import nn
 
 import lstm_ext
@@ -61,7 +62,7 @@ def export(kind, path):
     return model.state_dict()
 
 
-@pytest.mark.parametrize("kind", [Layer, Cell])
+@pytest.mark.parametrize("kind", [Layer, *slow(Cell)])
 def test_onnxruntime_computes_the_same(kind, tmp_path):
     path = tmp_path / "model.onnx"
     # A process of its own: after any torch.export of an nn.LSTM, torch 2.13's exporter makes the

@@ -1,6 +1,6 @@
 """Published packages that know nothing of lstm_ext, on torch's modules and after convert().
 
-    make test-published
+    .venv/bin/python -m pytest -m published
 
 They are an optional extra (``pip install -e ".[published]"``); plain test runs leave them out.
 """

@@ -172,7 +172,7 @@ def test_an_interrupt_leaves_the_process_usable():
         layer = lstm_ext.LSTM(256, 256)
         x = torch.randn(20, 8, 256)
         before = layer(x)[0]
-        long = torch.randn(1000, 8, 256)
+        long = torch.randn(4000, 8, 256)
         # What starts in the background may inherit that it is ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:

@@ -208,6 +208,7 @@ class Meeting {
   }
   __device__ void wait() {
     if (of_grid_)
+      // NOLINTNEXTLINE(performance-move-const-arg): the toolkit takes it no other way
       cooperative_groups::this_grid().barrier_wait(std::move(token_));
     else
       __syncthreads();

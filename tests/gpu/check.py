@@ -28,7 +28,7 @@ import prebuilt
 import process
 import table
 from prebuilt import ROOT
-from runner import NEEDS_GPU, Runner, Stage
+from runner import NEEDS_GPU, Runner, Stage, say
 from stages import Stages
 
 SECONDS = 360
@@ -59,7 +59,7 @@ def place_module(device: str, root: Path = ROOT) -> str:
         return "as installed"
     reason = prebuilt.why_not(root=root)
     if reason:
-        print(f"no prebuilt module: {reason}", flush=True)
+        say(f"no prebuilt module: {reason}")
         return f"built here: {reason}" if device == "cuda" else reason
     try:
         prebuilt.place(root=root)
@@ -158,7 +158,7 @@ def report(runner: Runner) -> None:
     runner.write()
     text = table.make(results)
     runner.replace("table.txt", text.encode())
-    print(f"\n{text}", end="", flush=True)
+    say(f"\n{text.rstrip()}")
 
 
 if __name__ == "__main__":

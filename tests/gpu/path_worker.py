@@ -323,8 +323,10 @@ def main() -> int:
         except Exception as error:
             said = traceback.format_exc(limit=-4)
             print(f"{name}\n{said}", flush=True)
-            first = (str(error).strip() or "-").splitlines()[0][:200]
-            tell(status="error", worst=f"{type(error).__name__}: {first}")
+            lines = [line for line in str(error).splitlines() if line.strip()] or ["-"]
+            # An error that quotes another says the most in its last line.
+            ends = " .. ".join(dict.fromkeys(line.strip()[:150] for line in (lines[0], lines[-1])))
+            tell(status="error", worst=f"{type(error).__name__}: {ends}")
             if is_fatal(error):
                 return 3
         say(event="end", path=name, seconds=round(time.monotonic() - begin, 2))

@@ -191,6 +191,9 @@ class Driver:
             stream.write(json.dumps(result) + "\n")
         mark = f" !! {result.get('worst', '')}" if result["status"] != "ok" else ""
         print(f"{result['status']:11} {name}{mark}", flush=True)
+        if result["status"] in ("error", "hung", "crashed") and group.child is not None:
+            said = group.child.log.read_text(errors="replace").splitlines()
+            print("\n".join(f"    {line}" for line in said[-40:]), flush=True)
 
 
 def were_right(results: Path) -> set[str]:

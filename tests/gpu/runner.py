@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -22,6 +23,15 @@ RESERVE_SECONDS = 6.0  # for the last stage to end in, and for the table
 LEAST_SECONDS = 2.0  # less is no use to any stage
 WRITE_EVERY = 2.0
 LOG_HEAD, LOG_TAIL = 256 * 1024, 512 * 1024  # bytes of a log that come back
+
+
+def say(text: str) -> None:
+    """Print; if nobody reads it any more, the results are written all the same."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        # Nor does the interpreter, at its end, try to print what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @dataclass(frozen=True)
@@ -117,8 +127,7 @@ class Runner:
         elif until - begin < min(LEAST_SECONDS, stage.seconds - 0.1):
             result["status"] = "not run: no time left"
         else:
-            print(f"{self.elapsed():5.0f} s  {stage.name} (at most {until - begin:.0f} s)",
-                  flush=True)  # fmt: skip
+            say(f"{self.elapsed():5.0f} s  {stage.name} (at most {until - begin:.0f} s)")
             self.write()
             try:
                 self._run_jobs(stage, until, result)
@@ -128,7 +137,7 @@ class Runner:
             if strays:
                 result["left_behind"] = strays
         result["seconds"] = round(time.monotonic() - begin, 1)
-        print(f"{self.elapsed():5.0f} s  {stage.name}: {result['status']}", flush=True)
+        say(f"{self.elapsed():5.0f} s  {stage.name}: {result['status']}")
         self.write()
         self._pack_logs()
 
@@ -197,7 +206,7 @@ class Runner:
             record["status"] = "failed: it said nothing"
         if record["status"] not in ("passed", NEEDS_GPU):
             said = "\n".join(record["said"][-12:])
-            print(f"{job.name}: {record['status']}\n{said}", flush=True)
+            say(f"{job.name}: {record['status']}\n{said}")
 
     def _collect(
         self, stage: Stage, child: process.Child, job: Job, record: dict[str, Any]

@@ -23,7 +23,7 @@ KERNELS = "layer_forward_kernel|layer_backward_kernel|cell_forward_kernel"
 # They run the kernels' sources, builds and documents without a GPU, and did so before.
 WITHOUT_GPU = ["test_cuda_emu", "test_cuda_compile", "test_native", "test_build", "test_gpu_check",
                "test_gpu_native", "test_published", "test_notebook", "test_cpu_paths"]  # fmt: skip
-CPU_TESTS = ["test_cell", "test_layer"]
+CPU_TESTS = ["test_layer"]
 
 
 def _tool(name: str) -> str | None:

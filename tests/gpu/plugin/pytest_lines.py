@@ -18,6 +18,7 @@ NO_GPU = 77
 STICKY = ("CUDA error", "AcceleratorError")
 _counts = {"passed": 0, "failed": 0}
 _broken = False
+_worker = False
 
 
 def _write(**line: Any) -> None:
@@ -27,8 +28,10 @@ def _write(**line: Any) -> None:
             stream.write(json.dumps(line) + "\n")
 
 
-def _is_worker() -> bool:
-    return "PYTEST_XDIST_WORKER" in os.environ
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell a worker of xdist from who starts it; the environment also names those further up."""
+    global _worker
+    _worker = hasattr(config, "workerinput")
 
 
 @pytest.hookimpl(trylast=True)
@@ -39,13 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_logstart(nodeid: str) -> None:
     """Say what begins, so that a test that never ends has a name."""
-    if not _is_worker():
+    if not _worker:
         _write(test=nodeid, status="begun")
 
 
 def pytest_runtest_setup() -> None:
     """End a worker whose CUDA is broken, before its next test."""
-    if _broken and _is_worker():
+    if _broken and _worker:
         os._exit(3)
 
 
@@ -54,7 +57,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     global _broken
     if report.failed and any(word in report.longreprtext for word in STICKY):
         _broken = True
-    if _is_worker() or (report.when != "call" and report.passed):
+    if _worker or (report.when != "call" and report.passed):
         return
     said = [line for line in report.longreprtext.splitlines() if line.strip()]
     if report.failed:
@@ -72,7 +75,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     """Say which file could not be read."""
-    if report.failed and not _is_worker():
+    if report.failed and not _worker:
         _counts["failed"] += 1
         last = report.longreprtext.strip().splitlines()[-1:]
         _write(test=report.nodeid, status="failed", said="".join(last)[:300])
@@ -81,5 +84,5 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Tell apart all skipped from all passed."""
-    if not _is_worker() and session.exitstatus == 0 and not any(_counts.values()):
+    if not _worker and session.exitstatus == 0 and not any(_counts.values()):
         session.exitstatus = NO_GPU
