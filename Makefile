@@ -16,6 +16,13 @@ SOURCES := setup.py build_backend.py pyproject.toml $(shell find csrc -type f)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 SLOW ?= slow
 
+# Where Python may not write down what it compiles, it compiles torch at every start, for seconds
+# each time. Here it may, in a folder of the environment.
+ifdef PYTHONDONTWRITEBYTECODE
+export PYTHONDONTWRITEBYTECODE :=
+export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
+endif
+
 .PHONY: demo test test-slow test-all cuda-build gpu-prebuild gpu-check bench lint format clean
 
 demo: $(BUILT)
@@ -88,15 +95,14 @@ $(BUILT): $(BIN)/python $(SOURCES)
 	$(PIP) -e ".[demo]"
 	touch $@
 
-# By the name of the package that is installed already: its extra, and no build. The tests start
-# Python many times: where it may not write what it compiles, all is compiled here.
+# By the name of the package that is installed already: its extra, and no build.
 $(TESTS): $(BUILT)
 	$(PIP) "lstm_ext[test]"
-	$(if $(PYTHONDONTWRITEBYTECODE),-$(BIN)/python -m compileall -qq -j 2 $(VENV)/lib)
 	touch $@
 
+# With torch named again: what is built for one release of it must not bring another.
 $(VENV)/.published: $(TESTS)
-	$(PIP) "lstm_ext[published]"
+	$(PIP) "$(TORCH)" "lstm_ext[published]"
 	touch $@
 
 $(VENV)/.tools: $(BUILT) requirements-dev.txt

@@ -1,5 +1,7 @@
 """The compiled part of lstm_ext; importing it registers ``torch.ops.lstm_ext``."""
 
+from typing import Any
+
 from torch import Tensor
 
 def lstm_cell(
@@ -12,31 +14,21 @@ def lstm_cell(
     b_hh: Tensor | None,
     /,
 ) -> tuple[Tensor, Tensor] | None: ...
-def lstm(
+def lstm_cell_module(
+    module_dict: dict[str, Any], input: Tensor, hx: tuple[Tensor, Tensor] | None, /
+) -> tuple[Tensor, Tensor] | None: ...
+
+frozen_lstm_cell_module = lstm_cell_module  # of the same arguments
+
+def lstm_module(
+    module_dict: dict[str, Any],
     input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weights: tuple[Tensor | None, ...],
-    input_size: int,
-    hidden_size: int,
-    bidirectional: bool,
-    batch_first: bool,
+    hx: tuple[Tensor, Tensor] | None,
     batch_sizes: Tensor | None,
     /,
-) -> tuple[Tensor, Tensor, Tensor] | None: ...
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | None: ...
 
-lstm_packed = lstm  # of the same arguments
+frozen_lstm_module = lstm_module  # of the same arguments
 
-def lstm_cell_packed(
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    packed: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    input_size: int,
-    hidden_size: int,
-    /,
-) -> tuple[Tensor, Tensor] | None: ...
 def set_gpu_cells_by_torch(by_torch: bool, /) -> None: ...
 def build_info() -> dict[str, str | bool]: ...

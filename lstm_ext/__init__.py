@@ -8,10 +8,12 @@ Function, ``reference`` the same in plain torch operations, ``build_info`` what 
 
 from __future__ import annotations
 
+from lstm_ext import _flops as _flops
 from lstm_ext import _vmap as _vmap
 from lstm_ext import plot, reference
 from lstm_ext._backend import cuda_backend, set_cuda_backend
 from lstm_ext._info import __version__, build_info
+from lstm_ext._onnx import onnx_translations
 from lstm_ext.autograd import LSTMCellFunction
 from lstm_ext.cell import LSTMCell
 from lstm_ext.convert import convert, revert
@@ -33,6 +35,7 @@ __all__ = [
     "freeze",
     "lstm",
     "lstm_cell",
+    "onnx_translations",
     "plot",
     "reference",
     "revert",

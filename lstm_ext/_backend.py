@@ -126,9 +126,23 @@ def why_layer_by_torch(input: Tensor, call: LayerCall) -> str | None:
     return "LSTM_EXT_CUDA=auto, and ours is not measured to be faster here"
 
 
+def is_verbose() -> bool:
+    """Whether :func:`log_path` prints."""
+    return _VERBOSE and not torch.compiler.is_compiling()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func, a trace or a __torch_function__ mode is at work."""
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or torch._C._len_torch_function_stack()
+    )
+
+
 def log_path(operation: str, input: Tensor, path: str) -> None:
     """With LSTM_EXT_VERBOSE=1, say on stderr which path a call takes, and why."""
-    if _VERBOSE and not torch.compiler.is_compiling():
+    if is_verbose():
         kind = str(input.dtype).removeprefix("torch.")
         print(
             f"lstm_ext: {operation}, {kind} input {list(input.shape)}, {input.device}: {path}",

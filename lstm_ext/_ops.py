@@ -6,6 +6,9 @@ N batch, I input, H hidden.
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -54,7 +57,7 @@ _C = load()
 
 
 # The operators themselves, and the short way to some, which returns None for what it leaves to
-# the operator: see csrc/direct_calls.h.
+# the operator: see csrc/python/direct_calls.h.
 lstm_cell = torch.ops.lstm_ext.lstm_cell
 lstm = torch.ops.lstm_ext.lstm
 lstm_layer = torch.ops.lstm_ext.lstm_layer
@@ -63,18 +66,47 @@ lstm_packed = torch.ops.lstm_ext.lstm_packed
 lstm_layer_pack = torch.ops.lstm_ext.lstm_layer_pack
 lstm_layer_packed = torch.ops.lstm_ext.lstm_layer_packed
 fast_lstm_cell: Callable[..., tuple[Tensor, Tensor] | None] = _C.lstm_cell
-fast_lstm: Callable[..., tuple[Tensor, Tensor, Tensor] | None] = _C.lstm
-fast_lstm_cell_packed: Callable[..., tuple[Tensor, Tensor] | None] = _C.lstm_cell_packed
-fast_lstm_packed: Callable[..., tuple[Tensor, Tensor, Tensor] | None] = _C.lstm_packed
+# Of a module: see lstm_ext/_call.py.
+fast_cell_module: Callable[..., tuple[Tensor, Tensor] | None] = _C.lstm_cell_module
+fast_frozen_cell: Callable[..., tuple[Tensor, Tensor] | None] = _C.frozen_lstm_cell_module
+fast_lstm_module: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]] | None] = _C.lstm_module
+fast_frozen_lstm: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]] | None] = _C.frozen_lstm_module
 
 
-def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a rule of the shapes of ``lstm_ext::name``, for tensors of one device."""
+def keep_whole(operator: str) -> None:
+    """Let inductor, where it is compiling, call an operator instead of asking for its parts.
 
-    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
-        def checked(*arguments: Any, **named: Any) -> Any:
-            result = rule(*arguments, **named)  # with torch's own error, where it has one
-            devices = {str(t.device) for t in _tensors((*arguments, *named.values()))}
+    Where the environment has CI set, inductor refuses an operator that it generates no code for and
+    that has a decomposition; ours have one for ONNX. It knows no other way to be told, and is
+    loaded long after this package: the rules of shapes, which it runs first, tell it.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is not None:
+        lowering.FALLBACK_ALLOW_LIST.add(operator)
+
+
+@functools.cache
+def arguments_of(name: str) -> Any:
+    """Return a class of named tuples: the arguments of ``lstm_ext::name``, by its schema."""
+    arguments = getattr(torch.ops.lstm_ext, name).default._schema.arguments
+    defaults = [a.default_value for a in arguments if a.has_default_value()]  # the last ones
+    return namedtuple(name, [a.name for a in arguments], defaults=defaults)
+
+
+def _fake(name: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """Register a rule of the shapes of ``lstm_ext::name``, for tensors of one device.
+
+    The rule takes the arguments as :func:`arguments_of` has them.
+    """
+
+    def register(rule: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        make = arguments_of(name)
+
+        def checked(*given: Any, **named: Any) -> Any:
+            keep_whole(f"lstm_ext::{name}")
+            arguments = make(*given, **named)
+            result = rule(arguments)  # with torch's own error, where it has one
+            devices = {str(t.device) for t in _tensors(arguments)}
             if len(devices) > 1:
                 # Memory that nobody has written to is no answer.
                 raise RuntimeError(
@@ -101,143 +133,55 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 
 @_fake("lstm_cell")
-def _cell_states(
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    # torch's own cell on the same tensors: its checks, its errors, its shapes.
-    if not all(t.is_cuda for t in _tensors((input, hx, cx, w_ih, w_hh, b_ih, b_hh))):
-        hy, cy = torch.lstm_cell(input, (hx, cx), w_ih, w_hh, b_ih, b_hh)
+def cell_states(a: Any) -> tuple[Tensor, Tensor]:
+    """Return h' and c' as torch's own cell does: with its checks, its errors, its shapes."""
+    biases = a.b_ih, a.b_hh
+    if not all(t.is_cuda for t in _tensors(a)):
+        hy, cy = torch.lstm_cell(a.input, (a.hx, a.cx), a.w_ih, a.w_hh, *biases)
         return hy, cy
     # torch's rule for a CUDA device (2.11) knows no cell without biases: the rule without a device.
-    x, h, c, *weights = (t.to("meta") for t in (input, hx, cx, w_ih, w_hh))
-    biases = (b if b is None else b.to("meta") for b in (b_ih, b_hh))
-    hy, cy = torch.lstm_cell(x, (h, c), *weights, *biases)
-    return hx.new_empty(hy.shape, dtype=hy.dtype), hx.new_empty(cy.shape, dtype=cy.dtype)
+    x, h, c, *weights = (t.to("meta") for t in (a.input, a.hx, a.cx, a.w_ih, a.w_hh))
+    hy, cy = torch.lstm_cell(
+        x, (h, c), *weights, *(b if b is None else b.to("meta") for b in biases)
+    )
+    return a.hx.new_empty(hy.shape, dtype=hy.dtype), a.hx.new_empty(cy.shape, dtype=cy.dtype)
 
 
 @_fake("lstm_cell_forward")
-def _(
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    hy, cy = _cell_states(input, hx, cx, w_ih, w_hh, b_ih, b_hh)
+def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hy, cy = cell_states(a)
     return hy, cy, hy.new_empty(hy.shape[0], 4 * hy.shape[1])
 
 
 @_fake("lstm_cell_backward")
-def _(
-    grad_hy: Tensor | None,
-    grad_cy: Tensor | None,
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    gates: Tensor,
-    output_mask: list[bool],
-) -> tuple[Tensor | None, ...]:
-    bias = w_hh.shape[:1]
-    shapes = (input.shape, hx.shape, cx.shape, w_ih.shape, w_hh.shape, bias, bias)
+@_fake("lstm_layer_backward")
+def _(a: Any) -> tuple[Tensor | None, ...]:
+    bias = a.w_hh.shape[:1]
+    shapes = (a.input.shape, a.hx.shape, a.cx.shape, a.w_ih.shape, a.w_hh.shape, bias, bias)
     return tuple(
-        gates.new_empty(shape) if wanted else None
-        for shape, wanted in zip(shapes, output_mask, strict=True)
+        a.gates.new_empty(shape) if wanted else None
+        for shape, wanted in zip(shapes, a.output_mask, strict=True)
     )
 
 
 @_fake("lstm_cell_backward_accumulate")
-def _(
-    grad_hy: Tensor | None,
-    grad_cy: Tensor | None,
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    gates: Tensor,
-    grad_w_ih: Tensor | None,
-    grad_w_hh: Tensor | None,
-    grad_b_ih: Tensor | None,
-    grad_b_hh: Tensor | None,
-    output_mask: list[bool],
-) -> tuple[Tensor | None, ...]:
+def _(a: Any) -> tuple[Tensor | None, ...]:
     return tuple(
-        gates.new_empty(like.shape) if wanted else None
-        for like, wanted in zip((input, hx, cx), output_mask, strict=True)
+        a.gates.new_empty(like.shape) if wanted else None
+        for like, wanted in zip((a.input, a.hx, a.cx), a.output_mask, strict=True)
     )
-
-
-def _layer_results(
-    input: Tensor, hx: Tensor, cx: Tensor, w_ih: Tensor, w_hh: Tensor, *_: Any
-) -> tuple[Tensor, ...]:
-    H = w_hh.shape[1]
-    output = input.new_empty(*input.shape[:-1], H)
-    rows = output.flatten(0, -2).shape[0]
-    states = hx.new_empty(hx.shape), cx.new_empty(cx.shape)
-    return output, *states, input.new_empty(rows, 4 * H), input.new_empty(rows, H)
-
-
-_fake("lstm_layer_forward")(_layer_results)
 
 
 @_fake("lstm_layer")
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return _layer_results(*arguments)[:3]
-
-
-@_fake("lstm_layer_backward")
-def _(
-    grad_output: Tensor | None,
-    grad_hy: Tensor | None,
-    grad_cy: Tensor | None,
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-    output: Tensor,
-    gates: Tensor,
-    c_before: Tensor,
-    output_mask: list[bool],
-) -> tuple[Tensor | None, ...]:
-    bias = w_hh.shape[:1]
-    shapes = (input.shape, hx.shape, cx.shape, w_ih.shape, w_hh.shape, bias, bias)
-    return tuple(
-        gates.new_empty(shape) if wanted else None
-        for shape, wanted in zip(shapes, output_mask, strict=True)
-    )
-
-
 @_fake("lstm_layer_packed")
-def _(
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    packed: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    output = input.new_empty(*input.shape[:-1], hx.shape[1])
-    return output, hx.new_empty(hx.shape), cx.new_empty(cx.shape)
+def layer_states(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output, h_n and c_n of a layer."""
+    output = a.input.new_empty(*a.input.shape[:-1], a.hx.shape[1])
+    return output, a.hx.new_empty(a.hx.shape), a.cx.new_empty(a.cx.shape)
+
+
+@_fake("lstm_layer_forward")
+def _(a: Any) -> tuple[Tensor, ...]:
+    output, *states = layer_states(a)
+    (rows, H) = output.flatten(0, -2).shape
+    return output, *states, output.new_empty(rows, 4 * H), output.new_empty(rows, H)

@@ -4,7 +4,7 @@ Where only inputs and states are batched, the new dimension joins the batch of o
 weights batched as well (an ensemble), or their gradients, the cell is computed in batched tensor
 operations by :mod:`lstm_ext.reference`'s formulas, and the layer, a large operation, by one fused
 call for each. Gradients of ``torch.func.grad``, which can be differentiated again, come from tensor
-operations in any case (csrc/composite.cpp), and those need no rule.
+operations in any case (csrc/ops/composite_cell.cpp), and those need no rule.
 
 B is the size of the dimension that vmap adds, and comes first in every tensor here.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lstm_ext import _ops, reference
 
-_WEIGHTS = slice(3, 7)  # w_ih, w_hh, b_ih, b_hh among the seven tensors
+_STATES = ("input", "hx", "cx")
 Results = tuple[Tensor | None, ...]
 Dims = tuple[int | None, ...]
 
@@ -58,56 +58,59 @@ def _split(tensor: Tensor, B: int, batch: int) -> Tensor:
     return tensor.reshape(sizes).movedim(batch, 0)
 
 
-def _batched_weights(in_dims: Dims) -> bool:
-    return any(dim is not None for dim in in_dims[_WEIGHTS])
+def _named(name: str, args: tuple[Any, ...], dims: Dims) -> tuple[Any, Any]:
+    """Return arguments and their dimensions by name; a missing one is None, its default."""
+    make = _ops.arguments_of(name)
+    return make(*args), make(*dims, *[None] * (len(make._fields) - len(dims)))
 
 
-def _cell(op: Callable[..., Any], B: int, in_dims: Dims, args: tuple[Any, ...]) -> Results:
-    # The dispatcher leaves out biases that are None, their default.
-    missing = (None,) * (7 - len(args))
-    in_dims, args = in_dims + missing, args + missing
-    if not _batched_weights(in_dims):
-        joined = (_join(a, d, B, 0) for a, d in zip(args[:3], in_dims[:3], strict=True))
-        return tuple(_split(result, B, 0) for result in op(*joined, *args[3:]))
-    x, h, c = (_expand(a, d, B) for a, d in zip(args[:3], in_dims[:3], strict=True))
-    w_ih, w_hh = (_front(a, d) for a, d in zip(args[3:5], in_dims[3:5], strict=True))
+def _any_weight(a: Any) -> bool:
+    """Whether weights or biases have a dimension of vmap's."""
+    return any(x is not None for x in (a.w_ih, a.w_hh, a.b_ih, a.b_hh))
+
+
+def _cell(name: str, B: int, dims: Dims, args: tuple[Any, ...]) -> Results:
+    a, d = _named(name, args, dims)
+    if not _any_weight(d):
+        joined = {key: _join(getattr(a, key), getattr(d, key), B, 0) for key in _STATES}
+        results = getattr(torch.ops.lstm_ext, name)(*a._replace(**joined))
+        return tuple(_split(result, B, 0) for result in results)
+    x, h, c = (_expand(getattr(a, key), getattr(d, key), B) for key in _STATES)
     biases = [
-        None if b is None else b if d is None else _front(b, d).unsqueeze(1)
-        for b, d in zip(args[5:], in_dims[5:], strict=True)
+        b if dim is None else _front(b, dim).unsqueeze(1)
+        for b, dim in ((a.b_ih, d.b_ih), (a.b_hh, d.b_hh))
     ]
-    gates = reference.gates(x, h, w_ih, w_hh, *biases)
+    gates = reference.gates(x, h, _front(a.w_ih, d.w_ih), _front(a.w_hh, d.w_hh), *biases)
     return *reference.states(gates, c), torch.cat(gates, -1)
 
 
 @torch.library.register_vmap("lstm_ext::lstm_cell")
 def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
-    return _cell(_ops.lstm_cell, info.batch_size, in_dims, args)[:2], (0, 0)
+    return _cell("lstm_cell", info.batch_size, in_dims, args)[:2], (0, 0)
 
 
 @torch.library.register_vmap("lstm_ext::lstm_cell_forward")
 def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
-    op = torch.ops.lstm_ext.lstm_cell_forward
-    return _cell(op, info.batch_size, in_dims, args), (0, 0, 0)
+    return _cell("lstm_cell_forward", info.batch_size, in_dims, args), (0, 0, 0)
 
 
 @torch.library.register_vmap("lstm_ext::lstm_cell_backward")
 def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
-    B, mask = info.batch_size, args[10]
-    op = torch.ops.lstm_ext.lstm_cell_backward
-    if not _batched_weights(in_dims[2:]) and not any(mask[_WEIGHTS]):
-        grads_and_states = zip(args[:5], in_dims[:5], strict=True)
-        joined = [_join(a, d, B, 0) for a, d in grads_and_states]
-        gates = _join(args[9], in_dims[9], B, 0)
-        found = op(*joined, *args[5:9], gates, mask)
+    B, (a, d) = info.batch_size, _named("lstm_cell_backward", args, in_dims)
+    wanted_parameters = a.output_mask[len(_STATES) :]
+    if not _any_weight(d) and not any(wanted_parameters):
+        batched = ("grad_hy", "grad_cy", *_STATES, "gates")
+        joined = {key: _join(getattr(a, key), getattr(d, key), B, 0) for key in batched}
+        found = torch.ops.lstm_ext.lstm_cell_backward(*a._replace(**joined))
         results = tuple(None if r is None else _split(r, B, 0) for r in found)
         return results, _dims(results)
     grad_h, grad_c = (
-        torch.zeros((), dtype=args[2].dtype, device=args[2].device) if g is None else _front(g, d)
-        for g, d in zip(args[:2], in_dims[:2], strict=True)
+        a.input.new_zeros(()) if grad is None else _front(grad, dim)
+        for grad, dim in ((a.grad_hy, d.grad_hy), (a.grad_cy, d.grad_cy))
     )
-    x, h, c = (_expand(a, d, B) for a, d in zip(args[2:5], in_dims[2:5], strict=True))
-    w_ih, w_hh = (_front(a, d) for a, d in zip(args[5:7], in_dims[5:7], strict=True))
-    activated = _expand(args[9], in_dims[9], B).chunk(4, -1)
+    x, h, c = (_expand(getattr(a, key), getattr(d, key), B) for key in _STATES)
+    w_ih, w_hh = _front(a.w_ih, d.w_ih), _front(a.w_hh, d.w_hh)
+    activated = _expand(a.gates, d.gates, B).chunk(4, -1)
     grad_ifgo, grad_c = reference.gate_gradients(activated, c, grad_h, grad_c)
     wanted: tuple[Callable[[], Tensor], ...] = (
         lambda: grad_ifgo @ w_ih,
@@ -118,34 +121,29 @@ def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
         lambda: grad_ifgo.sum(1),
         lambda: grad_ifgo.sum(1),
     )
-    results = tuple(value() if asked else None for asked, value in zip(mask, wanted, strict=True))
+    results = tuple(
+        value() if asked else None for asked, value in zip(a.output_mask, wanted, strict=True)
+    )
     return results, _dims(results)
 
 
 @torch.library.register_vmap("lstm_ext::lstm_layer")
 def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
-    return _layer(_ops.lstm_layer, info.batch_size, in_dims, args), (0, 0, 0)
+    return _layer("lstm_layer", info.batch_size, in_dims, args), (0, 0, 0)
 
 
 @torch.library.register_vmap("lstm_ext::lstm_layer_forward")
 def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
-    op = torch.ops.lstm_ext.lstm_layer_forward
-    return _layer(op, info.batch_size, in_dims, args), (0, 0, 0, 0, 0)
+    return _layer("lstm_layer_forward", info.batch_size, in_dims, args), (0, 0, 0, 0, 0)
 
 
-def _layer(op: Callable[..., Any], B: int, in_dims: Dims, args: tuple[Any, ...]) -> Results:
-    input, hx, cx, *weights, batch_sizes, reset, reverse = args
-    if _batched_weights(in_dims) or batch_sizes is not None:
-        return _each(op, B, in_dims, args)
-    output, h, c, *kept = op(
-        _join(input, in_dims[0], B, 1),
-        _join(hx, in_dims[1], B, 0),
-        _join(cx, in_dims[2], B, 0),
-        *weights,
-        None,
-        _join(reset, in_dims[8], B, 1),
-        reverse,
-    )
+def _layer(name: str, B: int, dims: Dims, args: tuple[Any, ...]) -> Results:
+    op, (a, d) = getattr(torch.ops.lstm_ext, name), _named(name, args, dims)
+    if _any_weight(d) or a.batch_sizes is not None:
+        return _each(op, B, dims, args)
+    batch = {"input": 1, "hx": 0, "cx": 0, "reset": 1}  # where the batch is
+    joined = {key: _join(getattr(a, key), getattr(d, key), B, at) for key, at in batch.items()}
+    output, h, c, *kept = op(*a._replace(**joined))
     states = (_split(output, B, 1), _split(h, B, 0), _split(c, B, 0))
     # Gates and c before each step have rows (L B N), and shall have (B, L N).
     L, rows = output.shape[0], h.shape[0]

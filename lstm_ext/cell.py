@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from lstm_ext import _ops
+from lstm_ext import _backend, _fx, _ops
 from lstm_ext.functional import lstm_cell
 
 
@@ -45,30 +46,61 @@ class LSTMCell(nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute (h', c') from the input and the states."""
-        # Straight from the dictionary: four look-ups through Module.__getattr__ would take as long
-        # as a small cell. Parametrizations and pruning put the weights elsewhere.
-        p = self._parameters
-        weights: tuple[Tensor | None, ...]
-        try:
-            weights = p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]
-        except KeyError:
-            weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        if type(hx) is tuple and len(hx) == 2 and not torch.compiler.is_compiling():
-            out = _ops.fast_lstm_cell(input, *hx, *weights)
+        if not torch.compiler.is_compiling():
+            out = _ops.fast_cell_module(self.__dict__, input, hx)
             if out is not None:
                 return out
+            self._log_refusal(input, hx)
+            if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+                # For tools that know torch's own cell alone.
+                why = "torch.nn.LSTMCell.forward: torch.jit is tracing"
+                _backend.log_path("LSTMCell", input, why)
+                return super().forward(input, hx)
+            recorded: tuple[Tensor, Tensor] | None = _fx.record_call(self, input, hx)
+            if recorded is not None:
+                return recorded
         if isinstance(input, Tensor) and input.dim() in (1, 2):
             if hx is None:
                 hx = self._zero_state(input)
             if _is_state_pair(hx):
-                return lstm_cell(input, hx, *weights)
+                return lstm_cell(
+                    input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+                )
         return self._torch_forward(input, hx)
+
+    def _log_refusal(self, input: object, hx: object) -> None:
+        """In the verbose mode, say why the direct call left a call to Python."""
+        if _backend.is_verbose() and isinstance(input, Tensor):
+            reason = self._why_not_direct(input, hx)
+            _backend.log_path("LSTMCell", input, f"not the direct call: {reason}")
+
+    def _why_not_direct(self, input: Tensor, hx: object) -> str:
+        """Go through what csrc/python/direct_calls.cpp and module_options.cpp ask for."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        reasons = {
+            "a single sample": input.dim() == 1,
+            "a weight is no parameter": any(n not in self._parameters for n in names),
+            "no tuple of two states": hx is not None and not (type(hx) is tuple and len(hx) == 2),
+            "torch.func or a mode of torch's is at work": _backend.is_transformed(),
+            f"the device is {input.device}": not input.is_cpu,
+        }
+        return next(
+            (reason for reason, holds in reasons.items() if holds),
+            "a rank or a type is not the usual one, or something is to be differentiated through "
+            "frozen weights",
+        )
 
     def _zero_state(self, input: Tensor) -> tuple[Tensor, Tensor]:
         # Two tensors: one that fills two inputs would stop torch.compile.
         size = (*input.shape[:-1], self.hidden_size)
         h = torch.zeros(size, dtype=input.dtype, device=input.device)
         return h, torch.zeros_like(h)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            "torch.jit.script cannot compile lstm_ext.LSTMCell; lstm_ext.revert(model) makes its "
+            "modules torch.nn's, which it can"
+        )
 
     def _torch_forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None

@@ -70,17 +70,11 @@ class CharacterModel:
         return trace, nn.functional.linear(output, *self.linear).softmax(-1)
 
 
-def load(path: Path, vocabulary: str | None = None, module: str | None = None) -> CharacterModel:
-    """Read a character model from a file that ``torch.save`` wrote; nothing in it is run.
-
-    Args:
-        path: of a state dict, or of a dict that has one as ``state_dict`` and perhaps a string
-            ``vocabulary``.
-        vocabulary: the characters in the order of the model's numbers, if the file does not say.
-        module: the name of the LSTM inside the model, if there are several.
+def read(path: Path) -> Mapping[str, Any]:
+    """Read a dict from a file that ``torch.save`` wrote; nothing in it is run.
 
     Raises:
-        ValueError: it is not such a file, or lacks what is needed, or has too much of it.
+        ValueError: it is not such a file.
         OSError: it cannot be read.
     """
     try:
@@ -94,6 +88,42 @@ def load(path: Path, vocabulary: str | None = None, module: str | None = None) -
         ) from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def lstms(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name the LSTMs and cells in a state dict, or in a dict that has one as ``state_dict``.
+
+    Returns:
+        The name in the model, and the module that has such weights.
+
+    Raises:
+        ValueError: the weights of one do not fit together.
+    """
+    state = content.get("state_dict", content)
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    found = []
+    for prefix in _lstm_prefixes(tensors):
+        module = _build(tensors, prefix)
+        kind = "LSTMCell" if f"{prefix}weight_hh" in tensors else "LSTM"
+        found.append((prefix.rstrip("."), f"{kind}({module.extra_repr()})"))
+    return found
+
+
+def load(path: Path, vocabulary: str | None = None, module: str | None = None) -> CharacterModel:
+    """Read a character model from a file that ``torch.save`` wrote; nothing in it is run.
+
+    Args:
+        path: of a state dict, or of a dict that has one as ``state_dict`` and perhaps a string
+            ``vocabulary``.
+        vocabulary: the characters in the order of the model's numbers, if the file does not say.
+        module: the name of the LSTM inside the model, if there are several.
+
+    Raises:
+        ValueError: it is not such a file, or lacks what is needed, or has too much of it.
+        OSError: it cannot be read.
+    """
+    content = read(path)
     state = content.get("state_dict", content)
     vocabulary = vocabulary or content.get("vocabulary")
     if not isinstance(state, Mapping):
@@ -126,15 +156,7 @@ def load(path: Path, vocabulary: str | None = None, module: str | None = None) -
 
 def _find_lstm(tensors: Mapping[str, Tensor], path: Path, module: str | None) -> str:
     """Return what the names of the LSTM's weights begin with."""
-    prefixes = []
-    for name, tensor in tensors.items():
-        for end in ("weight_hh_l0", "weight_hh"):
-            if name.endswith(end) and tensor.dim() == 2:
-                prefix = name.removesuffix(end)
-                # Four gates: an RNN has one, a GRU three.
-                if tensor.shape[0] == 4 * _hidden_size(tensors, prefix, end, tensor):
-                    prefixes.append(prefix)
-                break
+    prefixes = _lstm_prefixes(tensors)
     if module is not None:
         wanted = module.rstrip(".") + "." if module else ""
         prefixes = [prefix for prefix in prefixes if prefix == wanted]
@@ -144,6 +166,19 @@ def _find_lstm(tensors: Mapping[str, Tensor], path: Path, module: str | None) ->
     if len(prefixes) > 1:
         raise ValueError(f"{path} has several LSTMs, choose by --module: {', '.join(names)}")
     return prefixes[0]
+
+
+def _lstm_prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
+    prefixes = []
+    for name, tensor in tensors.items():
+        for end in ("weight_hh_l0", "weight_hh"):
+            if name.endswith(end) and tensor.dim() == 2:
+                prefix = name.removesuffix(end)
+                # Four gates: an RNN has one, a GRU three.
+                if tensor.shape[0] == 4 * _hidden_size(tensors, prefix, end, tensor):
+                    prefixes.append(prefix)
+                break
+    return prefixes
 
 
 def _hidden_size(tensors: Mapping[str, Tensor], prefix: str, end: str, w_hh: Tensor) -> int:

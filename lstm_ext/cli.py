@@ -1,4 +1,4 @@
-"""The command line: ``python -m lstm_ext {info, demo, gates, bench}``."""
+"""The command line: ``python -m lstm_ext {info, demo, gates, bench, convert}``."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ Times our modules and torch's own in turn, on random numbers, and prints medians
   python -m lstm_ext bench 64x512x512                 a cell: batch x input x hidden
   python -m lstm_ext bench 50x64x512x512 --threads 1  a layer: time x batch x input x hidden
 """
+CONVERT = """\
+Says which LSTMs a file that torch.save wrote holds, and what lstm_ext.convert makes of them.
+
+  python -m lstm_ext convert model.pt
+      of a state dict: by the names and sizes of its weights; nothing in the file is run
+  python -m lstm_ext convert model.pt --trust --out converted.pt
+      of a whole model, whose pickle can run any code: converts it, says what was left and why,
+      and writes it
+"""
 
 
 class CommandError(Exception):
@@ -53,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         numbers that differ; 2, by way of SystemExit, for arguments that make no sense.
     """
     options = _parser().parse_args(arguments)
-    command = {"info": _info, "demo": _demo, "gates": _gates, "bench": _bench}[options.command]
+    commands = {
+        "info": _info, "demo": _demo, "gates": _gates, "bench": _bench, "convert": _convert,
+    }  # fmt: skip
+    command = commands[options.command]
     try:
         # With --json, stdout is for the JSON alone.
         with contextlib.redirect_stdout(sys.stderr if options.json else sys.stdout):
@@ -107,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"]
     )
+    convert = add("convert", "say what convert makes of a checkpoint", CONVERT)
+    convert.add_argument("checkpoint", type=Path, help="a file that torch.save wrote")
+    convert.add_argument("--trust", action="store_true", help="unpickle a whole model")
+    convert.add_argument("--out", type=Path, help="write the converted model here")
     return parser
 
 
@@ -257,3 +273,41 @@ def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
         print(bench.line(row))
     where = {"threads": threads, "dtype": options.dtype, "device": options.device}
     return {**where, "rows": rows}, 0
+
+
+def _convert(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    import warnings
+
+    import torch
+    from torch import nn
+
+    from lstm_ext import checkpoint
+    from lstm_ext.convert import convert_and_tell
+
+    if options.out is not None:
+        _need_folder(options.out)
+    try:
+        if options.trust:
+            content = torch.load(options.checkpoint, map_location="cpu", weights_only=False)
+        else:
+            content = checkpoint.read(options.checkpoint)
+    except (ValueError, OSError) as error:
+        raise CommandError(f"{error} (of a whole model: --trust)") from None
+    if isinstance(content, nn.Module):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the lines say it
+            lines = [line._asdict() for line in convert_and_tell(content)]
+        if options.out is not None:
+            torch.save(content, options.out)
+    elif options.out is not None:
+        raise CommandError("--out is for a whole model; a state dict loads into ours as it is")
+    else:
+        lines = [
+            {"name": name, "kind": kind, "result": "can be converted"}
+            for name, kind in checkpoint.lstms(content)
+        ]
+    for line in lines:
+        print(f"{line['name'] or '(the model itself)'}: {line['kind']}: {line['result']}")
+    if not lines:
+        print("no LSTM")
+    return {"modules": lines}, 0

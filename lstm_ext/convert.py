@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dis
+import sys
+import threading
 import warnings
-from typing import TypeVar
+import weakref
+from collections.abc import Iterable, Iterator
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lstm_ext import _rebind
 from lstm_ext.cell import LSTMCell
 from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell, plain_kind
 from lstm_ext.layer import LSTM
@@ -17,87 +24,220 @@ Model = TypeVar("Model", bound=nn.Module)
 Kind = type[nn.Module]
 _OURS: dict[Kind, Kind] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 _TORCHS: dict[Kind, Kind] = {ours: torchs for torchs, ours in _OURS.items()}
+_FORWARDS = {torchs.forward: ours.forward for torchs, ours in _OURS.items()}
 
 
-def convert(model: Model) -> Model:
+class Line(NamedTuple):
+    """What became of a module: of the report."""
+
+    name: str
+    kind: str
+    result: str
+
+
+def convert(model: Model, *, report: bool = False) -> Model:
     """Make every ``nn.LSTM`` and ``nn.LSTMCell`` of a model one of ours, in place.
 
     The modules stay the same objects, and so do their parameters: a running optimizer goes on,
-    hooks, parametrizations, training mode, dtype and device stay. Afterwards
-    ``isinstance(module, nn.LSTM)`` is False for what was one (see :class:`lstm_ext.LSTM`).
+    hooks, parametrizations, training mode, dtype and device stay. A subclass that leaves
+    ``forward`` alone, or whose ``forward`` calls ``super().forward``, stays in front of ours: its
+    class becomes one of the same name that derives from it and from ours. Where a module's old
+    ``forward`` was kept (in an attribute, a ``functools.partial``, or a closure, as hooks of other
+    libraries do), the new one takes its place.
 
     Args:
         model: any module, itself an LSTM or not.
+        report: print a line for each LSTM: what became of it, and why.
 
     Returns:
         The model.
 
     Warns:
-        UserWarning: for each module that was left as it is, with the reason: a subclass of
-            ``nn.LSTM`` or ``nn.LSTMCell``, whose forward may do something else, or what
-            ``torch.jit`` has compiled.
+        UserWarning: for each module that was left as it is, with the reason and what can be done:
+            a subclass with a ``forward`` of its own, what ``torch.jit`` has compiled or torch has
+            quantized, another class that is named like an LSTM; for a ``forward`` of the instance
+            that may not call ours; and if there is nothing to convert.
 
     Example::
 
         model = lstm_ext.convert(model)
     """
-    for name, module in model.named_modules():
-        kind = plain_kind(module)
-        if kind in _OURS:
-            if kind is nn.LSTM:
-                module.checkpoint_every = None
-            _become(module, _OURS[kind])
-        elif isinstance(module, torch.jit.ScriptModule):
-            if module.original_name in ("LSTM", "LSTMCell"):
-                _left("convert", name, module, "it was compiled by torch.jit")
-        elif isinstance(module, (nn.LSTM, nn.LSTMCell)) and not _is_ours(module):
-            base = "nn.LSTM" if isinstance(module, nn.LSTM) else "nn.LSTMCell"
-            _left("convert", name, module, f"its forward may differ from that of {base}")
+    lines = convert_and_tell(model)
+    if report:
+        _print("convert", lines)
     return model
 
 
-def revert(model: Model) -> Model:
+def convert_and_tell(model: nn.Module) -> list[Line]:
+    """Convert a model, and return a line for each LSTM in it; :func:`convert` is this."""
+    lines, converted = [], []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (LSTM, LSTMCell)):
+            lines.append(Line(name, type(module).__name__, "is one of lstm_ext's already"))
+            continue
+        reason = _why_left(module)
+        if reason is None:
+            reason = _become_ours(module)
+        if reason is not None:
+            if reason:
+                lines.append(Line(name, type(module).__name__, f"left as it is: {reason}"))
+                _warn(f"convert left {_where(name, module)} as it is: {reason}")
+            continue
+        converted.append((name, module))
+        lines.append(Line(name, type(module).__name__, "converted"))
+    lines += _rebind_forwards(model, converted)
+    if not lines:
+        _warn(
+            f"convert found no torch.nn.LSTM or torch.nn.LSTMCell in {type(model).__name__}: "
+            "nothing was converted"
+        )
+    return lines
+
+
+def revert(model: Model, *, report: bool = False) -> Model:
     """Undo :func:`convert`: make every ``lstm_ext.LSTM`` and ``LSTMCell`` one of torch's, in place.
 
-    Everything stays as in convert. For tools that know torch's modules alone, ``torch.jit.script``
-    for instance.
+    Everything stays as in convert. For tools that look at a module's exact class or compile its
+    source: ``torch.jit.script``, ``torch.ao.quantization.quantize_dynamic``.
 
     Args:
         model: any module, itself an LSTM or not.
+        report: print a line for each LSTM: what became of it, and why.
 
     Returns:
         The model.
 
     Warns:
-        UserWarning: for each of our modules that was left as it is, with the reason: a subclass, or
-            frozen (:func:`lstm_ext.unfreeze` comes first); and for ``checkpoint_every``, which
-            torch's module does not have.
+        UserWarning: for each of our modules that was left as it is, with the reason: a class that
+            derives from ours, or frozen (:func:`lstm_ext.unfreeze` comes first); and for
+            ``checkpoint_every``, which torch's module does not have.
     """
-    for name, module in model.named_modules():
+    lines, reverted = [], []
+    for name, module in list(model.named_modules()):
         kind = plain_kind(module)
-        if kind in _TORCHS:
+        theirs = _TORCHS.get(kind) or vars(kind).get("_lstm_ext_joined_to")
+        if theirs is not None:
             if isinstance(module, LSTM):
                 if module.checkpoint_every is not None:
-                    where = name or type(module).__name__
-                    warnings.warn(
-                        f"lstm_ext.revert: {where} loses checkpoint_every="
-                        f"{module.checkpoint_every}, which torch.nn.LSTM does not have",
-                        stacklevel=2,
+                    _warn(
+                        f"revert: {_where(name, module)} loses checkpoint_every="
+                        f"{module.checkpoint_every}, which torch.nn.LSTM does not have"
                     )
-                del module.checkpoint_every
-            _become(module, _TORCHS[kind])
-        elif isinstance(module, (FrozenLSTM, FrozenLSTMCell)):
-            _left("revert", name, module, "it is frozen; call lstm_ext.unfreeze first")
-        elif _is_ours(module):
-            _left("revert", name, module, "its forward may differ from that of its base class")
+                vars(module).pop("checkpoint_every", None)
+            _set_class(module, theirs)
+            reverted.append(module)
+            lines.append(Line(name, type(module).__name__, "reverted"))
+        elif isinstance(module, (LSTM, LSTMCell)):
+            frozen = isinstance(module, (FrozenLSTM, FrozenLSTMCell))
+            reason = (
+                "it is frozen; call lstm_ext.unfreeze first"
+                if frozen
+                else "its class derives from lstm_ext's"
+            )
+            lines.append(Line(name, type(module).__name__, f"left as it is: {reason}"))
+            _warn(f"revert left {_where(name, module)} as it is: {reason}")
+    _rebind.rebind(model, reverted, {ours: torchs for torchs, ours in _FORWARDS.items()})
+    if report:
+        _print("revert", lines)
     return model
 
 
-def _is_ours(module: nn.Module) -> bool:
-    return isinstance(module, (LSTM, LSTMCell))
+def _why_left(module: nn.Module) -> str | None:
+    """Say why a module is not to be converted; "" for no LSTM at all, None if it is to be."""
+    if isinstance(module, torch.jit.ScriptModule):
+        named = "LSTM" in str(module.original_name).upper()
+        compiled = "it was compiled by torch.jit; convert the model before that"
+        return compiled if named and not _holds_lstm(module) else ""
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+        base = nn.LSTM if isinstance(module, nn.LSTM) else nn.LSTMCell
+        if any(not _calls_super(forward) for forward in _own_forwards(type(module), base)):
+            return (
+                f"its forward is its own and does not call that of nn.{base.__name__}; call "
+                f"super().forward in it, or derive it from lstm_ext.{base.__name__}"
+            )
+        return None
+    if "quantiz" in type(module).__module__ and "LSTM" in type(module).__name__.upper():
+        return "it is quantized; convert the model before that, or revert to use torch's"
+    if "LSTM" in type(module).__name__.upper() and not _holds_lstm(module):
+        return (
+            "its class is named like an LSTM but does not derive from torch.nn's; if it computes "
+            "one, lstm_ext.LSTM or lstm_ext.LSTMCell can take its place by hand"
+        )
+    return ""
 
 
-def _become(module: nn.Module, kind: Kind) -> None:
+def _holds_lstm(module: nn.Module) -> bool:
+    """Whether an LSTM is somewhere inside, which is then judged by itself."""
+    return any(
+        m is not module
+        and (isinstance(m, (nn.LSTM, nn.LSTMCell)) or "LSTM" in _class_name(m).upper())
+        for m in module.modules()
+    )
+
+
+def _class_name(module: nn.Module) -> str:
+    return str(getattr(module, "original_name", type(module).__name__))
+
+
+def _own_forwards(kind: type, base: type) -> Iterator[Any]:
+    """Yield what the classes between kind and base define as forward."""
+    for cls in kind.__mro__:
+        if cls is base:
+            return
+        if "forward" in vars(cls):
+            yield vars(cls)["forward"]
+
+
+def _calls_super(function: Any) -> bool:
+    """Whether a forward calls super().forward somewhere."""
+    return any("forward" in _attributes_of_super(code) for code in _codes(function))
+
+
+def _attributes_of_super(code: CodeType) -> Iterator[str]:
+    """Yield what is looked up in the result of super(), as the bytecode has it."""
+    called: bool | None = None  # None outside; then whether super has been called
+    for step in dis.get_instructions(code):
+        if step.opname.startswith("LOAD_SUPER_"):  # from Python 3.12 on: both in one
+            yield step.argval
+            called = None
+        elif step.opname == "LOAD_GLOBAL" and step.argval == "super":
+            called = False
+        elif called is False and step.opname.startswith("CALL"):
+            called = True
+        elif called and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield step.argval
+            called = None
+
+
+def _codes(function: Any) -> Iterator[CodeType]:
+    """Yield the code of a function, of those inside it, and of those that it wraps."""
+    functions, seen = [function], set()
+    while functions:
+        function = functions.pop()
+        if not isinstance(function, FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        codes: list[Any] = [function.__code__]
+        while codes:
+            code = codes.pop()
+            if isinstance(code, CodeType):
+                yield code
+                codes += code.co_consts
+        functions += _rebind.contents(function)
+
+
+def _become_ours(module: nn.Module) -> str | None:
+    """Give a module one of our classes; say why if that cannot be."""
+    kind = plain_kind(module)
+    base = nn.LSTM if isinstance(module, nn.LSTM) else nn.LSTMCell
+    try:
+        _set_class(module, _OURS[base] if kind is base else _joined(kind, _OURS[base]))
+    except TypeError as error:
+        return f"its class cannot be changed ({error})"
+    return None
+
+
+def _set_class(module: nn.Module, kind: Kind) -> None:
     old = type(module)
     if parametrize.is_parametrized(module):
         # The class that torch made for this module alone, over the other base.
@@ -106,6 +246,66 @@ def _become(module: nn.Module, kind: Kind) -> None:
     module.__class__ = kind
 
 
-def _left(function: str, name: str, module: nn.Module, reason: str) -> None:
-    where = f"{name} ({type(module).__name__})" if name else type(module).__name__
-    warnings.warn(f"lstm_ext.{function} left {where} as it is: {reason}", stacklevel=3)
+_joined_classes: weakref.WeakKeyDictionary[Kind, Kind] = weakref.WeakKeyDictionary()
+_joining = threading.Lock()
+
+
+def _joined(theirs: Kind, ours: Kind) -> Kind:
+    """Return the class that derives from a subclass of torch's module, and then from ours."""
+    with _joining:
+        if theirs not in _joined_classes:
+
+            def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+                # By the class that it was made from: pickle finds no class that was made here.
+                _, _, *rest = super(joined, self).__reduce_ex__(protocol)
+                return _new_joined, (theirs, ours), *rest
+
+            members = {
+                "__doc__": theirs.__doc__,
+                "__module__": theirs.__module__,
+                "__qualname__": theirs.__qualname__,
+                "__reduce_ex__": reduce,
+                "_lstm_ext_joined_to": theirs,
+            }
+            metaclass: Any = type(theirs)
+            joined: Kind = metaclass(theirs.__name__, (theirs, ours), members)
+            _joined_classes[theirs] = joined
+        return _joined_classes[theirs]
+
+
+def _new_joined(theirs: Kind, ours: Kind) -> nn.Module:
+    kind = _joined(theirs, ours)
+    return kind.__new__(kind)
+
+
+def _rebind_forwards(model: nn.Module, converted: list[tuple[str, nn.Module]]) -> Iterable[Line]:
+    """Put our forward where torch's was kept; warn of one on an instance that keeps none."""
+    lines = []
+    found = _rebind.rebind(model, [module for _, module in converted], _FORWARDS)
+    for name, module in converted:
+        if "forward" in vars(module) and module not in found:
+            reason = (
+                "it has a forward of its own as an attribute, which may not call that of its "
+                "class; convert the model before that is put there"
+            )
+            lines.append(Line(name, type(module).__name__, f"may not run: {reason}"))
+            _warn(f"convert: {_where(name, module)} may not run lstm_ext's forward: {reason}")
+    return lines
+
+
+def _where(name: str, module: nn.Module) -> str:
+    return f"{name} ({type(module).__name__})" if name else type(module).__name__
+
+
+def _warn(message: str) -> None:
+    # At the caller of convert or revert, however deep this was called.
+    depth, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__") == __name__:
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(f"lstm_ext.{message}", stacklevel=depth)
+
+
+def _print(function: str, lines: Iterable[Line]) -> None:
+    print(f"lstm_ext.{function}:")
+    for line in lines:
+        print(f"  {line.name or '(the model itself)'}: {line.kind}: {line.result}")

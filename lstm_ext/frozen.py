@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-from lstm_ext import _ops
+from lstm_ext import _call, _fx, _guard, _ops
+from lstm_ext._call import States
 from lstm_ext.cell import LSTMCell
-from lstm_ext.layer import LSTM, States, layer_weights
+from lstm_ext.layer import LSTM
 
 Module = TypeVar("Module", bound=nn.Module)
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _FUSED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -24,12 +31,13 @@ def freeze(module: nn.Module) -> nn.Module:
     that is little in a long sequence and much in one step of a few samples. A frozen module does
     not: it computes with the weights as they were when it was frozen, whatever is written to them
     afterwards. It gives the same numbers, cannot be trained, converted or loaded into, and keeps
-    the plain weights (its state dict is the original's), so that they are in memory twice.
+    the plain weights (its state dict is the original's), so that they are in memory twice, and
+    those of a cell, which is faster from plain ones for few rows, three times. Under autocast it
+    computes in its own precision; its results have the dtype of the original's.
 
     Args:
         module: an :class:`LSTM` or an :class:`LSTMCell`, or a model that has them somewhere: there
-            they are replaced in place, but for subclasses, whose forward may do something else. In
-            evaluation mode, on the CPU.
+            they are replaced in place. In evaluation mode, on the CPU.
 
     Returns:
         The frozen module, or the model itself. :func:`unfreeze` undoes it.
@@ -37,7 +45,13 @@ def freeze(module: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: the module is in training mode.
         ValueError: it has nothing to freeze, or something that has no packed form: projections,
-            another device or dtype than the CPU kernels know.
+            another device or dtype than the CPU kernels know, a weight that something writes at
+            each call (a dropout of weights, for one), a ``forward`` put on the instance. What
+            torch.nn.utils' weight_norm, spectral_norm and prune write is computed first.
+
+    Warns:
+        UserWarning: for each subclass that was left as it is, because it has a ``forward`` of its
+            own; for a module that ``.compile()`` was called on, which the frozen one forgets.
 
     Example::
 
@@ -45,13 +59,25 @@ def freeze(module: nn.Module) -> nn.Module:
         with torch.inference_mode():
             output, state = model(step, state)
     """
-    found = {name: m for name, m in module.named_modules() if plain_kind(m) in (LSTM, LSTMCell)}
+    found = {}
+    for name, m in module.named_modules():
+        if isinstance(m, (LSTM, LSTMCell)) and not isinstance(m, _Frozen):
+            plain = type(m).forward in (LSTM.forward, LSTMCell.forward)
+            if plain and not getattr(m, "_has_own_checks", False):
+                found[name] = m
+            else:
+                warnings.warn(
+                    f"lstm_ext.freeze left {name or type(m).__name__} as it is: its class has a "
+                    "forward or checks of its own",
+                    stacklevel=2,
+                )
     if not found:
         raise ValueError(
             f"freeze: {type(module).__name__} has no lstm_ext.LSTM or lstm_ext.LSTMCell to freeze, "
-            "or only frozen ones"
+            "or only frozen ones, or only such as have a forward or checks of their own"
         )
     # All first: a model is frozen whole or not at all.
+    _guard.install(_Frozen)
     return _replace(module, {m: _freeze_one(m, name) for name, m in found.items()})
 
 
@@ -88,12 +114,53 @@ def _freeze_one(module: nn.Module, name: str) -> _Frozen:
         raise RuntimeError(
             f"{where} is in training mode: frozen weights are for inference. Call .eval() first"
         )
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{where} has a forward of its own as an attribute, which would go on with the "
+            "unfrozen weights; freeze before it is put there"
+        )
+    _check_weights(module, where)
+    if vars(module).get("_compiled_call_impl") is not None:
+        warnings.warn(
+            f"lstm_ext.{where} was compiled by .compile(); call it on the frozen module again",
+            stacklevel=3,
+        )
     if isinstance(module, LSTM):
         if module.proj_size:
             raise ValueError(f"{where} has projections (proj_size), which have no packed form")
         return FrozenLSTM(module, where)
     assert isinstance(module, LSTMCell)
     return FrozenLSTMCell(module, where)
+
+
+def _weight_writer(hook: Any) -> str | None:
+    """Return the name of the weight that a hook of torch.nn.utils computes at each call."""
+    if isinstance(hook, (WeightNorm, SpectralNorm)):
+        return str(hook.name)
+    return str(hook._tensor_name) if isinstance(hook, BasePruningMethod) else None
+
+
+def _check_weights(module: nn.Module, where: str) -> None:
+    """Compute the weights that torch's own hooks write; raise an error for those of others."""
+    computed = set()
+    for hook in module._forward_pre_hooks.values():
+        name = _weight_writer(hook)
+        if name is not None:
+            with torch.no_grad():
+                hook(module, ())
+            computed.add(name)
+    for parameters in getattr(module, "parametrizations", {}):
+        computed.add(parameters)
+    names = module._flat_weights_names if isinstance(module, LSTM) else _CELL_WEIGHTS
+    for name in names:
+        own = module._parameters.get(name, "missing")
+        plain = own is None or (isinstance(own, nn.Parameter) and name not in vars(module))
+        if name not in computed and not plain:
+            raise ValueError(
+                f"{where}.{name} is not a parameter, but written by something at each call (a "
+                "hook or a wrapper), of which a frozen module would know nothing; remove that "
+                f"first, so that {name} is a parameter again"
+            )
 
 
 def _pack(where: str, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> list[Tensor | None]:
@@ -117,17 +184,28 @@ class _Frozen(nn.Module):
     def __init__(self, original: nn.Module, where: str) -> None:
         nn.Module.__init__(self)  # the construction was the original's
         self.__dict__.update(original.__dict__)
-        self._buffers: dict[str, Tensor | None] = {}
-        self._non_persistent_buffers_set: set[str] = set()
+        self._buffers: dict[str, Tensor | None] = dict(original._buffers)
+        self._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
+        hooks = original._forward_pre_hooks.items()
+        self._forward_pre_hooks = OrderedDict(
+            (key, hook) for key, hook in hooks if _weight_writer(hook) is None
+        )
+        self._compiled_call_impl = None  # it calls the original
         # Not a submodule: its weights would appear twice.
         self.__dict__["original"] = original
-        names = []
-        for k, tensor in enumerate(self._pack_original(where)):
-            names.append(f"packed_{k}")
-            self.register_buffer(names[-1], tensor, persistent=False)
-        self._packed_names = names
+        self._hold_packed_weights(where)
 
     original: nn.Module
+
+    def _hold_packed_weights(self, where: str) -> None:
+        packed = self._pack_original(where)
+        self._packed_names = [f"packed_{k}" for k in range(len(packed))]
+        self._buffers.update(zip(self._packed_names, packed, strict=True))
+        self._non_persistent_buffers_set.update(self._packed_names)
+        # As the first weight that was packed, without its numbers.
+        m: Any = self.original
+        first: Tensor = m.weight_ih_l0 if hasattr(m, "weight_ih_l0") else m.weight_ih
+        self.like_weights = torch.empty_like(first, device="meta", requires_grad=False)
 
     def _pack_original(self, where: str) -> list[Tensor | None]:
         raise NotImplementedError
@@ -136,19 +214,31 @@ class _Frozen(nn.Module):
         buffers = self._buffers
         return tuple([buffers[name] for name in self._packed_names])
 
-    def train(self: Module, mode: bool = True) -> Module:
+    def train(self, mode: bool = True) -> Any:
         """Stay in evaluation mode."""
-        if mode:
-            _refuse("be trained")
+        self._check_train(mode)
         self.training = False
         return self
 
-    def _apply(self: Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
+    def _check_apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise an error if half(), to() or their like would change dtype or device."""
         for p in self.parameters():
             after = fn(p.detach())
             if (after.dtype, after.device) != (p.dtype, p.device):
                 _refuse(f"become {after.dtype} on {after.device}")
-        applied: Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _check_train(self, mode: bool) -> None:
+        """Raise an error for train(), none for eval()."""
+        if mode:
+            _refuse("be trained")
+
+    def _check_load_state_dict(self) -> None:
+        """Raise an error in any case."""
+        _refuse("load a state dict")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._check_apply(fn)
+        applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return applied
 
     def _load_from_state_dict(self, *_: Any) -> NoReturn:
@@ -157,12 +247,13 @@ class _Frozen(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights are for the processor that packed them.
         state = getattr(super(), "__getstate__", self.__dict__.copy)()
-        return {**state, "_buffers": {}}
+        plain = {k: b for k, b in self._buffers.items() if k not in self._packed_names}
+        return {**state, "_buffers": plain}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        packed = self._pack_original("unpickled module")
-        self._buffers = dict(zip(self._packed_names, packed, strict=True))
+        self._hold_packed_weights("unpickled module")  # by older versions, with fewer of them
+        _guard.install(_Frozen)
 
     def extra_repr(self) -> str:
         """Describe the module as the original does, and say that it is frozen."""
@@ -183,22 +274,18 @@ class FrozenLSTM(_Frozen, LSTM):
 
     def _pack_original(self, where: str) -> list[Tensor | None]:
         packed: list[Tensor | None] = []
-        for weights in layer_weights(self.original):
+        try:
+            options = _call.read(self.original)
+        except _call.TorchAnswersError as error:
+            raise TypeError(f"{where}: {error}") from None
+        for weights in options.layers():
             packed += _pack(where, *weights[:4])
         return packed
 
-    def _run_directly(
-        self, input: Any, hx: Any, batch_sizes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        return self._call_directly(_ops.fast_lstm_packed, input, hx, self._packed(), batch_sizes)
+    _direct = staticmethod(_ops.fast_frozen_lstm)
 
-    def _run(
-        self, input: Tensor, hx: States, batch_sizes: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        out: tuple[Tensor, Tensor, Tensor] = _ops.lstm_packed(
-            input, *hx, list(self._packed()), self.bidirectional, batch_sizes, reset
-        )
-        return out
+    def _run(self, input: Any, hx: Any, reset: Tensor | None) -> tuple[Any, States]:
+        return _call.run_frozen(self, self._packed(), input, hx, reset)
 
 
 class FrozenLSTMCell(_Frozen, LSTMCell):
@@ -208,13 +295,17 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
 
     def _pack_original(self, where: str) -> list[Tensor | None]:
         m = self.original
-        return _pack(where, m.weight_ih, m.weight_hh, m.bias_ih, m.bias_hh)
+        # And the plain weights as they are now: for few rows they are faster (ops.h).
+        plain = [w.detach().clone() for w in (m.weight_ih, m.weight_hh)]
+        return [*_pack(where, m.weight_ih, m.weight_hh, m.bias_ih, m.bias_hh), *plain]
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         """Compute (h', c') from the input and the states."""
-        packed = self._packed()
-        if type(hx) is tuple and len(hx) == 2 and not torch.compiler.is_compiling():
-            out = _ops.fast_lstm_cell_packed(input, *hx, *packed, self.input_size, self.hidden_size)
+        if not torch.compiler.is_compiling():
+            out = _ops.fast_frozen_cell(self.__dict__, input, hx)
+            if out is None:
+                self._log_refusal(input, hx)
+                out = _fx.record_call(self, input, hx)
             if out is not None:
                 return out
         if isinstance(input, Tensor) and input.dim() in (1, 2):
@@ -226,7 +317,7 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
                     step = input[None, None], h.unsqueeze(0), c.unsqueeze(0)
                 else:
                     step = input.unsqueeze(0), h, c
-                _, h_n, c_n = _ops.lstm_layer_packed(*step, *packed, None, None, False)
+                _, h_n, c_n = _ops.lstm_layer_packed(*step, *self._packed()[:3], None, None, False)
                 return (h_n.squeeze(0), c_n.squeeze(0)) if input.dim() == 1 else (h_n, c_n)
         # torch's own errors; what it would compute nevertheless has no packed form.
         super().forward(input, hx)

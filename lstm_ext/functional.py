@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lstm_ext import _backend, _ops
+from lstm_ext import _backend, _onnx, _ops
 from lstm_ext.reference import gates, states
+
+Kept = TypeVar("Kept")
 
 
 def lstm_cell(
@@ -123,7 +125,8 @@ def lstm(
     Kept for backward, per layer and direction: 5 S H numbers, the gates and the c of each step.
     On a CUDA device, :func:`lstm_ext.set_cuda_backend` chooses between our kernels and torch's own
     LSTM. What our kernels do not take (another device, projections) goes to torch's, or with
-    ``reset`` or ``checkpoint_every`` is computed in tensor operations.
+    ``reset``, ``checkpoint_every`` or a transform of ``torch.func`` is computed in tensor
+    operations.
 
     Raises:
         RuntimeError: sizes, dtypes or devices do not fit.
@@ -132,18 +135,22 @@ def lstm(
     h, c = hx
     if checkpoint_every is not None and checkpoint_every <= 0:
         raise ValueError(f"checkpoint_every should be positive, got {checkpoint_every}")
-    if not torch.is_grad_enabled():
+    if checkpoint_every is not None and (not torch.is_grad_enabled() or _onnx.exporting()):
         checkpoint_every = None
     first = weights[0]
+    if first.w_hr is not None and _onnx.exporting():
+        return _onnx.projected_lstm(input, hx, weights, bidirectional, dropout, batch_sizes, reset)
     call = _backend.LayerCall(
         rows=h.shape[1],
         hidden=first.w_hh.shape[0] // 4,
         single=len(weights) == 1,
         packed=batch_sizes is not None,
         projects=first.w_hr is not None,
-        needs_ours=reset is not None or checkpoint_every is not None,
+        needs_ours=reset is not None or checkpoint_every is not None or _is_transformed(),
     )
     reason = _backend.why_layer_by_torch(input, call)
+    if reason is not None and _onnx.exporting():
+        reason = None  # one translation for all devices
     empty = reset is None and 0 in input.shape
     if empty or (reason is not None and not call.needs_ours):
         reason = "the input is empty" if empty else reason
@@ -155,22 +162,50 @@ def lstm(
             input, h, c, flat, bidirectional, dropout, batch_sizes, reset
         )
         return out
-    directions = 2 if bidirectional else 1
-    states_h, states_c = [], []
+
+    def run(
+        input: Tensor, h: Tensor, c: Tensor, w: LayerWeights, reverse: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        output, h_n, c_n = _layer(
+            input, h, c, w, batch_sizes, reset, reverse, checkpoint_every, reason
+        )
+        return output, (h_n, c_n)
+
+    output, last = run_layers(input, hx, weights, bidirectional, dropout, run)
+    h_n, c_n = zip(*last, strict=True)
+    return output, torch.stack(h_n), torch.stack(c_n)
+
+
+def run_layers(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: Sequence[LayerWeights],
+    bidirectional: bool,
+    dropout: float,
+    run: Callable[[Tensor, Tensor, Tensor, LayerWeights, bool], tuple[Tensor, Kept]],
+) -> tuple[Tensor, list[Kept]]:
+    """Run layers and directions one after the other (csrc/ops/lstm.cpp does the same).
+
+    ``run(input, h, c, weights, reverse)`` runs one, and returns its output and whatever else is to
+    be kept of it. Returns the last output, and what was kept of each.
+    """
+    (h, c), directions = hx, 2 if bidirectional else 1
+    kept: list[Kept] = []
     for k in range(0, len(weights), directions):
         if k > 0 and dropout > 0:
             input = torch.dropout(input, dropout, True)
         outputs = []
         for d in range(directions):
-            output, h_n, c_n = _layer(
-                input, h[k + d], c[k + d], weights[k + d], batch_sizes, reset, d == 1,
-                checkpoint_every, reason,
-            )  # fmt: skip
+            output, of_this = run(input, h[k + d], c[k + d], weights[k + d], d == 1)
             outputs.append(output)
-            states_h.append(h_n)
-            states_c.append(c_n)
+            kept.append(of_this)
         input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-    return input, torch.stack(states_h), torch.stack(states_c)
+    return input, kept
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func is at work: torch's own LSTM has no rule for vmap."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _layer(

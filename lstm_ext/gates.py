@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lstm_ext import _backend, _ops
+from lstm_ext import _backend, _call, _ops
+from lstm_ext._call import States
 from lstm_ext.cell import LSTMCell
 from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell
-from lstm_ext.functional import LayerWeights, layer_in_steps
-from lstm_ext.layer import LSTM, States, layer_weights, prepare
+from lstm_ext.functional import LayerWeights, layer_in_steps, run_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -228,31 +228,31 @@ def trace_gates(
         module = module.original
     if isinstance(module, nn.LSTMCell):
         return _trace_cell(module, input, hx, reset, differentiable)
-    if not isinstance(module, (nn.LSTM, LSTM)):
+    if not isinstance(module, nn.LSTM):
         raise TypeError(
             f"trace_gates: expected an LSTM or LSTMCell, of torch.nn or lstm_ext, "
             f"got {type(module).__name__}"
         )
-    ready = prepare(module, input, hx, reset)
+    try:
+        options = _call.read(module, isinstance(input, PackedSequence))
+    except _call.TorchAnswersError as error:
+        module(input, hx)  # raises torch's own error, if that is one
+        raise ValueError(f"trace_gates: {error}") from None
+    ready = _call.prepare(module, options, input, hx, reset)
     if 0 in ready.input.shape:
         module(input, hx)  # raises torch's own error, if that is one
-    data, sizes, weights = ready.input, ready.batch_sizes, layer_weights(module)
-    directions = 2 if module.bidirectional else 1
-    layers: list[tuple[Tensor, ...]] = []
+    data, sizes, weights = ready.input, ready.batch_sizes, options.layers()
+
+    def run(
+        input: Tensor, h: Tensor, c: Tensor, w: LayerWeights, reverse: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        layer = _Run(w, sizes, ready.reset, reverse)
+        return layer.in_steps(input, h, c) if differentiable else layer(input, h, c)
+
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        for k in range(0, len(weights), directions):
-            if k > 0 and module.dropout > 0 and module.training:
-                data = torch.dropout(data, module.dropout, True)
-            outputs = []
-            for d in range(directions):
-                state = ready.hx[0][k + d], ready.hx[1][k + d]
-                run = _Run(weights[k + d], sizes, ready.reset, d == 1)
-                output, tensors = (
-                    run.in_steps(data, *state) if differentiable else run(data, *state)
-                )
-                outputs.append(output)
-                layers.append(tensors)
-            data = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        data, layers = run_layers(
+            data, ready.hx, weights, options.bidirectional, options.dropout, run
+        )
     lengths = None
     if ready.packed is not None:
         order = ready.packed.unsorted_indices
@@ -263,7 +263,7 @@ def trace_gates(
         parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
         for parts in zip(*layers, strict=True)
     )
-    return GateTrace(i, f, g, o, c, h, lengths, module.bidirectional)
+    return GateTrace(i, f, g, o, c, h, lengths, options.bidirectional)
 
 
 def _trace_cell(

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_ext import _ops
-from lstm_ext.functional import LayerWeights, lstm
+from lstm_ext import _call, _fx, _ops
+from lstm_ext._call import States
 
-States = tuple[Tensor, Tensor]
+_CHECKS = (
+    "check_forward_args",
+    "check_input",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+)
 
 
-class LSTM(nn.RNNBase):
+class LSTM(nn.LSTM):
     r"""A multi-layer LSTM whose time loop runs inside one fused operation a layer and direction.
 
     :class:`torch.nn.LSTM` in every respect but speed: the options, the parameters, their names,
-    shapes, order and initialisation, the state dict, ``repr`` and errors are the same; checkpoints
-    load both ways, and the same seed gives the same weights. The weights are read anew at every
-    call: what is written through ``.data``, by a parametrization or by ``functional_call`` counts.
+    shapes, order and initialisation, the state dict, ``repr`` and errors are the base class's;
+    checkpoints load both ways, and the same seed gives the same weights. The weights are read anew
+    at every call: what is written through ``.data``, into ``_flat_weights``, by a parametrization
+    or by ``functional_call`` counts.
 
-    It derives from :class:`torch.nn.RNNBase` but not from :class:`torch.nn.LSTM`, at which
-    ``torch.compile`` breaks the graph: ``isinstance(module, torch.nn.LSTM)`` is False.
+    ``torch.compile`` breaks the graph at every ``torch.nn.LSTM``, and so at this one, which then
+    runs as without it. ``torch._dynamo.config.allow_rnn = True`` takes both into the graph.
 
     Args:
         input_size: number of features I of the input.
@@ -62,194 +68,85 @@ class LSTM(nn.RNNBase):
         output, (h, c) = lstm(torch.randn(5, 3, 10))
     """
 
-    def __init__(self, *args: Any, checkpoint_every: int | None = None, **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, **kwargs)
-        self.checkpoint_every = checkpoint_every
+    # A default of the class: modules that were pickled, or converted, before have it too.
+    checkpoint_every: int | None = None
+    _has_own_checks = False
+    _direct = staticmethod(_ops.fast_lstm_module)
 
-    # torch.nn.LSTM's own checks, and with them its words.
-    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
-    check_forward_args: Any = nn.LSTM.check_forward_args
-    permute_hidden: Any = nn.LSTM.permute_hidden
-
-    def forward(
+    def __init__(
         self,
-        input: Tensor | PackedSequence,
-        hx: States | None = None,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         *,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, States]:
-        """Run the sequence; see the class."""
-        packed = isinstance(input, PackedSequence)
-        if reset is None and not torch.compiler.is_compiling():
-            out = self._run_packed_directly(input, hx) if packed else self._run_directly(input, hx)
-            if out is not None:
-                output, h, c = out
-                return output, (h, c)
-        ready = prepare(self, input, hx, reset)
-        output, h, c = self._run(ready.input, ready.hx, ready.batch_sizes, ready.reset)
-        return ready.as_asked(output), ready.states_as_asked((h, c))
-
-    def _run_packed_directly(
-        self, packed: Any, hx: Any
-    ) -> tuple[PackedSequence, Tensor, Tensor] | None:
-        input, batch_sizes, sorted_indices, unsorted_indices = packed
-        if hx is not None:
-            hx = self.permute_hidden(hx, sorted_indices)
-        out = self._run_directly(input, hx, batch_sizes)
-        if out is None:
-            return None
-        output, h, c = out
-        h, c = self.permute_hidden((h, c), unsorted_indices)
-        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), h, c
-
-    def _run_directly(
-        self, input: Any, hx: Any, batch_sizes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Run what needs no other check than the direct call's own; None for all else."""
-        if (self.training and self.dropout) or self.proj_size or self.checkpoint_every is not None:
-            return None
-        p = self._parameters
-        try:
-            weights: tuple[Tensor | None, ...]
-            weights = tuple([p[name] for names in self._all_weights for name in names])
-        except KeyError:
-            return None
-        if not self.bias:
-            pairs = zip(weights[::2], weights[1::2], strict=True)
-            weights = tuple([w for pair in pairs for w in (*pair, None, None)])
-        return self._call_directly(_ops.fast_lstm, input, hx, weights, batch_sizes)
-
-    def _call_directly(
-        self,
-        call: Callable[..., Any],
-        input: Any,
-        hx: Any,
-        weights: tuple[Tensor | None, ...],
-        batch_sizes: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        if hx is None:
-            h = c = None
-        elif type(hx) is tuple and len(hx) == 2:
-            h, c = hx
-        else:
-            return None
-        out: tuple[Tensor, Tensor, Tensor] | None = call(
-            input, h, c, weights, self.input_size, self.hidden_size, self.bidirectional,
-            self.batch_first, batch_sizes,
+        checkpoint_every: int | None = None,
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            proj_size, device, dtype,
         )  # fmt: skip
-        return out
+        if checkpoint_every is not None:
+            self.checkpoint_every = checkpoint_every
 
-    def _run(
-        self, input: Tensor, hx: States, batch_sizes: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return lstm(
-            input,
-            hx,
-            layer_weights(self),
-            bidirectional=self.bidirectional,
-            dropout=self.dropout if self.training else 0.0,
-            batch_sizes=batch_sizes,
-            reset=reset,
-            checkpoint_every=self.checkpoint_every,
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._has_own_checks = any(
+            getattr(cls, name) is not getattr(nn.LSTM, name) for name in _CHECKS
         )
 
+    @overload
+    def forward(
+        self, input: Tensor, hx: States | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, States]: ...
 
-class Prepared(NamedTuple):
-    """What a module was called with, checked, the time first, and how to give results back."""
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: States | None = None, *, reset: Tensor | None = None
+    ) -> tuple[PackedSequence, States]: ...
 
-    module: nn.RNNBase
-    input: Tensor  # (L, N, I), or the data (S, I) of a packed sequence
-    hx: States  # (K, N, P) and (K, N, H)
-    batch_sizes: Tensor | None
-    reset: Tensor | None  # (L, N)
-    is_batched: bool
-    packed: PackedSequence | None
+    def forward(self, input: Any, hx: Any = None, *, reset: Tensor | None = None) -> Any:
+        """Run the sequence; see the class."""
+        if reset is None and not self._has_own_checks and not torch.compiler.is_compiling():
+            # Here, and not in a method: TorchDynamo, which leaves this function alone, would look
+            # into the method at every call.
+            out: Any
+            if type(input) is not PackedSequence:
+                out = self._direct(self.__dict__, input, hx, None)
+            else:
+                out = self._run_packed_directly(input, hx)
+            if out is not None:
+                return out
+        if not torch.compiler.is_compiling():
+            recorded = _fx.record_call(self, input, hx, reset)
+            if recorded is not None:
+                return recorded
+        return self._run(input, hx, reset)
 
-    def as_asked(self, output: Tensor) -> Any:
-        """Lay out an output as the module's own is."""
-        if self.packed is not None:
-            _, batch_sizes, sorted_indices, unsorted_indices = self.packed
-            return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        if self.module.batch_first:
-            output = output.transpose(0, 1)
-        return output if self.is_batched else output.squeeze(0 if self.module.batch_first else 1)
-
-    def states_as_asked(self, states: States) -> States:
-        """Lay out the last states as the module's own are."""
-        h, c = states
-        if self.packed is not None:
-            order = self.packed.unsorted_indices
-            return states if order is None else (h.index_select(1, order), c.index_select(1, order))
-        return states if self.is_batched else (h.squeeze(1), c.squeeze(1))
-
-
-def prepare(
-    module: Any, input: Tensor | PackedSequence, hx: States | None, reset: Tensor | None
-) -> Prepared:
-    """Check what an LSTM, ours or torch's, is called with, in torch's words."""
-    if isinstance(input, PackedSequence):
-        data, batch_sizes, order, _ = input
+    def _run_packed_directly(
+        self, input: PackedSequence, hx: Any
+    ) -> tuple[PackedSequence, States] | None:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is not None:
-            hx = module.permute_hidden(hx, order)
-            _check_pair(hx)
-        else:
-            hx = _zero_states(module, data, int(batch_sizes[0]))
-        try:
-            module.check_forward_args(data, hx, batch_sizes)
-        except ValueError as error:  # what torch, which calls no check here, raises in the end
-            raise RuntimeError(str(error)) from None
-        if reset is not None and order is not None:
-            reset = reset.index_select(1, order)
-        return Prepared(module, data, hx, batch_sizes, reset, True, input)
-    if input.dim() not in (2, 3):
-        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-    is_batched = input.dim() == 3
-    batch_dim = 0 if module.batch_first else 1
-    if not is_batched:
-        input = input.unsqueeze(batch_dim)
-        reset = None if reset is None else reset.unsqueeze(batch_dim)
-    if hx is None:
-        hx = _zero_states(module, input, input.size(batch_dim))
-    else:
-        _check_rank(hx, is_batched)
-        if not is_batched:
-            hx = hx[0].unsqueeze(1), hx[1].unsqueeze(1)
-    module.check_forward_args(input, hx, None)
-    _check_pair(hx)
-    if module.batch_first:
-        input = input.transpose(0, 1)
-        reset = None if reset is None else reset.transpose(0, 1)
-    return Prepared(module, input, hx, None, reset, is_batched, None)
+            hx = self.permute_hidden(hx, sorted_indices)
+        out = self._direct(self.__dict__, data, hx, batch_sizes)
+        if out is None:
+            return None
+        output, states = out
+        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self.permute_hidden(states, unsorted_indices)
 
+    def _run(self, input: Any, hx: Any, reset: Tensor | None) -> tuple[Any, States]:
+        return _call.run(self, input, hx, reset)
 
-def _zero_states(module: nn.RNNBase, input: Tensor, N: int) -> States:
-    layers = module.num_layers * (2 if module.bidirectional else 1)
-    h = input.new_zeros(layers, N, module.proj_size or module.hidden_size)
-    return h, input.new_zeros(layers, N, module.hidden_size)
-
-
-def layer_weights(module: nn.RNNBase) -> list[LayerWeights]:
-    """Return an LSTM's weights, layer by layer, in each forward first; nn.LSTM's too."""
-    # In the order of _all_weights: w_ih, w_hh, then b_ih and b_hh, then w_hr, where they exist.
-    p = module._parameters
-    weights = []
-    for names in module._all_weights:
-        found: list[Any] = [p[name] if name in p else getattr(module, name) for name in names]
-        b_ih, b_hh = (found[2], found[3]) if module.bias else (None, None)
-        w_hr = found[-1] if module.proj_size else None
-        weights.append(LayerWeights(found[0], found[1], b_ih, b_hh, w_hr))
-    return weights
-
-
-def _check_pair(hx: States) -> None:
-    if len(hx) != 2:
-        raise RuntimeError("lstm expects two hidden states")
-
-
-def _check_rank(hx: States, is_batched: bool) -> None:
-    rank, kind = (3, "batched 3-D") if is_batched else (2, "unbatched 2-D")
-    if hx[0].dim() != rank or hx[1].dim() != rank:
+    def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
-            f"For {kind} input, hx and cx should "
-            f"also be {rank}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            "torch.jit.script cannot compile lstm_ext.LSTM; lstm_ext.revert(model) makes its "
+            "modules torch.nn's, which it can"
         )

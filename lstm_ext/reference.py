@@ -130,24 +130,38 @@ def lstm(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reset: Tensor | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run :func:`lstm_cell` over a sequence: one layer, one direction.
 
     Args:
-        input: (L, N, I).
+        input: (L, N, I); or packed (S, I), S the sum of batch_sizes.
         hx: h and c before the first step, each (N, H).
         w_ih: (4H, I).
         w_hh: (4H, H).
         b_ih: (4H) or None.
         b_hh: (4H) or None.
+        batch_sizes: of a packed input, int64 (L), falling: the rows of each step.
+        reset: bool (L, N): before these steps, h and c are zero. Or None.
+        reverse: from the last step to the first.
 
     Returns:
-        The h of every step, (L, N, H), and the last (h, c), each (N, H).
+        The h of every step, (L, N, H) or (S, H), and the last (h, c), each (N, H).
     """
-    outputs = []
-    for x in input:
-        hx = lstm_cell(x, hx, w_ih, w_hh, b_ih, b_hh)
-        outputs.append(hx[0])
-    h, _ = hx
-    output = torch.stack(outputs) if outputs else h.new_empty(0, *h.shape)
-    return output, hx
+    h, c = hx
+    sizes = [len(h)] * len(input) if batch_sizes is None else batch_sizes.tolist()
+    steps = list(input.unbind()) if batch_sizes is None else list(torch.split(input, sizes))
+    for t in reversed(range(len(steps))) if reverse else range(len(steps)):
+        n = sizes[t]  # the first sequences; the others have ended, or in reverse not begun
+        h_t, c_t = h[:n], c[:n]
+        if reset is not None:
+            zero = reset[t, :n].unsqueeze(1)
+            h_t, c_t = h_t.masked_fill(zero, 0), c_t.masked_fill(zero, 0)
+        h_t, c_t = lstm_cell(steps[t], (h_t, c_t), w_ih, w_hh, b_ih, b_hh)
+        steps[t] = h_t
+        h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])
+    if batch_sizes is not None:
+        return torch.cat(steps), (h, c)
+    return torch.stack(steps) if steps else h.new_empty(0, *h.shape), (h, c)

@@ -16,3 +16,8 @@ def objects(pattern):
     if not found:
         pytest.skip("the package was not built in this checkout")
     return found
+
+
+def operators():
+    """Those of all operators but the CPU's kernels, and without what needs Python."""
+    return [o for o in objects("csrc/joined/*.o") if o.stem in ("differentiation", "operators")]

@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import hypothesis
 import pytest
 import torch
+import torch._dynamo
+from limits import COLLECTED
 
 if torch.cuda.is_available():
     # torch's own layer rounds float32 to TF32 there by default. Tests that compare float32 want it
@@ -33,11 +35,15 @@ def pytest_addoption(parser):
 LONG = ["test_cuda_emu", "test_native", "test_cpu_paths", "test_cuda_compile", "test_build"]
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for item in items:
         if item.get_closest_marker("packaging") or item.get_closest_marker("published"):
             item.add_marker(pytest.mark.slow)
+    config.stash[COLLECTED] = [
+        (item.nodeid, item.get_closest_marker("slow") is not None) for item in items
+    ]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -68,6 +74,13 @@ def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture
+def allow_rnn():
+    """torch's switch, without which torch.compile takes no nn.LSTM into a graph."""
+    with torch._dynamo.config.patch(allow_rnn=True):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -16,12 +16,12 @@ import sys
 import warnings
 
 import torch
+from measure import DTYPES
 
 import lstm_ext
 import lstm_ext._C as C
 
 OPS = torch.ops.lstm_ext
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def floats(draw, *shape, dtype=torch.float32):
@@ -65,6 +65,45 @@ def mask(draw, count):
     return [draw.random() < 0.7 for _ in range(count)]
 
 
+def module_dict(weights, input_size, hidden_size, batch_first):
+    """As much of an LSTM's __dict__ as the direct call reads."""
+    bias = weights[2] is not None or weights[3] is not None
+    names = ["weight_ih_l0", "weight_hh_l0", *(["bias_ih_l0", "bias_hh_l0"] if bias else [])]
+    given = dict(zip(names, weights, strict=bias))
+    return {
+        "input_size": input_size, "hidden_size": hidden_size, "num_layers": 1, "proj_size": 0,
+        "bias": bias, "batch_first": batch_first, "bidirectional": False, "dropout": 0.0,
+        "training": False, "_parameters": given, "_flat_weights": list(given.values()),
+        "_flat_weights_names": names,
+    }  # fmt: skip
+
+
+def frozen_dict(packed, input_size, hidden_size, batch_first=False):
+    names = ["packed_0", "packed_1", "packed_2"]
+    options = module_dict([None] * 4, input_size, hidden_size, batch_first)
+    names += ["packed_3", "packed_4"][: len(packed) - 3]
+    buffers = dict(zip(names, packed, strict=True))
+    return {**options, "_packed_names": names, "_buffers": buffers}
+
+
+def lstm_module(x, h, c, weights, I, H, batch_first, sizes):
+    return C.lstm_module(module_dict(weights, I, H, batch_first), x, (h, c), sizes)
+
+
+def frozen_lstm_module(x, h, c, packed, I, H, batch_first, sizes):
+    return C.frozen_lstm_module(frozen_dict(packed, I, H, batch_first), x, (h, c), sizes)
+
+
+def lstm_cell_module(x, h, c, w_ih, w_hh, b_ih, b_hh):
+    parameters = {"weight_ih": w_ih, "weight_hh": w_hh, "bias_ih": b_ih, "bias_hh": b_hh}
+    return C.lstm_cell_module({"_parameters": parameters}, x, (h, c))
+
+
+def frozen_lstm_cell_module(x, h, c, packed, b_ih, b_hh, w_ih, w_hh, I, H):
+    buffers = [packed, b_ih, b_hh, w_ih, w_hh]
+    return C.frozen_lstm_cell_module(frozen_dict(buffers, I, H), x, (h, c))
+
+
 def right_call(draw):
     """Return the name of a function, the function, and arguments that it takes."""
     L, N, I, H = (draw.choice([1, 2, 3, 5, 9]) for _ in range(4))
@@ -74,20 +113,22 @@ def right_call(draw):
     kind = draw.choice(
         ["lstm_cell", "lstm_cell_forward", "lstm_cell_backward", "lstm_cell_backward_accumulate",
          "lstm_layer", "lstm_layer_forward", "lstm_layer_backward", "lstm", "lstm_layer_pack",
-         "lstm_layer_packed", "lstm_packed", "_C.lstm_cell", "_C.lstm", "_C.lstm_cell_packed",
-         "_C.lstm_packed"]
+         "lstm_layer_packed", "lstm_packed", "_C.lstm_cell", "lstm_module", "lstm_cell_module",
+         "frozen_lstm_module", "frozen_lstm_cell_module"]
     )  # fmt: skip
-    if kind.startswith("_C."):
-        function = getattr(C, kind.removeprefix("_C."))
-        packed = [OPS.lstm_layer_pack(layer[3], layer[4]), *layer[5:]]
-        if kind == "_C.lstm_cell":
+    if kind == "_C.lstm_cell":
+        return kind, C.lstm_cell, cell
+    if kind.endswith("_module"):
+        function = globals()[kind]
+        if kind == "lstm_cell_module":
             return kind, function, cell
-        if kind == "_C.lstm_cell_packed":
+        if kind == "frozen_lstm_cell_module":
             packed = OPS.lstm_layer_pack(cell[3], cell[4])
-            return kind, function, [*cell[:3], packed, *cell[5:], I, H]
-        weights = tuple(layer[3:]) if kind == "_C.lstm" else tuple(packed)
-        states = [t.unsqueeze(0) for t in layer[1:3]] if draw.random() < 0.7 else [None, None]
-        return kind, function, [layer[0], *states, weights, I, H, False, False, options[0]]
+            return kind, function, [*cell[:3], packed, *cell[5:], *cell[3:5], I, H]
+        packed = [OPS.lstm_layer_pack(layer[3], layer[4]), *layer[5:]]
+        weights = tuple(layer[3:]) if kind == "lstm_module" else tuple(packed)
+        states = [t.unsqueeze(0) for t in layer[1:3]]
+        return kind, function, [layer[0], *states, weights, I, H, False, options[0]]
     function = getattr(OPS, kind)
     if kind in ("lstm_cell", "lstm_cell_forward"):
         return kind, function, cell
@@ -264,9 +305,10 @@ SIZES = {
     "lstm": ["L N I", "1 N H", "1 N H", WEIGHTS, None, None, "L", "L N"],
     "lstm_packed": ["L N I", "1 N H", "1 N H", [None, "4H", "4H"], None, "L", "L N"],
     "_C.lstm_cell": CELL,
-    "_C.lstm_cell_packed": [*CELL[:3], None, *CELL[5:]],
-    "_C.lstm": ["L N I", "1 N H", "1 N H", WEIGHTS, None, None, None, None, "L"],
-    "_C.lstm_packed": ["L N I", "1 N H", "1 N H", [None, "4H", "4H"], *[None] * 4, "L"],
+    "lstm_cell_module": CELL,
+    "frozen_lstm_cell_module": [*CELL[:3], None, *CELL[5:], *CELL[3:5]],
+    "lstm_module": ["L N I", "1 N H", "1 N H", WEIGHTS, None, None, None, "L"],
+    "frozen_lstm_module": ["L N I", "1 N H", "1 N H", [None, "4H", "4H"], *[None] * 3, "L"],
 }
 
 
@@ -302,6 +344,10 @@ def call_fits(name, arguments):
 
 def torch_lstm_cell(x, h, c, *weights):
     return torch.lstm_cell(x, (h, c), *weights)
+
+
+def torch_frozen_cell(x, h, c, packed, b_ih, b_hh, w_ih, w_hh, *sizes):
+    return torch_lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
 
 
 def tensors(result):
@@ -347,9 +393,11 @@ def one(seed):
     if result is None:  # of _C: left to the operator
         return name, "declined", ""
     if not call_fits(name, arguments):
-        if not name.endswith("lstm_cell"):
+        if not name.endswith(("lstm_cell", "lstm_cell_module")):
             return name, "wrong sizes", f"{done}: taken"
-        function = torch_lstm_cell  # it broadcasts biases
+        # torch's own broadcasts biases.
+        frozen = name == "frozen_lstm_cell_module"
+        function = torch_frozen_cell if frozen else torch_lstm_cell
     # The numbers of the same values in memory of their own.
     try:
         with torch.set_grad_enabled(grad):

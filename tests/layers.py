@@ -38,8 +38,11 @@ def sequence(module, L, N):
     return uniform(shape), states, torch.randint(1, L + 1, (N,))
 
 
-def run(module, x, states, lengths=None):
-    """Outputs, and gradients of a random combination of them: of input, states, parameters."""
+def run(module, x, states, lengths=None, call=None):
+    """Outputs, and gradients of a random combination of them: of input, states, parameters.
+
+    call: of the module, if it is not simply called.
+    """
     dtype = next(module.parameters()).dtype
     leaves = [t.to(dtype).detach().requires_grad_() for t in (x, *states)]
     value = leaves[0]
@@ -47,7 +50,7 @@ def run(module, x, states, lengths=None):
         value = pack_padded_sequence(
             value, lengths, batch_first=module.batch_first, enforce_sorted=False
         )
-    output, (h, c) = module(value, tuple(leaves[1:]))
+    output, (h, c) = (call or module)(value, tuple(leaves[1:]))
     outputs = [output.data if isinstance(output, PackedSequence) else output, h, c]
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in outputs]

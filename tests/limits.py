@@ -6,6 +6,9 @@ import pytest
 # because the machine is busy.
 HUNG = 1800
 
+# Of each test that was collected, before any is left out: its name, and whether it is slow.
+COLLECTED = pytest.StashKey[list[tuple[str, bool]]]()
+
 
 def slow(*values):
     """Return values of a parameter (one each, or a tuple of several) as slow cases."""

@@ -26,13 +26,13 @@ from pathlib import Path
 
 import hostile
 import torch
+from measure import DTYPES
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from tqdm import tqdm
 
 import lstm_ext
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PROC = Path("/proc/self")
 
 

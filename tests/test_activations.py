@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from measure import DTYPES
 
 import lstm_ext  # noqa: F401 (registers the operators)
 
@@ -48,7 +49,7 @@ def test_error_bounds(dtype):
     assert ulps(sigmoid, truth, dtype)[normal].max() <= SIGMOID_ULPS
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_limits(dtype):
     big = torch.finfo(dtype).max
     x = torch.tensor([float("inf"), big, 800, 0, -800, -big, -float("inf")], dtype=dtype)
@@ -59,7 +60,7 @@ def test_limits(dtype):
     assert sigmoid[4:].min() >= 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_stays_nan_and_stays_in_its_row(dtype):
     x = torch.zeros(20, dtype=dtype)
     x[7] = float("nan")

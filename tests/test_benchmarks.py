@@ -18,6 +18,7 @@ def run(*command):
     )
 
 
+@pytest.mark.slow
 def test_benchmark_and_report(tmp_path):
     out = tmp_path / "cell.json"
     result = run(
@@ -75,6 +76,7 @@ def test_sequence_benchmark(tmp_path):
         assert flops == pytest.approx(per_step * products)
 
 
+@pytest.mark.slow
 def test_models_benchmark(tmp_path):
     out = tmp_path / "models.json"
     result = run(BENCHMARKS / "bench_models.py", "--quick", "--eager", "--threads", 1, "--out", out)

@@ -51,7 +51,7 @@ def test_arguments_that_make_no_sense(command, capsys):
     assert "usage" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["info", "demo", "gates", "bench"])
+@pytest.mark.parametrize("command", ["info", "demo", "gates", "bench", "convert"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])
@@ -230,3 +230,35 @@ def test_missing_packages_are_named():
         )
         assert result.returncode == 1
         assert "pip install" in result.stderr
+
+
+def test_convert_of_a_state_dict(capsys, saved):
+    model = nn.ModuleDict(
+        {"rnn": nn.LSTM(3, 4, num_layers=2, bidirectional=True, bias=False),
+         "cell": nn.LSTMCell(5, 6), "gru": nn.GRU(3, 4)}
+    )  # fmt: skip
+    status, out, _ = run(capsys, "convert", saved(model.state_dict()))
+    assert status == 0
+    assert out.splitlines() == [
+        "rnn: LSTM(3, 4, num_layers=2, bias=False, bidirectional=True): can be converted",
+        "cell: LSTMCell(5, 6): can be converted",
+    ]
+    status, out, _ = run(capsys, "convert", saved(nn.GRU(3, 4).state_dict()))
+    assert (status, out) == (0, "no LSTM\n")
+
+
+def test_convert_of_a_whole_model(capsys, saved, tmp_path):
+    path = saved(CharModel())
+    status, _, err = run(capsys, "convert", path)
+    assert status == 1
+    assert "--trust" in err
+    status, out, _ = run(
+        capsys, "convert", path, "--trust", "--out", tmp_path / "ours.pt", "--json"
+    )
+    assert status == 0
+    assert json.loads(out)["modules"] == [{"name": "lstm", "kind": "LSTM", "result": "converted"}]
+    ours = torch.load(tmp_path / "ours.pt", weights_only=False)
+    assert type(ours.lstm) is lstm_ext.LSTM
+    status, _, err = run(capsys, "convert", saved({}, "empty.pt"), "--out", tmp_path / "x.pt")
+    assert status == 1
+    assert "state dict" in err

@@ -1,6 +1,11 @@
 """lstm_ext.convert and revert: torch's modules inside a model made ours, and back."""
 
+import abc
 import copy
+import functools
+import io
+import pickle
+import sys
 import warnings
 
 import pytest
@@ -129,7 +134,8 @@ def test_parametrized_and_pruned(norm):
 
 
 class Peephole(nn.LSTMCell):
-    pass
+    def forward(self, input, hx=None):
+        return nn.LSTMCell.forward(self, input, hx)
 
 
 class Own(lstm_ext.LSTM):
@@ -194,3 +200,353 @@ def test_fx_with_our_modules_as_leaves():
     x = torch.randn(2, 5, 3)
     torch.testing.assert_close(traced(x), model(x))
     torch.testing.assert_close(torch.fx.symbolic_trace(lstm_ext.revert(model))(x), traced(x))
+
+
+# Subclasses
+
+
+class Forgetful(nn.LSTM):
+    def reset_parameters(self):
+        super().reset_parameters()
+        nn.init.ones_(self.bias_ih_l0.data[4:8])
+
+
+class Scaled(Forgetful):
+    def forward(self, input, hx=None):
+        output, state = super().forward(2 * input, hx)
+        return output + 1, state
+
+
+class WeightDropped(nn.LSTM):
+    """The usual weight drop: the weight is no parameter, and is written at each call."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.raw = nn.Parameter(self.weight_hh_l0.detach().clone())
+        del self._parameters["weight_hh_l0"]
+        self.weight_hh_l0 = self.raw.detach()
+
+    def forward(self, *arguments):
+        self.weight_hh_l0 = nn.functional.dropout(self.raw, 0.5, self.training)
+        return super().forward(*arguments)
+
+
+class NamedBase(nn.LSTM):
+    def forward(self, input, hx=None):
+        return nn.LSTM.forward(self, input, hx)
+
+
+class Mixed(NamedBase, nn.Module):
+    def forward(self, input, hx=None):
+        return super().forward(input, hx)
+
+
+class ByTheModule(nn.LSTM):
+    def forward(self, input, hx=None):
+        parent = super(sys.modules[__name__].ByTheModule, self)
+        return parent.forward(input, hx)
+
+
+class ForgetfulCell(nn.LSTMCell):
+    def forward(self, input, hx=None):
+        def step():
+            return super(ForgetfulCell, self).forward(input, hx)
+
+        return step()
+
+
+def operators(module, *arguments):
+    """The names of our operators that a call runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        module(*arguments)
+    return {e.key for e in profile.key_averages() if e.key.startswith("lstm_ext::")}
+
+
+@pytest.mark.parametrize("kind", [Forgetful, Scaled, WeightDropped, ByTheModule, ForgetfulCell])
+def test_subclasses_that_use_the_forward_of_their_base(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(3, 4))
+    module = model[0]
+    x = torch.randn(5, 3)
+
+    def called(m):
+        torch.manual_seed(1)
+        out = m(x)
+        loss = out[0].square().sum()
+        return [out[0], *torch.autograd.grad(loss, list(m.parameters()), allow_unused=True)]
+
+    expected = called(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lstm_ext.convert(model)
+    ours = lstm_ext.LSTMCell if kind is ForgetfulCell else lstm_ext.LSTM
+    assert isinstance(module, kind)
+    assert isinstance(module, ours)
+    assert type(module).__name__ == kind.__name__
+    assert operators(model, x)
+    with torch.no_grad():
+        module(x)  # no weight that was written is part of a graph, which could not be copied
+    joined = type(module)
+    copies = [module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    file = io.BytesIO()
+    torch.save(module, file)
+    copies.append(torch.load(io.BytesIO(file.getvalue()), weights_only=False))
+    for copied in copies:
+        assert type(copied) is joined
+        torch.testing.assert_close(called(copied), expected)
+        assert type(lstm_ext.revert(copied)) is kind
+        torch.testing.assert_close(called(copied), expected)
+
+
+class CallsOtherThings(nn.LSTM):
+    """Both words, but not super().forward."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.other = nn.Linear(3, 4)
+
+    def forward(self, input, hx=None):
+        super().flatten_parameters()
+        return self.other.forward(input), hx
+
+
+@pytest.mark.parametrize("kind", [NamedBase, Mixed, CallsOtherThings])
+def test_subclasses_that_replace_forward_are_left(kind):
+    model = nn.ModuleDict({"own": kind(3, 4)})
+    with pytest.warns(UserWarning, match=r"convert left own \(\w+\).*super\(\)\.forward"):
+        lstm_ext.convert(model)
+    assert type(model["own"]) is kind
+
+
+def test_a_parametrized_subclass():
+    module = weight_norm(Forgetful(3, 4), "weight_hh_l0")
+    x = torch.randn(5, 3)
+    expected = module(x)
+    lstm_ext.convert(module)
+    assert isinstance(module, Forgetful)
+    assert isinstance(module, lstm_ext.LSTM)
+    torch.testing.assert_close(module(x), expected)
+    lstm_ext.revert(module)
+    assert not isinstance(module, lstm_ext.LSTM)
+    parametrize.remove_parametrizations(module, "weight_hh_l0")
+    assert type(module) is Forgetful
+    torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.LSTMCell, Forgetful, lstm_ext.LSTM])
+def test_isinstance_of_torchs_class_after_everything(kind):
+    module = lstm_ext.convert(kind(3, 4))
+    base = nn.LSTMCell if kind is nn.LSTMCell else nn.LSTM
+    name = "weight_hh" if base is nn.LSTMCell else "weight_hh_l0"
+    frozen = lstm_ext.freeze(copy.deepcopy(module).eval())
+    normed = spectral_norm(copy.deepcopy(module), name)
+    for m in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), frozen, normed):
+        assert isinstance(m, base)
+    assert isinstance(lstm_ext.revert(module), base)
+
+
+# Forwards that were kept somewhere
+
+
+def by_partial(m):
+    old = m.forward
+    m.forward = functools.partial(lambda *a: old(*a))
+
+
+def by_closure(m):
+    old = m.forward
+
+    @functools.wraps(old)
+    def forward(*arguments, **options):
+        return old(*arguments, **options)
+
+    m.forward = forward
+
+
+def like_accelerate(m):
+    def new_forward(module, *arguments, **options):
+        return module._old_forward(*arguments, **options)
+
+    m._old_forward = m.forward
+    m.forward = functools.update_wrapper(functools.partial(new_forward, m), m._old_forward)
+
+
+def as_it_was(m):
+    m.forward = m.forward
+
+
+KEPT = [by_partial, by_closure, like_accelerate, as_it_was]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.LSTMCell, Scaled])
+@pytest.mark.parametrize("keep", KEPT)
+def test_forwards_of_the_instance(keep, kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(3, 4))
+    keep(model[0])
+    x = torch.randn(5, 3)
+    expected = model(x)
+    with warnings.catch_warnings():
+        # Of a subclass, its own forward was kept, which calls ours through super().
+        warnings.simplefilter("ignore" if kind is Scaled else "error")
+        lstm_ext.convert(model)
+    assert operators(model, x)
+    torch.testing.assert_close(model(x), expected)
+    lstm_ext.revert(model)
+    assert not operators(model, x)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_forward_that_cannot_be_followed_is_told_of():
+    m = nn.LSTM(3, 4)
+
+    class Opaque:
+        def __init__(self, old):
+            self.old = old
+
+        def __call__(self, *arguments):
+            return self.old(*arguments)
+
+    m.forward = Opaque(m.forward)
+    with pytest.warns(UserWarning, match="may not run lstm_ext's forward.*before that"):
+        lstm_ext.convert(m)
+
+
+def test_bound_methods_in_other_modules():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(3, 4)
+            self.run = self.rnn.forward
+            self.runs = functools.partial(self.rnn.forward, hx=None)
+
+        def forward(self, x):
+            return self.run(x)[0] + self.runs(x)[0]
+
+    model, x = Model(), torch.randn(5, 3)
+    expected = model(x)
+    lstm_ext.convert(model)
+    assert operators(model, x)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.LSTMCell])
+def test_modules_that_were_compiled(kind):
+    torch._dynamo.reset()
+    module, x = kind(3, 4), torch.randn(5, 3)
+    module.compile(backend="aot_eager")
+    expected = module(x)
+    lstm_ext.convert(module)
+    torch.testing.assert_close(module(x), expected)
+    assert operators(module, x)
+
+
+# What is said
+
+
+def test_nothing_to_convert_is_said():
+    with pytest.warns(UserWarning, match="found no torch.nn.LSTM.*Sequential"):
+        lstm_ext.convert(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantized_and_other_lstms_are_said():
+    quantized = torch.ao.quantization.quantize_dynamic(
+        nn.Sequential(nn.LSTM(3, 4)), {nn.LSTM}, dtype=torch.qint8
+    )
+    with pytest.warns(UserWarning, match=r"convert left 0 \(LSTM\).*quantized; convert"):
+        lstm_ext.convert(quantized)
+
+    class HandMadeLSTM(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gates = nn.Linear(3, 16)
+
+    with pytest.warns(UserWarning, match=r"left HandMadeLSTM.*does not derive from torch"):
+        lstm_ext.convert(HandMadeLSTM())
+
+    class LSTMTagger(nn.Module):
+        """Named so, but only holds one."""
+
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(3, 4)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lstm_ext.convert(LSTMTagger())
+
+
+def test_report(capsys):
+    model = nn.ModuleDict({"a": nn.LSTM(3, 4), "b": NamedBase(3, 4), "c": lstm_ext.LSTMCell(3, 4)})
+    with pytest.warns(UserWarning, match="left b"):
+        lstm_ext.convert(model, report=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "lstm_ext.convert:"
+    assert [line.split(": ")[0].strip() for line in lines[1:]] == ["a", "b", "c"]
+    assert lines[1].endswith("converted")
+    assert "left as it is" in lines[2]
+    assert lines[3].endswith("already")
+    lstm_ext.convert(nn.LSTM(3, 4), report=True)
+    assert "(the model itself): LSTM: converted" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="revert left frozen"):
+        lstm_ext.revert(
+            nn.ModuleDict({"frozen": lstm_ext.freeze(lstm_ext.LSTM(3, 4).eval())}), report=True
+        )
+    assert "frozen: FrozenLSTM: left as it is" in capsys.readouterr().out
+
+
+class SkipsEmpty(abc.ABC, nn.RNNBase):
+    """As pytorch-forecasting has it: the forward of a base that stands in front of nn.LSTM."""
+
+    @abc.abstractmethod
+    def empty(self, x): ...
+
+    def forward(self, x, hx=None, lengths=None):
+        return self.empty(x) if lengths is not None and not any(lengths) else super().forward(x, hx)
+
+
+class Skips(SkipsEmpty, nn.LSTM):
+    def empty(self, x):
+        return x.new_zeros(*x.shape[:-1], self.hidden_size), None
+
+
+class DropsWeights(nn.Module):
+    """As fastai has it: a tensor in the place of a parameter, written at every call."""
+
+    def __init__(self, module, name="weight_hh_l0"):
+        super().__init__()
+        self.module, self.name = module, name
+        self.raw = nn.Parameter(getattr(module, name).data)
+        delattr(module, name)
+        setattr(module, name, self.raw.clone())
+        module.flatten_parameters = lambda: None
+
+    def forward(self, x):
+        setattr(self.module, self.name, nn.functional.dropout(self.raw, 0.5, self.training))
+        return self.module(x)
+
+
+@pytest.mark.parametrize("make", [lambda: Skips(3, 4), lambda: DropsWeights(nn.LSTM(3, 4))])
+def test_modules_as_published_packages_have_them(make):
+    x, gradients = torch.randn(5, 2, 3), []
+    for change in (lambda model: model, lstm_ext.convert):
+        torch.manual_seed(0)
+        model = make()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            change(model)
+        lstms = [m for m in model.modules() if isinstance(m, lstm_ext.LSTM)]
+        assert len(lstms) == (change is lstm_ext.convert)
+        torch.manual_seed(1)
+        with torch.profiler.profile() as profiler:
+            output, _ = model(x)
+            output.square().sum().backward()
+        assert any("lstm_ext::" in e.name for e in profiler.events()) == len(lstms)
+        gradients.append([output.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    if isinstance(model, Skips):
+        assert model(x, lengths=[0, 0])[1] is None
+    else:
+        with pytest.raises(ValueError, match="weight_hh_l0 is not a parameter"):
+            lstm_ext.freeze(model.eval())

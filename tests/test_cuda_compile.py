@@ -86,6 +86,7 @@ def test_kernels_compile_as_before(architecture, kernels):
     assert found == {k: n for k, n in pinned if kernels == "all" or k in found}
 
 
+@pytest.mark.slow
 def test_a_spill_is_an_error(tmp_path):
     """The gate bites: with too few registers the same source does not pass."""
     headers()

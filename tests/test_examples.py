@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import why_lstm
-from limits import HUNG, slow
+from limits import HUNG
 
 import lstm_ext
 
@@ -30,6 +30,7 @@ def test_pieces_go_on_where_the_last_one_ended():
     assert torch.equal(y, x + 1)
 
 
+@pytest.mark.slow
 def test_character_model():
     options = "--steps 40 --modules 2 --hidden 48 --layers 2 --batch 8 --length 32 --write 50"
     result = subprocess.run(
@@ -52,7 +53,8 @@ def test_character_model():
     assert "\nclass " in result.stdout
 
 
-@pytest.mark.parametrize("options", ["", *slow("--fsdp")])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["", "--fsdp"])
 def test_two_processes(options, tmp_path):
     """DistributedDataParallel and FSDP2 give what one process gives on the joined batch.
 
@@ -90,7 +92,6 @@ def test_two_processes(options, tmp_path):
     assert not torch.allclose(untrained(x)[0], found[1](x)[0], atol=0.1)
 
 
-@pytest.mark.slow
 def test_lecture_script():
     """The notebook's twin: its own assertions hold the lecture's numbers."""
     result = subprocess.run(

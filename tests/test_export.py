@@ -56,6 +56,7 @@ def gradients(call, model, x):
 
 
 @pytest.mark.parametrize("dynamic", [False, *slow(True)])
+@pytest.mark.usefixtures("allow_rnn")
 def test_compile_forward_and_backward(model, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
@@ -68,6 +69,7 @@ def test_compile_forward_and_backward(model, dynamic):
 
 
 @pytest.mark.parametrize("model", ["tagger", *slow("stepper")], indirect=True)
+@pytest.mark.usefixtures("allow_rnn")
 def test_compile_for_less_overhead(model, device):
     """mode="reduce-overhead": CUDA graphs on a GPU, which are replayed from the third call on."""
     torch._dynamo.reset()
@@ -119,6 +121,7 @@ def test_second_derivative_of_a_large_cell_inside_a_dispatch_mode():
         torch.testing.assert_close(second(), expected)
 
 
+@pytest.mark.slow
 def test_compiled_autograd(model):
     """An eager forward whose backward is compiled: recorded in the dispatcher's operators."""
     torch._dynamo.reset()
@@ -179,6 +182,7 @@ def test_compiled_autograd_tells_directions_apart():
         torch.testing.assert_close(found[True], found[False])
 
 
+@pytest.mark.usefixtures("allow_rnn")
 def test_compile_does_not_recompile_for_every_size():
     model = Tagger()
     torch._dynamo.reset()
@@ -210,7 +214,7 @@ def test_export_round_trip(model, tmp_path):
     torch.testing.assert_close(torch.export.load(path).module()(x), model(x))
 
 
-@pytest.mark.parametrize("model", ["tagger", *slow("stepper")], indirect=True)
+@pytest.mark.slow
 def test_aot_inductor_package(model, tmp_path):
     x = torch.randn(5, 2, 3)
     with torch.no_grad():
@@ -234,3 +238,34 @@ def test_make_fx_and_fake_tensors():
             fake = module(torch.empty(2, 5, 3, dtype=dtype))
         for a, b in ((real[0], fake[0]), (real[1][0], fake[1][0]), (real[1][1], fake[1][1])):
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+class CellAndLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.lstm = lstm_ext.LSTMCell(3, 4), lstm_ext.LSTM(3, 4)
+
+    def forward(self, x):
+        return self.lstm(x)[0][-1] + self.cell(x[0])[0]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.usefixtures("allow_rnn")
+def test_compile_in_continuous_integration(dynamic, monkeypatch):
+    """Where CI is set, inductor refuses operators that have decompositions, once a process."""
+    from torch._inductor import graph, lowering, utils
+
+    ours = [op for op in lowering.lowerings if "lstm_ext" in str(op)]
+    for op in ours:
+        monkeypatch.delitem(lowering.lowerings, op)
+    allowed = [name for name in lowering.FALLBACK_ALLOW_LIST if "lstm_ext" not in name]
+    monkeypatch.setattr(
+        lowering, "FALLBACK_ALLOW_LIST", type(lowering.FALLBACK_ALLOW_LIST)(allowed)
+    )
+    monkeypatch.setattr(graph, "FALLBACK_ALLOW_LIST", lowering.FALLBACK_ALLOW_LIST)
+    monkeypatch.setenv("CI", "1")
+    model = CellAndLayer().eval()
+    x = torch.randn(5, 2, 3)
+    with torch.no_grad(), utils.fresh_cache():
+        compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+        torch.testing.assert_close(compiled(x), model(x))

@@ -6,13 +6,13 @@ import pickle
 import pytest
 import torch
 from layers import identify
+from measure import DTYPES
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_sequence
 
 import lstm_ext
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OPTIONS = [
     {},
     {"num_layers": 2, "dropout": 0.5},
@@ -176,9 +176,23 @@ def test_copies_and_pickles(kind):
         # Packed anew, not copied: what another processor packed would be refused.
         frozen.packed_0[0] = 88
         with pytest.raises(RuntimeError, match="packed for"):
-            frozen(x)
+            frozen(x if kind is lstm_ext.LSTM else x[0])  # small cells: from plain weights
         assert frozen.__getstate__()["_buffers"] == {}
         pickle.loads(pickle.dumps(frozen))(x)
+
+
+@pytest.mark.parametrize("kind", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+def test_frozen_modules_pickled_by_older_versions(kind):
+    """They held three tensors, and no more, for the cell too."""
+    _, frozen = frozen_pair(3, 4, kind=kind)
+    state = {**frozen.__getstate__(), "_packed_names": ["packed_0", "packed_1", "packed_2"]}
+    del state["like_weights"]
+    read = type(frozen).__new__(type(frozen))
+    read.__setstate__(state)
+    x = torch.randn(5, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(read(x), frozen(x), rtol=0, atol=0)
+        torch.testing.assert_close(read(x[:1]), frozen(x[:1]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", [lstm_ext.LSTM, lstm_ext.LSTMCell])
@@ -217,13 +231,23 @@ def test_half_a_model_is_never_frozen():
         lstm_ext.freeze(lstm_ext.LSTM(3, 4, device="meta").eval())
 
 
-def test_subclasses_are_left_alone():
-    class Own(lstm_ext.LSTM):
+def test_subclasses_with_a_forward_of_their_own_are_left():
+    class Doubled(lstm_ext.LSTM):
+        def forward(self, input, hx=None):
+            return super().forward(2 * input, hx)
+
+    class Checked(lstm_ext.LSTM):
+        def check_input(self, input, batch_sizes):
+            raise RuntimeError("checked")
+
+    class Plain(lstm_ext.LSTM):
         pass
 
-    model = nn.ModuleList([Own(3, 4), lstm_ext.LSTM(3, 4)]).eval()
-    lstm_ext.freeze(model)
-    assert type(model[0]) is Own
+    model = nn.ModuleList([kind(3, 4) for kind in (Doubled, Checked, Plain)]).eval()
+    with pytest.warns(UserWarning, match="freeze left") as seen:
+        lstm_ext.freeze(model)
+    assert [str(w.message).split()[2] for w in seen] == ["0", "1"]
+    assert [type(m).__name__ for m in model] == ["Doubled", "Checked", "FrozenLSTM"]
 
 
 WRONG = {
@@ -295,9 +319,173 @@ def test_packed_for_another():
         op.lstm_layer_pack(torch.randn(16, 3), torch.randn(16, 4).double())
 
 
+@pytest.mark.usefixtures("allow_rnn")
 def test_compiles_whole():
     for kind, x in ((lstm_ext.LSTM, torch.randn(5, 2, 3)), (lstm_ext.LSTMCell, torch.randn(2, 3))):
         _, frozen = frozen_pair(3, 4, kind=kind)
         with torch.no_grad():
             compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(compiled(x), frozen(x))
+
+
+# Weights that something writes
+
+
+def double_the_weight(module, _):
+    module.weight_hh_l0 = 2 * module.raw
+
+
+class WeightDrop(nn.Module):
+    """The usual wrapper: it writes the weight of what it holds at each call."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.raw = nn.Parameter(module.weight_hh_l0.detach())
+        del module.weight_hh_l0
+        module.weight_hh_l0 = self.raw
+
+    def forward(self, *arguments):
+        del self.module.weight_hh_l0
+        self.module.weight_hh_l0 = nn.functional.dropout(self.raw.clone(), 0.5, self.training)
+        return self.module(*arguments)
+
+
+def hooked(module):
+    module.raw = nn.Parameter(module.weight_hh_l0.detach())
+    del module.weight_hh_l0
+    module.weight_hh_l0 = module.raw.detach()
+    module.register_forward_pre_hook(double_the_weight)
+    return module
+
+
+@pytest.mark.parametrize("make", [hooked, WeightDrop])
+def test_weights_that_something_writes_are_refused(make):
+    model = make(lstm_ext.LSTM(3, 4))
+    model(torch.randn(5, 2, 3))  # in training: a part of the weight is dropped
+    before = dict(vars(model.eval()))
+    with pytest.raises(ValueError, match=r"weight_hh_l0 is not a parameter.*remove that"):
+        lstm_ext.freeze(model)
+    assert dict(vars(model)) == before
+    assert not any("Frozen" in type(m).__name__ for m in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("kind", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+@pytest.mark.parametrize("how", ["weight_norm", "spectral_norm", "pruned", "pruned twice"])
+def test_weights_that_torchs_own_hooks_write_are_computed_first(how, kind):
+    from torch.nn.utils import prune
+
+    name = "weight_hh_l0" if kind is lstm_ext.LSTM else "weight_hh"
+    module = kind(3, 4)
+    if how.startswith("pruned"):
+        for _ in range(len(how.split())):
+            prune.random_unstructured(module, name, 0.3)
+    else:
+        getattr(torch.nn.utils, how)(module, name)
+    x = torch.randn(5, 3)
+    optimizer = torch.optim.SGD(module.parameters(), 1.0)
+    module(x)[0].sum().backward()
+    optimizer.step()  # what the hook wrote last is stale now
+    frozen = lstm_ext.freeze(module.eval())
+    with torch.no_grad():
+        found = frozen(x)
+        torch.testing.assert_close(found, module(x))
+        for p in module.parameters():
+            p.zero_()
+        torch.testing.assert_close(frozen(x), found)
+        torch.testing.assert_close(frozen(x[:1])[0], found[0][:1])
+    assert list(frozen.state_dict()) == list(module.state_dict())
+    if how.startswith("pruned"):
+        assert f"{name}_mask" in frozen.state_dict()
+    copied = pickle.loads(pickle.dumps(lstm_ext.freeze(module)))
+    assert list(copied.state_dict()) == list(module.state_dict())
+
+
+def test_a_forward_of_the_instance_is_refused():
+    module = lstm_ext.LSTM(3, 4).eval()
+    old = module.forward
+    module.forward = lambda *a: old(*a)
+    with pytest.raises(ValueError, match="has a forward of its own"):
+        lstm_ext.freeze(nn.Sequential(module))
+
+
+@pytest.mark.parametrize("kind", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+def test_a_compiled_module_is_frozen_all_the_same(kind):
+    torch._dynamo.reset()
+    module, x = kind(3, 4).eval(), torch.randn(5, 3)
+    module.compile(backend="aot_eager")
+    with pytest.warns(UserWarning, match=r"compiled by \.compile\(\)"):
+        frozen = lstm_ext.freeze(module)
+    with torch.no_grad():
+        found = frozen(x)
+        for p in module.parameters():
+            p.zero_()
+        torch.testing.assert_close(frozen(x), found, rtol=0, atol=0)
+
+
+def test_parametrized_weights_are_frozen_with_every_option():
+    module = torch.nn.utils.parametrizations.weight_norm(lstm_ext.LSTM(3, 4), "weight_hh_l0")
+    frozen, x = lstm_ext.freeze(module.eval()), torch.randn(5, 2, 3)
+    reset = torch.rand(5, 2) < 0.3
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x, reset=reset), module(x, reset=reset))
+
+
+# A whole model
+
+
+def snapshot(model):
+    modes = [m.training for m in model.modules()]
+    return modes, {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda m: m.half(),
+        lambda m: m.to(torch.float64),
+        lambda m: m.to("meta"),
+        lambda m: m.bfloat16(),
+        lambda m: m.to_empty(device="meta"),
+        lambda m: m.train(),
+        lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
+        lambda m: m.load_state_dict(m.state_dict(), strict=False),
+    ],
+)
+def test_a_refused_change_leaves_the_whole_model_as_it_was(refused, kind):
+    frozen = lstm_ext.freeze(kind(3, 4).eval())
+    model = nn.Sequential(nn.Linear(3, 3), nn.ModuleDict({"rnn": frozen}), nn.Linear(4, 4)).eval()
+    for whole in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        modes, state = snapshot(whole)
+        with pytest.raises(RuntimeError, match="a frozen module cannot"):
+            refused(whole)
+        assert snapshot(whole)[0] == modes
+        torch.testing.assert_close(snapshot(whole)[1], state, rtol=0, atol=0)
+        # What changes nothing is not refused.
+        assert whole.eval().float().to("cpu") is whole
+        whole.requires_grad_(False).share_memory()
+    lstm_ext.unfreeze(model)
+    refused(model)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+def test_autocast_as_unfrozen(kind, dtype, low):
+    module = kind(3, 4, dtype=dtype).eval()
+    frozen = lstm_ext.freeze(module)
+    x = torch.randn(5, 2, 3, dtype=dtype)
+    packed = pack_sequence([x[:, 0], x[:2, 1]])
+    arguments = [x[0]] if kind is lstm_ext.LSTMCell else [x, x[:, 0], packed]
+    for argument in arguments:
+        with torch.no_grad(), torch.autocast("cpu", low):
+            found, expected = frozen(argument), module(argument)
+        if argument is packed:
+            found, expected = (found[0].data, *found[1]), (expected[0].data, *expected[1])
+        elif kind is lstm_ext.LSTM:
+            found, expected = (found[0], *found[1]), (expected[0], *expected[1])
+        flat, right = list(found), list(expected)
+        assert [t.dtype for t in flat] == [t.dtype for t in right]
+        torch.testing.assert_close(flat, right, rtol=0.02, atol=0.02)

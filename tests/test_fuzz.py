@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from limits import slow
+from measure import DTYPES
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_ext
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["dense", "strided", "offset", "transposed", "expanded"]
 EXAMPLES = 150
 
@@ -229,7 +230,7 @@ def test_against_torch(device, request):
     run()
 
 
-@pytest.mark.parametrize("which", ["c'", "gradient", "second"])
+@pytest.mark.parametrize("which", ["c'", *slow("gradient", "second")])
 def test_the_fuzzer_sees_small_mistakes(which, monkeypatch):
     """One part in a thousand, planted: it must be found within the ordinary number of cases."""
     right = lstm_ext.functional.lstm_cell
@@ -254,7 +255,8 @@ def test_the_fuzzer_sees_small_mistakes(which, monkeypatch):
         return h, Wrong.apply(c)
 
     monkeypatch.setattr(lstm_ext.cell, "lstm_cell", wrong)
-    monkeypatch.setattr(lstm_ext.cell._ops, "fast_lstm_cell", lambda *_: None)
+    for direct in ("fast_lstm_cell", "fast_cell_module"):
+        monkeypatch.setattr(lstm_ext.cell._ops, direct, lambda *_: None)
 
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
               suppress_health_check=list(HealthCheck), report_multiple_bugs=False)  # fmt: skip

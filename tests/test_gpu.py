@@ -208,6 +208,7 @@ def test_a_layer_trains(name, training, packed, mode):
     reason="not a card that was measured",
 )
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("allow_rnn")
 def test_auto_takes_ours_where_it_was_measured_to_be_faster(compiled):
     """In a whole compiled graph too."""
     layer = lstm_ext.LSTM(64, 256, device="cuda", dtype=torch.bfloat16)

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from cuda_tools import ROOT, headers
@@ -257,14 +259,15 @@ LINE = f'echo \'{{{CASE}, "us_per_step": %s, "us": 9}}\'\n'
 def compare(tmp_path):
     """Return a function that runs run_variants.py on scripts, by their variants' names."""
 
-    def compare(scripts, *options):
+    def compare(scripts, *options, by=run):
         for name, script in scripts.items():
             program = tmp_path / f"bench_layer-{name}"
             program.write_text("#!/bin/sh\necho " + name + " >> " + f"{tmp_path}/order\n" + script)
             program.chmod(0o755)
         out = tmp_path / "results" / "variants.json"
         command = [NATIVE / "run_variants.py", "--programs", str(tmp_path), "--out", str(out)]
-        result = run(sys.executable, *command, *options)
+        command += ["--limit", str(HUNG), "--seconds", str(HUNG)]
+        result = by(sys.executable, *command, *options)
         ran = tmp_path / "order"
         order = ran.read_text().split() if ran.exists() else []
         return result, json.loads(out.read_text()) if out.exists() else None, order
@@ -288,18 +291,37 @@ def test_variants_take_turns(compare):
     assert result.stdout.splitlines()[2].split()[-2:] == ["4.000", "-"]
 
 
-def test_variants_that_fail_are_named_and_cost_no_other(compare):
+class Patient(subprocess.Popen):
+    """A process whose limit begins when it says by a file that it hangs; others have none."""
+
+    def communicate(self, input=None, timeout=None):
+        if timeout is not None:
+            hangs = Path(self.args[0]).parent / "hangs"
+            while self.args[0].endswith("hangs") and not hangs.exists():
+                time.sleep(0.02)
+            timeout = 0.1 if self.args[0].endswith("hangs") else None
+        return super().communicate(input, timeout)
+
+
+def test_variants_that_fail_are_named_and_cost_no_other(compare, monkeypatch, capsys):
     good = LINE % (64, "2.0")
     scripts = {
         "all_on": good,
         "crashes": good + "kill -ABRT $$\n",
         "fails": "echo a reason\nexit 3\n",
-        "hangs": good + "sleep 600 & sleep 600\n",
+        "hangs": good + 'touch "$(dirname "$0")/hangs"\nsleep 600 & sleep 600\n',
         "one_error": good + f'echo \'{{{CASE % 128}, "error": "does not fit"}}\'\n',
         "silent": "exit 0\n",
         "works": LINE % (64, "2.2"),
     }
-    result, written, order = compare(scripts, "--rounds", "2", "--limit", "1")
+
+    def run_here(_python, _script, *arguments):
+        monkeypatch.setattr(run_variants.subprocess, "Popen", Patient)
+        monkeypatch.setattr(sys, "argv", ["run_variants.py", *arguments])
+        return subprocess.CompletedProcess(arguments, run_variants.main(), capsys.readouterr().out)
+
+    options = ("--rounds", "2", "--limit", "1")
+    result, written, order = compare(scripts, *options, by=run_here)
     assert result.returncode == 1
     assert {f["variant"]: f["what"] for f in written["failures"]} == {
         "crashes": "ended by SIGABRT",

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from limits import slow
 from torch import nn
 
 import lstm_ext
@@ -95,7 +96,9 @@ def test_layer_with_the_cells_weights(kind):
     close(c, [-0.0975, 0.7134])
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, lstm_ext.LSTM], ids=["torch.nn.LSTM", "lstm_ext.LSTM"])
+@pytest.mark.parametrize(
+    "kind", [*slow(nn.LSTM), lstm_ext.LSTM], ids=["torch.nn.LSTM", "lstm_ext.LSTM"]
+)
 def test_layer_after_1000_epochs(kind):
     """The lecture's trained layer, and its gate loop, in which every step starts from zero."""
     model = lecture.seeded_layer_model(kind)

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from measure import DTYPES
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -109,7 +110,7 @@ def test_conversion(device, convert, dtype):
         torch.testing.assert_close(a, b, rtol=4 * eps, atol=4 * eps)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_default_state_is_zero(device, dtype):
     ours, _ = pair(device=device, dtype=dtype)
     for x in (

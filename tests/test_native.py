@@ -7,9 +7,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import built
 import pytest
 import torch.utils.cpp_extension
-from built import objects as built_objects
 from limits import HUNG
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def check_kernels(folder, sources, objects=(), compiler="g++", options=("-O1",),
 
 def test_kernels_as_built(tmp_path):
     """The object files of the package itself: every instruction set that this machine can run."""
-    check_kernels(tmp_path, [CHECK], built_objects("csrc/cpu/kernels_*.o"))
+    check_kernels(tmp_path, [CHECK], built.objects("csrc/cpu/kernels_*.o"))
 
 
 @pytest.mark.slow
@@ -69,7 +69,7 @@ def watched(tmp_path_factory):
 
     Returns a function: of a header and what to replace in it, if anything, to the library.
     """
-    unwatched = [o for o in built_objects("csrc/*.o") if o.stem not in ("bindings", "direct_calls")]
+    unwatched = built.operators()
     runtime = subprocess.run(
         ["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()

@@ -44,6 +44,7 @@ def test_notebook_is_the_script():
     assert cells(nbformat.read(NOTEBOOK, 4)) == cells(jupytext.read(EXAMPLES / "lecture.py"))
 
 
+@pytest.mark.slow
 def test_notebook_runs():
     """Every cell without an error, and with as many pictures as are committed with it."""
 

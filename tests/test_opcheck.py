@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from limits import slow
 from measure import uniform
 from torch.library import opcheck
 
@@ -60,8 +61,14 @@ def packed_weights(device, _):
     yield OPS.lstm_packed, (x, *states, [packed, b, None], False, None, None)
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("calls", [cells, layers, packed_weights])
+CALLS = (cells, layers, packed_weights)
+
+
+@pytest.mark.parametrize(
+    ("calls", "requires_grad"),
+    [(calls, False) for calls in CALLS]
+    + [(cells, True), *slow((layers, True)), (packed_weights, True)],
+)
 def test_opcheck(device, calls, requires_grad):
     if calls is packed_weights and device == "cuda":
         pytest.skip("weights are packed for the CPU's kernels alone")
@@ -72,7 +79,5 @@ def test_opcheck(device, calls, requires_grad):
 def test_no_operator_is_left_out():
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names()
              if name.startswith("lstm_ext::")}  # fmt: skip
-    called = {
-        op.__name__ for calls in (cells, layers, packed_weights) for op, _ in calls("cpu", False)
-    }
+    called = {op.__name__ for calls in CALLS for op, _ in calls("cpu", False)}
     assert called == names

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.multiprocessing
-from limits import HUNG
+from limits import HUNG, slow
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -41,7 +41,10 @@ def used_threads():
 
 
 # What torch itself asks for after a fork is one thread: GNU OpenMP's are not there any more.
-@pytest.mark.parametrize(("method", "threads"), [FORK(1), ("spawn", 1), ("spawn", 2)])
+@pytest.mark.parametrize(
+    ("method", "threads"),
+    [FORK(1, marks=[pytest.mark.alone, pytest.mark.slow]), *slow(("spawn", 1)), ("spawn", 2)],
+)
 def test_children(method, threads, used_threads):
     module, x, expected = used_threads
     if method == "fork" and torch.cuda.is_initialized():
@@ -97,8 +100,15 @@ class Encoded(Dataset):
             return self.module(x)[0]
 
 
-@pytest.mark.parametrize("method", [FORK(), "spawn"])
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("method", "frozen"),
+    [
+        FORK(False),
+        ("spawn", True),
+        *slow(("spawn", False)),
+        FORK(True, marks=[pytest.mark.alone, pytest.mark.slow]),
+    ],
+)
 def test_data_loader_workers(method, frozen, used_threads):
     module, x, _ = used_threads
     data = Encoded(lstm_ext.freeze(module.eval()) if frozen else module)

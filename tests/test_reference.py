@@ -9,6 +9,7 @@ import pytest
 import torch
 from measure import case, torchs
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from lstm_ext import reference
 
@@ -48,6 +49,42 @@ def test_sequence_is_nn_lstms(device, length):
     expected, (h_n, c_n) = layer(x, tuple(s[None] for s in hx))
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close((h, c), (h_n[0], c_n[0]))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_both_directions_are_nn_lstms(packed):
+    layer = nn.LSTM(3, 2, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    hx = torch.randn(2, 2, 4, 2, dtype=torch.float64).unbind()
+    value = pack_padded_sequence(x, [5, 3, 3, 1]) if packed else x
+    output, (h, c) = layer(value, hx)
+    sizes = output.batch_sizes if packed else None
+    output, data = (output.data, value.data) if packed else (output, x)
+    weights = list(layer.parameters())
+    for d in range(2):
+        found, states = reference.lstm(
+            data, (hx[0][d], hx[1][d]), *weights[4 * d : 4 * d + 4], sizes, reverse=d == 1
+        )
+        torch.testing.assert_close(found, output[..., 2 * d : 2 * d + 2])
+        torch.testing.assert_close(states, (h[d], c[d]))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_reset_begins_a_sequence_anew(reverse):
+    """As if what comes before had never been: one row, reset before the third step it takes."""
+    weights = [torch.randn(s, dtype=torch.float64) for s in ((8, 3), (8, 2), (8,), (8,))]
+    x, h, c = (torch.randn(s, dtype=torch.float64) for s in ((6, 1, 3), (1, 2), (1, 2)))
+    step = 3 if reverse else 2
+    reset = torch.arange(6).unsqueeze(1) == step
+    output, states = reference.lstm(x, (h, c), *weights, reset=reset, reverse=reverse)
+    zero = torch.zeros_like(h), torch.zeros_like(c)
+    after = slice(0, step + 1) if reverse else slice(step, None)
+    before = slice(step + 1, None) if reverse else slice(0, step)
+    expected, last = reference.lstm(x[after], zero, *weights, reverse=reverse)
+    torch.testing.assert_close(output[after], expected)
+    torch.testing.assert_close(states, last)
+    first, _ = reference.lstm(x[before], (h, c), *weights, reverse=reverse)
+    torch.testing.assert_close(output[before], first)
 
 
 def test_second_derivative_of_the_documents():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from limits import HUNG
+from limits import HUNG, slow
 from torch import nn
 
 import lstm_ext
@@ -202,12 +202,13 @@ def descriptors_and_threads():
 
 @on_linux
 @pytest.mark.alone
-def test_memory_is_flat_over_100_000_steps():
+@pytest.mark.parametrize("count", [4_000, *slow(100_000)])
+def test_memory_is_flat(count):
     """Forward and backward, cell and layer, with and without existing .grad."""
     cell, layer = lstm_ext.LSTMCell(8, 16), lstm_ext.LSTM(8, 16)
     x, xs = torch.randn(4, 8), torch.randn(3, 4, 8)
 
-    def steps(count):
+    def run_steps(count):
         for k in range(count):
             if k % 100 == 0:
                 cell.zero_grad(set_to_none=True)
@@ -216,19 +217,19 @@ def test_memory_is_flat_over_100_000_steps():
             if k % 10 == 0:
                 layer(xs)[0].sum().backward()
 
-    steps(5_000)
+    run_steps(3_000)
     gc.collect()
     before, others = resident(), descriptors_and_threads()
     tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-    steps(100_000)
+    run_steps(count)
     gc.collect()
-    assert resident() - before < 4 << 20  # one byte and a half a step would be more
+    assert resident() - before < 4 << 20  # forty bytes a step of 100,000 would be more
     assert descriptors_and_threads() == others
     assert sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) == tensors
 
 
 @on_linux
-@pytest.mark.parametrize("phase", ["inference", "training", "backward", "backward of cells"])
+@pytest.mark.parametrize("phase", ["inference", "training", *slow("backward"), "backward of cells"])
 def test_out_of_memory_is_torchs_error_and_nothing_is_half_written(phase):
     result = run_script(
         f"""
@@ -241,7 +242,7 @@ def test_out_of_memory_is_torchs_error_and_nothing_is_half_written(phase):
         module(small)[0].sum().backward()
         expected = module(small)[0].detach()
         grads = [p.grad.clone() for p in module.parameters()]
-        x = torch.randn(100000, 64) if cells else torch.randn(20000, 4, 64)
+        x = torch.randn(40000, 64) if cells else torch.randn(20000, 4, 64)
         backward = phase.startswith("backward")
         if backward:
             loss = module(x)[0].sum()

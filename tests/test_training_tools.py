@@ -237,3 +237,18 @@ def test_tensor_subclass_is_seen(kind):
     assert isinstance(out, Logged)
     assert any("lstm" in name for name in seen)
     torch.testing.assert_close(out.as_subclass(torch.Tensor), first(torchs(x)))
+
+
+def test_distributed_data_parallel(kind, tmp_path):
+    """In one process; several: tests/test_examples.py."""
+    torchs, ours = pair(kind)
+    x = data(kind)
+    expected = grads(torchs, x)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+    )
+    try:
+        found = grads(ours, x, nn.parallel.DistributedDataParallel(ours))
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(found, expected)

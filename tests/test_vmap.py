@@ -193,7 +193,7 @@ def test_per_sample_gradients_of_a_model(options):
             torch.testing.assert_close(found[name][k], e)
 
 
-@pytest.mark.parametrize("what", ["packed", "reset"])
+@pytest.mark.parametrize("what", ["packed", "reset", "packed reset"])
 def test_packed_and_reset(what):
     args = values(LAYER, ["x", "c"])
     sizes = torch.tensor([3, 3, 2, 1])
@@ -201,9 +201,18 @@ def test_packed_and_reset(what):
 
     def call(x, h, c, w_ih, w_hh, b, reset):
         op = torch.ops.lstm_ext.lstm_layer
-        if what == "packed":
-            return op(x.flatten(0, 1)[:9], h, c, w_ih, w_hh, b, None, sizes, None, True)
+        reset = reset if "reset" in what else None
+        if "packed" in what:
+            short = None if reset is None else reset[: len(sizes)]
+            return op(x.flatten(0, 1)[:9], h, c, w_ih, w_hh, b, None, sizes, short, True)
         return op(x, h, c, w_ih, w_hh, b, None, None, reset, False)
+
+    def by_reference(x, h, c, w_ih, w_hh, b, reset):
+        reset = reset if "reset" in what else None
+        packed = "packed" in what
+        data, of = (x.flatten(0, 1)[:9], sizes) if packed else (x, None)
+        output, states = reference.lstm(data, (h, c), w_ih, w_hh, b, None, of, reset, packed)
+        return output, *states
 
     in_dims = (0, None, 0, None, None, None, 0)
     found = vmap(call, in_dims)(*args.values(), resets)
@@ -211,4 +220,10 @@ def test_packed_and_reset(what):
         one = [
             a[k] if d == 0 else a for a, d in zip((*args.values(), resets), in_dims, strict=True)
         ]
-        torch.testing.assert_close(tuple(out[k] for out in found), call(*one))
+        torch.testing.assert_close(tuple(out[k] for out in found), by_reference(*one))
+    # Gradients of each sample.
+    grads = (
+        vmap(grad(loss(f), argnums=(0, 2, 3)), in_dims)(*args.values(), resets)
+        for f in (call, by_reference)
+    )
+    torch.testing.assert_close(*grads)

@@ -1,9 +1,11 @@
 // The operators on the CPU: tensors in, kernels over raw pointers out.
+#include "ops/cell.h"
+
 #include <torch/library.h>
 
-#include "cpu/products.h"
+#include "cpu/gradient_products.h"
 #include "cpu/tensors.h"
-#include "ops.h"
+#include "ops/composite.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -15,56 +17,51 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   cy = empty({N, H}, dtype);
   if (gates) *gates = empty({N, 4 * H}, dtype);
   if (hy.numel() == 0) return;
-  const CellKernels& kernels = cpu::kernels(kernel_dtype(dtype)).cell;
+  const Kernels& all = cpu::kernels(kernel_dtype(dtype));
+  const CellKernels& kernels = all.cell;
   const Dense input(in.input), hx(in.hx), cx(in.cx), w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih),
       b_hh(in.b_hh);
   Tensor input_factors, hx_factors;
   if (kernels.forward_packs(N)) {
-    input_factors = to_factors(kernels, in.input);
-    hx_factors = to_factors(kernels, in.hx);
+    input_factors = to_factors(all.product, in.input);
+    hx_factors = to_factors(all.product, in.hx);
   }
-  const CellForwardArgs args = {N,
-                                I,
-                                H,
-                                input.data(),
-                                hx.data(),
-                                Dense(input_factors).data(),
-                                Dense(hx_factors).data(),
-                                cx.data(),
-                                w_ih.data(),
-                                w_hh.data(),
-                                b_ih.data(),
-                                b_hh.data(),
-                                hy.mutable_data_ptr(),
-                                cy.mutable_data_ptr(),
-                                gates ? gates->mutable_data_ptr() : nullptr};
+  CellForwardArgs args = {};
+  args.N = N;
+  args.I = I;
+  args.H = H;
+  args.input = input.data();
+  args.hx = hx.data();
+  args.input_factors = Dense(input_factors).data();
+  args.hx_factors = Dense(hx_factors).data();
+  args.cx = cx.data();
+  args.w_ih = w_ih.data();
+  args.w_hh = w_hh.data();
+  args.b_ih = b_ih.data();
+  args.b_hh = b_hh.data();
+  args.hy = hy.mutable_data_ptr();
+  args.cy = cy.mutable_data_ptr();
+  args.gates = gates ? gates->mutable_data_ptr() : nullptr;
   run(kernels.forward_tasks(N, H), N * 4 * H * (I + H + 16),
       [&](int64_t first, int64_t last) { kernels.forward(args, first, last); });
 }
 
-CellOutputs lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
-                      const Tensor& w_hh, const std::optional<Tensor>& b_ih,
-                      const std::optional<Tensor>& b_hh) {
-  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
+CellOutputs lstm_cell(const CellInputs& in) {
   if (!fusable(in)) return torch_lstm_cell(in);
-  check_allocated(in);
-  log_cpu_path("lstm_cell", input, hx);
+  check_all_allocated(in);
+  log_cpu_path("lstm_cell", in.input, in.hx);
   Tensor hy, cy;
   forward(in, hy, cy, nullptr);
   return {std::move(hy), std::move(cy)};
 }
 
-CellTrainingOutputs lstm_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
-                                      const Tensor& w_ih, const Tensor& w_hh,
-                                      const std::optional<Tensor>& b_ih,
-                                      const std::optional<Tensor>& b_hh) {
-  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
+CellTrainingOutputs lstm_cell_forward(const CellInputs& in) {
   if (!fusable(in)) {
     torch_lstm_cell(in);  // raises torch's error, if torch rejects them
     return composite::cell_forward(in);
   }
-  check_allocated(in);
-  log_cpu_path("lstm_cell_forward", input, hx);
+  check_all_allocated(in);
+  log_cpu_path("lstm_cell_forward", in.input, in.hx);
   Tensor hy, cy, gates;
   forward(in, hy, cy, &gates);
   return {std::move(hy), std::move(cy), std::move(gates)};
@@ -76,40 +73,40 @@ struct Targets {
 
 // The gradients of the gates' pre-activations [N, 4H] in the compute type, those of cx, and the
 // biases', in one pass.
-Tensor gate_gradients(const CellKernels& kernels, const std::optional<Tensor>& grad_hy,
-                      const std::optional<Tensor>& grad_cy, const Tensor& cx, const Tensor& gates,
-                      const Targets& targets) {
+Tensor gate_gradients(const Kernels& kernels, const CellOutputGradients& grads, const Tensor& cx,
+                      const Tensor& gates, const Targets& targets) {
   const int64_t N = cx.size(0), H = cx.size(1);
   const at::ScalarType compute = compute_type(cx.scalar_type());
   Tensor grad_gates = empty({N, 4 * H}, compute);
-  const Dense grad_h(grad_hy), grad_c(grad_cy), c(cx), g(gates);
+  const Dense grad_hy(grads.hy), grad_cy(grads.cy), c(cx), g(gates);
   Tensor bias_sums;
   if (targets.b_ih.wanted() || targets.b_hh.wanted())
     bias_sums = empty({bias_blocks(N), 4 * H}, compute);
-  const GateGradientArgs args = {
-      N,
-      H,
-      grad_h.data(),
-      grad_c.data(),
-      c.data(),
-      g.data(),
-      grad_gates.mutable_data_ptr(),
-      targets.cx.wanted() ? targets.cx.tensor.mutable_data_ptr() : nullptr,
-      bias_sums.defined() ? bias_sums.mutable_data_ptr() : nullptr};
-  run(kernels.gate_gradient_tasks(N, H), N * H * 64,
-      [&](int64_t first, int64_t last) { kernels.gate_gradients(args, first, last); });
+  GateGradientArgs args = {};
+  args.N = N;
+  args.H = H;
+  args.grad_hy = grad_hy.data();
+  args.grad_cy = grad_cy.data();
+  args.cx = c.data();
+  args.gates = g.data();
+  args.grad_gates = grad_gates.mutable_data_ptr();
+  args.grad_cx = targets.cx.wanted() ? targets.cx.tensor.mutable_data_ptr() : nullptr;
+  args.bias_sums = bias_sums.defined() ? bias_sums.mutable_data_ptr() : nullptr;
+  run(kernels.cell.gate_gradient_tasks(N, H), N * H * 64,
+      [&](int64_t first, int64_t last) { kernels.cell.gate_gradients(args, first, last); });
   for (const Target* bias : {&targets.b_ih, &targets.b_hh})
     if (bias->wanted())
-      kernels.add_up(bias_sums.const_data_ptr(), bias_blocks(N), 4 * H,
-                     bias->tensor.mutable_data_ptr(), bias->accumulate);
+      kernels.product.add_up(bias_sums.const_data_ptr(), bias_blocks(N), 4 * H,
+                             bias->tensor.mutable_data_ptr(), bias->accumulate);
   return grad_gates;
 }
 
-void backward(const std::optional<Tensor>& grad_hy, const std::optional<Tensor>& grad_cy,
-              const CellInputs& in, const Tensor& gates, const Targets& targets) {
-  const CellKernels& kernels = cpu::kernels(kernel_dtype(in.hx.scalar_type())).cell;
-  GateFactors factors(kernels, gate_gradients(kernels, grad_hy, grad_cy, in.cx, gates, targets));
-  Products products(kernels, factors);
+void backward(const CellOutputGradients& grads, const CellInputs& in, const CellResults& results,
+              const Targets& targets) {
+  const Kernels& kernels = cpu::kernels(kernel_dtype(in.hx.scalar_type()));
+  GateFactors factors(kernels.product,
+                      gate_gradients(kernels, grads, in.cx, results.gates, targets));
+  Products products(kernels.product, factors);
   products.add(targets.input, false, in.w_ih);
   products.add(targets.hx, false, in.w_hh);
   products.add(targets.w_ih, true, in.input);
@@ -117,88 +114,100 @@ void backward(const std::optional<Tensor>& grad_hy, const std::optional<Tensor>&
   products.run();
 }
 
-CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
-                                 const std::optional<Tensor>& grad_cy, const Tensor& input,
-                                 const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
-                                 const Tensor& w_hh, const std::optional<Tensor>& b_ih,
-                                 const std::optional<Tensor>& b_hh, const Tensor& gates,
-                                 CellGradientMask mask) {
-  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
-  if (!fusable(in)) return composite::cell_backward(grad_hy, grad_cy, in, gates, mask);
-  check_cell_backward(grad_hy, grad_cy, hx, gates);
-  check_all_allocated(input, hx, cx, w_ih, w_hh, grad_hy, grad_cy, gates);
-  const auto bias = [&](bool wanted) -> Target {
-    return {wanted ? empty({w_hh.size(0)}, w_hh.scalar_type()) : Tensor(), false};
-  };
-  Targets to = {Target::fresh(mask[0], input),
-                Target::fresh(mask[1], hx),
-                Target::fresh(mask[2], cx),
-                Target::fresh(mask[3], w_ih),
-                Target::fresh(mask[4], w_hh),
-                bias(mask[5]),
-                bias(mask[6])};
-  log_cpu_path("lstm_cell_backward", input, hx);
-  backward(grad_hy, grad_cy, in, gates, to);
+Gradients lstm_cell_backward(const CellOutputGradients& grads, const CellInputs& in,
+                             const CellResults& results, const Wanted& wanted) {
+  if (!fusable(in)) return composite::cell_backward(grads, in, results, wanted);
+  check_backward(grads, in.hx, results);
+  check_allocated_for_backward(in);
+  check_all_allocated(grads, results);
+  Targets to;
+  to.input = Target::fresh(wanted.input, in.input);
+  to.hx = Target::fresh(wanted.hx, in.hx);
+  to.cx = Target::fresh(wanted.cx, in.cx);
+  to.w_ih = Target::fresh(wanted.w_ih, in.w_ih);
+  to.w_hh = Target::fresh(wanted.w_hh, in.w_hh);
+  to.b_ih = Target::bias(wanted.b_ih, in.w_hh);
+  to.b_hh = Target::bias(wanted.b_hh, in.w_hh);
+  log_cpu_path("lstm_cell_backward", in.input, in.hx);
+  backward(grads, in, results, to);
   return {std::move(to.input.tensor), std::move(to.hx.tensor),   std::move(to.cx.tensor),
           std::move(to.w_ih.tensor),  std::move(to.w_hh.tensor), std::move(to.b_ih.tensor),
           std::move(to.b_hh.tensor)};
 }
 
-CellStateGradients lstm_cell_backward_accumulate(
-    const std::optional<Tensor>& grad_hy, const std::optional<Tensor>& grad_cy, const Tensor& input,
-    const Tensor& hx, const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh,
-    const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh, const Tensor& gates,
-    const std::optional<Tensor>& grad_w_ih, const std::optional<Tensor>& grad_w_hh,
-    const std::optional<Tensor>& grad_b_ih, const std::optional<Tensor>& grad_b_hh,
-    CellStateGradientMask mask) {
-  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
-  TORCH_CHECK(fusable(in),
-              "lstm_cell_backward_accumulate: the tensors must be those of lstm_cell_forward");
-  check_cell_backward(grad_hy, grad_cy, hx, gates);
-  check_all_allocated(input, hx, cx, w_ih, w_hh, grad_hy, grad_cy, gates, grad_w_ih, grad_w_hh,
-                      grad_b_ih, grad_b_hh);
+// Raises an error unless the sums are dense, have their parameters' sizes and dtype, and share
+// memory with nothing that is read and with no other sum.
+void check_sums(const ParameterGradients& sums, const CellOutputGradients& grads,
+                const CellInputs& in, const CellResults& results) {
   // Of each, once: what is read, and what is written to so far.
   c10::SmallVector<MemoryRange, 12> used;
-  for (const Tensor* read : {&input, &hx, &cx, &w_ih, &w_hh, &gates})
-    used.push_back(memory_of(*read));
-  for (const auto* read : {&grad_hy, &grad_cy})
-    if (defined(*read)) used.push_back(memory_of(**read));
-  for (const auto* sum : {&grad_w_ih, &grad_w_hh, &grad_b_ih, &grad_b_hh}) {
-    if (!defined(*sum)) continue;
-    const MemoryRange written = memory_of(**sum);
-    for (const MemoryRange& other : used)
-      TORCH_CHECK(!written.overlaps(other),
-                  "lstm_cell_backward_accumulate: a gradient to add to must share memory with no "
-                  "tensor that is read, and no other gradient");
-    used.push_back(written);
-  }
-  const auto check = [&](const std::optional<Tensor>& grad, at::IntArrayRef sizes) {
-    TORCH_CHECK(!defined(grad) || (grad->sizes() == sizes && grad->is_contiguous() &&
-                                   grad->scalar_type() == hx.scalar_type() && grad->is_cpu()),
+  for_each_tensor([&](const Tensor& read) { used.push_back(memory_of(read)); }, in.input, in.hx,
+                  in.cx, in.w_ih, in.w_hh, grads, results);
+  for_each_tensor(
+      [&](const Tensor& sum) {
+        const MemoryRange written = memory_of(sum);
+        for (const MemoryRange& other : used)
+          TORCH_CHECK(!written.overlaps(other),
+                      "lstm_cell_backward_accumulate: a gradient to add to must share memory with "
+                      "no tensor that is read, and no other gradient");
+        used.push_back(written);
+      },
+      sums);
+  const auto check = [&](const std::optional<Tensor>& sum, at::IntArrayRef sizes) {
+    TORCH_CHECK(!defined(sum) || (sum->sizes() == sizes && sum->is_contiguous() &&
+                                  sum->scalar_type() == in.hx.scalar_type() && sum->is_cpu()),
                 "lstm_cell_backward_accumulate: a gradient to add to must be dense, with its "
                 "parameter's shape ",
-                sizes, " and dtype ", hx.scalar_type());
+                sizes, " and dtype ", in.hx.scalar_type());
   };
-  check(grad_w_ih, w_ih.sizes());
-  check(grad_w_hh, w_hh.sizes());
-  check(grad_b_ih, {w_hh.size(0)});
-  check(grad_b_hh, {w_hh.size(0)});
-  Targets to = {Target::fresh(mask[0], input), Target::fresh(mask[1], hx),
-                Target::fresh(mask[2], cx),    Target::existing(grad_w_ih),
-                Target::existing(grad_w_hh),   Target::existing(grad_b_ih),
-                Target::existing(grad_b_hh)};
-  log_cpu_path("lstm_cell_backward_accumulate", input, hx);
-  backward(grad_hy, grad_cy, in, gates, to);
+  check(sums.w_ih, in.w_ih.sizes());
+  check(sums.w_hh, in.w_hh.sizes());
+  check(sums.b_ih, {in.w_hh.size(0)});
+  check(sums.b_hh, {in.w_hh.size(0)});
+}
+
+CellStateGradients lstm_cell_backward_accumulate(const CellOutputGradients& grads,
+                                                 const CellInputs& in, const CellResults& results,
+                                                 const ParameterGradients& sums,
+                                                 CellStateGradientMask mask) {
+  TORCH_CHECK(fusable(in),
+              "lstm_cell_backward_accumulate: the tensors must be those of lstm_cell_forward");
+  check_backward(grads, in.hx, results);
+  check_allocated_for_backward(in);
+  check_all_allocated(grads, results, sums);
+  check_sums(sums, grads, in, results);
+  Targets to;
+  to.input = Target::fresh(mask[0], in.input);
+  to.hx = Target::fresh(mask[1], in.hx);
+  to.cx = Target::fresh(mask[2], in.cx);
+  to.w_ih = Target::existing(sums.w_ih);
+  to.w_hh = Target::existing(sums.w_hh);
+  to.b_ih = Target::existing(sums.b_ih);
+  to.b_hh = Target::existing(sums.b_hh);
+  log_cpu_path("lstm_cell_backward_accumulate", in.input, in.hx);
+  backward(grads, in, results, to);
   return {std::move(to.input.tensor), std::move(to.hx.tensor), std::move(to.cx.tensor)};
 }
 
 }  // namespace
 
+}  // namespace lstm_ext::cpu
+
+bool lstm_ext::packed_cell_is_faster(const at::Tensor& input, int64_t H) {
+  // From so many weights on, what is saved outweighs the longer way through the layer's kernels.
+  constexpr int64_t kEnough = int64_t{1} << 17;
+  const at::ScalarType dtype = input.scalar_type();
+  return fused_dtype(dtype) && 4 * H * (input.size(1) + H) >= kEnough &&
+         cpu::kernels(cpu::kernel_dtype(dtype)).cell.forward_packs(input.size(0));
+}
+
+namespace lstm_ext::cpu {
+
 TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) {
-  m.impl("lstm_cell", lstm_cell);
-  m.impl("lstm_cell_forward", lstm_cell_forward);
-  m.impl("lstm_cell_backward", lstm_cell_backward);
-  m.impl("lstm_cell_backward_accumulate", lstm_cell_backward_accumulate);
+  ops::lstm_cell::implement<lstm_cell>(m);
+  ops::lstm_cell_forward::implement<lstm_cell_forward>(m);
+  ops::lstm_cell_backward::implement<lstm_cell_backward>(m);
+  ops::lstm_cell_backward_accumulate::implement<lstm_cell_backward_accumulate>(m);
 }
 
 }  // namespace lstm_ext::cpu

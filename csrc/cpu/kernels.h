@@ -9,6 +9,7 @@ namespace lstm_ext::cpu {
 struct Kernels {
   CellKernels cell;
   LayerKernels layer;
+  ProductKernels product;
 };
 
 // One table per instruction set, indexed by Dtype.

@@ -12,12 +12,13 @@
 #include "cpu/cell_forward.h"
 #include "cpu/layer_backward.h"
 #include "cpu/layer_forward.h"
+#include "cpu/product.h"
 
 namespace lstm_ext::cpu {
 namespace {
 
 template <class S>
-constexpr auto pairing() -> decltype(CellKernels::pair_rows) {
+constexpr auto pairing() -> decltype(ProductKernels::pair_rows) {
   if constexpr (kPaired<S>)
     return pair_rows<S>;
   else
@@ -26,21 +27,48 @@ constexpr auto pairing() -> decltype(CellKernels::pair_rows) {
 
 template <class S>
 constexpr CellKernels cell_table() {
-  return {forward_packs<S>,  forward_tasks<S>, forward<S>,       gate_gradient_tasks<S>,
-          gate_gradients<S>, add_up<S>,        product_packs<S>, product_parts<S>,
-          product_tasks<S>,  product<S>,       pairing<S>()};
+  CellKernels table = {};
+  table.forward_packs = forward_packs<S>;
+  table.forward_tasks = forward_tasks<S>;
+  table.forward = forward<S>;
+  table.gate_gradient_tasks = gate_gradient_tasks<S>;
+  table.gate_gradients = gate_gradients<S>;
+  return table;
+}
+
+template <class S>
+constexpr ProductKernels product_table() {
+  ProductKernels table = {};
+  table.packs = product_packs<S>;
+  table.parts = product_parts<S>;
+  table.tasks = product_tasks<S>;
+  table.run = product<S>;
+  table.add_up = add_up<S>;
+  table.pair_rows = pairing<S>();
+  return table;
 }
 
 template <class S>
 constexpr LayerKernels layer_table() {
-  return {unit_blocks<S>,    column_blocks<S>, sums_per_row<S>,       packed_gates<S>,
-          packed_columns<S>, pack_gates<S>,    pack_state_columns<S>, gate_product<S>,
-          step<S>,           step_gradient<S>, state_gradient<S>,     block_sums<S>};
+  LayerKernels table = {};
+  table.unit_blocks = unit_blocks<S>;
+  table.column_blocks = column_blocks<S>;
+  table.sums_per_row = sums_per_row<S>;
+  table.packed_gates = packed_gates<S>;
+  table.packed_columns = packed_columns<S>;
+  table.pack_gates = pack_gates<S>;
+  table.pack_columns = pack_state_columns<S>;
+  table.gate_product = gate_product<S>;
+  table.step = step<S>;
+  table.step_gradient = step_gradient<S>;
+  table.state_gradient = state_gradient<S>;
+  table.block_sums = block_sums<S>;
+  return table;
 }
 
 template <class S>
 constexpr Kernels table() {
-  return {cell_table<S>(), layer_table<S>()};
+  return {cell_table<S>(), layer_table<S>(), product_table<S>()};
 }
 
 }  // namespace

@@ -1,25 +1,23 @@
 // Backward of the layer on the CPU: the gradients that travel from step to step in one parallel
 // region (threads as in the forward), then those of weights and inputs as large products.
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <cstring>
 
-#include "cpu/products.h"
-#include "cpu/sequence.h"
+#include "cpu/gradient_products.h"
+#include "cpu/layer.h"
+#include "cpu/shares.h"
 #include "cpu/team.h"
 #include "cpu/tensors.h"
-#include "layer_ops.h"
+#include "ops/layer.h"
 
 namespace lstm_ext::cpu {
 namespace {
 
-using Optional = const std::optional<Tensor>&;
-
 // The gradients of the gates [S, 4H] of all steps, with those of the initial states on the way.
 Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
-                     const Sequence& sequence, const Kernels& kernels, const LayerResults& results,
-                     bool want_hx, Tensor& grad_h, Tensor& grad_c) {
+                     const SharedSequence& sequence, const Kernels& kernels,
+                     const LayerResults& results, bool want_hx, Tensor& grad_h, Tensor& grad_c) {
   const LayerKernels& layer = kernels.layer;
   const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1);
   const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
@@ -32,9 +30,9 @@ Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
   };
   grad_h = initial(grads.hy);
   grad_c = initial(grads.cy);
-  const Tensor grad_gates = empty_large({sequence.rows(), 4 * H}, compute);
-  const bool pairs = kernels.cell.pair_rows != nullptr;
-  const Tensor halves = pairs ? empty({sequence.rows(), 4 * H}, dtype) : grad_gates;
+  const Tensor grad_gates = empty_large({sequence.S(), 4 * H}, compute);
+  const bool pairs = kernels.product.pair_rows != nullptr;
+  const Tensor halves = pairs ? empty({sequence.S(), 4 * H}, dtype) : grad_gates;
   const Elements factor = pairs ? stored : computed;
   const Dense w_hh(in.w_hh), gates(results.gates), c_before(results.c_before),
       grad_output(grads.output);
@@ -56,22 +54,31 @@ Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
       const int64_t t = sequence.time(s), rows = share.rows(sequence, t);
       const int64_t first_row = sequence.offset(t) + row;
       const bool* reset = sequence.reset(s) ? sequence.reset(s) + row : nullptr;
+      StepGradientArgs step = {};
+      step.rows = rows;
+      step.H = H;
+      step.grad_output = stored.at(grad_output.data(), first_row * H);
+      step.grad_h = computed.at(grad_h.const_data_ptr(), row * H);
+      step.grad_c = computed.at(grad_c.mutable_data_ptr(), row * H);
+      step.gates = stored.at(gates.data(), first_row * 4 * H);
+      step.c_before = stored.at(c_before.data(), first_row * H);
+      step.grad_gates = computed.at(grad_gates.mutable_data_ptr(), first_row * 4 * H);
+      if (pairs) step.grad_gates_factors = stored.at(halves.mutable_data_ptr(), first_row * 4 * H);
+      step.reset = reset;
       if (rows > 0)
-        layer.step_gradient(
-            {rows, H, stored.at(grad_output.data(), first_row * H),
-             computed.at(grad_h.const_data_ptr(), row * H),
-             computed.at(grad_c.mutable_data_ptr(), row * H),
-             stored.at(gates.data(), first_row * 4 * H), stored.at(c_before.data(), first_row * H),
-             computed.at(grad_gates.mutable_data_ptr(), first_row * 4 * H),
-             pairs ? stored.at(halves.mutable_data_ptr(), first_row * 4 * H) : nullptr, reset},
-            block * kUnitBlocks, std::min(unit_blocks, block_end * kUnitBlocks));
+        layer.step_gradient(step, block * kUnitBlocks,
+                            std::min(unit_blocks, block_end * kUnitBlocks));
       if (!cut.by_rows) barrier.wait(last - first, L - s);
       if (rows > 0 && (s > 0 || want_hx))
         zigzag(block, block_end, rows == 1 ? kSideBlocks : 1, s % 2, [&](int64_t from, int64_t to) {
-          layer.state_gradient({rows, H, factor.at(halves.const_data_ptr(), first_row * 4 * H),
-                                computed.at(packed.const_data_ptr(), from * block_elements),
-                                computed.at(grad_h.mutable_data_ptr(), row * H), reset},
-                               from, to);
+          StateGradientArgs product = {};
+          product.rows = rows;
+          product.H = H;
+          product.grad_gates = factor.at(halves.const_data_ptr(), first_row * 4 * H);
+          product.packed = computed.at(packed.const_data_ptr(), from * block_elements);
+          product.grad_h = computed.at(grad_h.mutable_data_ptr(), row * H);
+          product.reset = reset;
+          layer.state_gradient(product, from, to);
         });
     }
   });
@@ -79,15 +86,15 @@ Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
 }
 
 // The h that each step started from [S, H].
-Tensor h_before(const LayerInputs& in, const Sequence& sequence, const Tensor& output) {
+Tensor h_before(const LayerInputs& in, const SharedSequence& sequence, const Tensor& output) {
   const int64_t H = in.hx.size(1), bytes = H * output.element_size();
-  const Tensor before = empty({sequence.rows(), H}, output.scalar_type());
+  const Tensor before = empty({sequence.S(), H}, output.scalar_type());
   const Dense hx(in.hx), h(output);
-  cpu::run(sequence.L(), sequence.rows() * H, [&](int64_t first, int64_t last) {
+  cpu::run(sequence.L(), sequence.S() * H, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {
       const int64_t t = sequence.time(s), rows = sequence.rows(t);
       // Rows that the step before had too; in reverse some begin here, from hx.
-      const int64_t went_on = s > 0 ? std::min(rows, sequence.rows(sequence.time(s - 1))) : 0;
+      const int64_t went_on = sequence.rows_going_on(s);
       void* to = advance(before.mutable_data_ptr(), sequence.offset(t) * bytes);
       if (went_on > 0)
         std::memcpy(to, advance(h.data(), sequence.offset(sequence.time(s - 1)) * bytes),
@@ -102,17 +109,17 @@ Tensor h_before(const LayerInputs& in, const Sequence& sequence, const Tensor& o
   return before;
 }
 
-CellGradients backward(const LayerOutputGradients& grads, const LayerInputs& in,
-                       const LayerResults& results, CellGradientMask mask) {
-  const Sequence sequence(in);
-  const int64_t N = sequence.N(), H = in.hx.size(1), I = in.input.size(-1), S = sequence.rows();
+}  // namespace
+
+Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                         const LayerResults& results, const Wanted& wanted) {
+  const SharedSequence sequence(in);
+  const int64_t N = sequence.N(), H = in.hx.size(1), I = in.input.size(-1), S = sequence.S();
   const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
   const Kernels& kernels = cpu::kernels(kernel_dtype(dtype));
-  const auto bias = [&](bool wanted) -> Target {
-    return {wanted ? empty({4 * H}, dtype) : Tensor(), false};
-  };
-  Target input = Target::fresh(mask[0], in.input), w_ih = Target::fresh(mask[3], in.w_ih),
-         w_hh = Target::fresh(mask[4], in.w_hh), b_ih = bias(mask[5]), b_hh = bias(mask[6]);
+  Target input = Target::fresh(wanted.input, in.input), w_ih = Target::fresh(wanted.w_ih, in.w_ih),
+         w_hh = Target::fresh(wanted.w_hh, in.w_hh), b_ih = Target::bias(wanted.b_ih, in.w_hh),
+         b_hh = Target::bias(wanted.b_hh, in.w_hh);
   Tensor grad_h, grad_c;
   if (S == 0 || H == 0) {
     for (const Target* target : {&input, &w_ih, &w_hh, &b_ih, &b_hh})
@@ -121,7 +128,7 @@ CellGradients backward(const LayerOutputGradients& grads, const LayerInputs& in,
     grad_c = defined(grads.cy) ? grads.cy->clone() : at::zeros({N, H}, at::dtype(dtype));
   } else {
     const Tensor grad_gates =
-        backward_loop(grads, in, sequence, kernels, results, mask[1], grad_h, grad_c);
+        backward_loop(grads, in, sequence, kernels, results, wanted.hx, grad_h, grad_c);
     if (b_ih.wanted() || b_hh.wanted()) {
       const Tensor sums = empty({bias_blocks(S), 4 * H}, compute);
       cpu::run(bias_blocks(S), S * 4 * H, [&](int64_t first, int64_t last) {
@@ -130,11 +137,11 @@ CellGradients backward(const LayerOutputGradients& grads, const LayerInputs& in,
       });
       for (const Target* target : {&b_ih, &b_hh})
         if (target->wanted())
-          kernels.cell.add_up(sums.const_data_ptr(), bias_blocks(S), 4 * H,
-                              target->tensor.mutable_data_ptr(), false);
+          kernels.product.add_up(sums.const_data_ptr(), bias_blocks(S), 4 * H,
+                                 target->tensor.mutable_data_ptr(), false);
     }
-    GateFactors factors(kernels.cell, grad_gates);
-    Products products(kernels.cell, factors);
+    GateFactors factors(kernels.product, grad_gates);
+    Products products(kernels.product, factors);
     if (input.wanted()) input.tensor = input.tensor.view({S, I});
     products.add(input, false, in.w_ih);
     const Tensor rows = in.input.reshape({S, I});
@@ -154,33 +161,12 @@ CellGradients backward(const LayerOutputGradients& grads, const LayerInputs& in,
   }
   if (input.wanted()) input.tensor = input.tensor.view(in.input.sizes());
   return {std::move(input.tensor),
-          mask[1] ? grad_h.to(dtype) : Tensor(),
-          mask[2] ? grad_c.to(dtype) : Tensor(),
+          wanted.hx ? grad_h.to(dtype) : Tensor(),
+          wanted.cx ? grad_c.to(dtype) : Tensor(),
           std::move(w_ih.tensor),
           std::move(w_hh.tensor),
           std::move(b_ih.tensor),
           std::move(b_hh.tensor)};
 }
-
-CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Optional grad_cy,
-                                  const Tensor& input, const Tensor& hx, const Tensor& cx,
-                                  const Tensor& w_ih, const Tensor& w_hh, Optional b_ih,
-                                  Optional b_hh, Optional batch_sizes, Optional reset, bool reverse,
-                                  const Tensor& output, const Tensor& gates, const Tensor& c_before,
-                                  CellGradientMask mask) {
-  const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
-  const LayerOutputGradients grads = {grad_output, grad_hy, grad_cy};
-  const LayerResults results = {output, gates, c_before};
-  if (!layer_fusable(in)) return composite::layer_backward(grads, in, results, mask);
-  check_all_allocated(input, hx, cx, w_ih, w_hh, batch_sizes, reset, grad_output, grad_hy, grad_cy,
-                      output, gates, c_before);
-  check_layer_backward(grads, in, results);
-  log_cpu_path("lstm_layer_backward", input, hx);
-  return backward(grads, in, results, mask);
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) { m.impl("lstm_layer_backward", lstm_layer_backward); }
 
 }  // namespace lstm_ext::cpu

@@ -1,11 +1,12 @@
 // Backward of an LSTM layer: the gradients that travel from step to step. Those of weights and
-// inputs are large products over all steps afterwards (cell_backward.h).
+// inputs are large products over all steps afterwards (product.h).
 #pragma once
 
 #include "cpu/activations.h"
 #include "cpu/cell_backward.h"
 #include "cpu/layer_forward.h"
 #include "cpu/layer_kernels.h"
+#include "cpu/product.h"
 
 namespace lstm_ext::cpu {
 namespace {

@@ -1,18 +1,16 @@
-// Forward of the layer's operators on the CPU: weights packed once, then the time loop in one
-// parallel region.
+// Forward of the layer on the CPU: weights packed once, then the time loop in one parallel region.
 //
 // Threads share the work by rows of the batch, each going through the whole sequence on its own,
 // or, when rows are few, by hidden units, each keeping its part of the weights in its cache and
 // meeting the others once a step. Neither changes the order in which a number is summed.
-#include <torch/library.h>
-
 #include <cstring>
 
+#include "cpu/layer.h"
 #include "cpu/packed_weights.h"
-#include "cpu/sequence.h"
+#include "cpu/shares.h"
 #include "cpu/team.h"
 #include "cpu/tensors.h"
-#include "layer_ops.h"
+#include "ops/layer.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -24,19 +22,15 @@ constexpr int64_t kChunkRows = 48;
 // packed.
 constexpr int64_t kOneChunkRows = 256;
 
-int64_t factor_columns(const CellKernels& kernels, int64_t K) {
+int64_t factor_columns(const ProductKernels& kernels, int64_t K) {
   return kernels.pair_rows ? (K + 1) / 2 * 2 : K;
 }
-at::ScalarType factor_type(const CellKernels& kernels, at::ScalarType dtype) {
+at::ScalarType factor_type(const ProductKernels& kernels, at::ScalarType dtype) {
   return kernels.pair_rows ? dtype : compute_type(dtype);
 }
 
-struct Outputs {
-  Tensor output, hy, cy, gates, c_before;  // the last two undefined in inference
-};
-
 // hx in both places of h, and zero states for rows that are reset before they begin.
-void start_states(const Sequence& sequence, const Tensor& hx, void* const (&h)[2],
+void start_states(const SharedSequence& sequence, const Tensor& hx, void* const (&h)[2],
                   const Tensor& c) {
   const int64_t h_bytes = hx.size(1) * hx.element_size(), c_bytes = c.size(1) * c.element_size();
   for (void* place : h) std::memcpy(place, hx.const_data_ptr(), hx.nbytes());
@@ -48,17 +42,17 @@ void start_states(const Sequence& sequence, const Tensor& hx, void* const (&h)[2
   }
 }
 
-void forward_loop(const LayerInputs& in, const void* packed_before, const Sequence& sequence,
-                  const Kernels& kernels, Outputs& out) {
+void forward_loop(const LayerInputs& in, const void* packed_before, const SharedSequence& sequence,
+                  const Kernels& kernels, LayerTensors& out) {
   const LayerKernels& layer = kernels.layer;
   const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1), I = in.input.size(-1);
   const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
   const int64_t blocks = layer.unit_blocks(H);
-  const Elements stored(dtype), computed(compute), factor(factor_type(kernels.cell, dtype));
+  const Elements stored(dtype), computed(compute), factor(factor_type(kernels.product, dtype));
   const Dense w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih), b_hh(in.b_hh);
 
   const Cut cut(sequence, H, blocks);
-  const bool one_chunk = cut.own_blocks() && sequence.rows() <= kOneChunkRows;
+  const bool one_chunk = cut.own_blocks() && sequence.S() <= kOneChunkRows;
   const int64_t chunk_rows = kChunkRows * (cut.by_rows ? cut.shares : 1);
   const int64_t chunk_steps = one_chunk ? L : std::clamp<int64_t>(chunk_rows / N, 1, L);
 
@@ -69,7 +63,7 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Sequen
   const int64_t ih_bytes = pack_by_block ? cut.shares * ih.block_bytes() : pack ? ih.bytes() : 0;
   const int64_t hh_bytes = pack ? hh.bytes() : 0;
   const int64_t sums_bytes = chunk_steps * N * layer.sums_per_row(H) * computed.size;
-  const int64_t h_bytes = N * factor_columns(kernels.cell, H) * factor.size;
+  const int64_t h_bytes = N * factor_columns(kernels.product, H) * factor.size;
   const Tensor scratch = empty_large({ih_bytes + hh_bytes + sums_bytes + 2 * h_bytes}, at::kByte);
   void* memory = scratch.mutable_data_ptr();
   void* packed = pack ? memory : const_cast<void*>(packed_before);  // then only read
@@ -85,13 +79,13 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Sequen
     });
 
   const Tensor rows_of_x =
-      kernels.cell.pair_rows ? in.input.reshape({sequence.rows(), I}) : in.input;
-  const Tensor x = to_factors(kernels.cell, rows_of_x);
-  const int64_t x_columns = factor_columns(kernels.cell, I);
-  const int64_t h_columns = factor_columns(kernels.cell, H);
+      kernels.product.pair_rows ? in.input.reshape({sequence.S(), I}) : in.input;
+  const Tensor x = to_factors(kernels.product, rows_of_x);
+  const int64_t x_columns = factor_columns(kernels.product, I);
+  const int64_t h_columns = factor_columns(kernels.product, H);
   // Where every step writes every row, the first can read what it was given.
-  const Tensor hx = to_factors(kernels.cell, in.hx);
-  const bool steady = !defined(in.batch_sizes) && !defined(in.reset) && !kernels.cell.pair_rows;
+  const Tensor hx = to_factors(kernels.product, in.hx);
+  const bool steady = !defined(in.batch_sizes) && !defined(in.reset) && !kernels.product.pair_rows;
   if (!steady) start_states(sequence, hx, h, out.cy);
 
   Barrier barrier(cut.shares);
@@ -116,9 +110,14 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Sequen
         return alone ? sequence.offset(sequence.time(s)) - low : (s - begin) * N + row;
       };
       const auto project = [&](int64_t from, int64_t rows, int64_t to) {
-        GateProductArgs product = {
-            rows,         I,     H,  factor.at(x.const_data_ptr(), from * x_columns),
-            ih.at(block), chunk, to, false};
+        GateProductArgs product = {};
+        product.rows = rows;
+        product.K = I;
+        product.H = H;
+        product.x = factor.at(x.const_data_ptr(), from * x_columns);
+        product.packed = ih.at(block);
+        product.sums = chunk;
+        product.first_row = to;
         if (!pack_by_block) return layer.gate_product(product, block, block_end);
         void* slot = ih.at(first);
         product.packed = slot;
@@ -140,23 +139,28 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Sequen
         const bool* reset_next = sequence.reset(s + 1);
         if (rows > 0) {
           const void* h_before = steady && s == 0 ? hx.const_data_ptr() : h[s % 2];
-          GateProductArgs product = {rows,    H,     H,        factor.at(h_before, row * h_columns),
-                                     nullptr, chunk, place(s), true};
-          const StepArgs step = {
-              rows,
-              H,
-              chunk,
-              place(s),
-              b_ih.data(),
-              b_hh.data(),
-              stored.at(out.cy.mutable_data_ptr(), row * H),
-              factor.at(h[(s + 1) % 2], row * h_columns),
-              stored.at(out.output.mutable_data_ptr(), first_row * H),
-              out.gates.defined() ? stored.at(out.gates.mutable_data_ptr(), first_row * 4 * H)
-                                  : nullptr,
-              out.gates.defined() ? stored.at(out.c_before.mutable_data_ptr(), first_row * H)
-                                  : nullptr,
-              reset_next ? reset_next + row : nullptr};
+          GateProductArgs product = {};
+          product.rows = rows;
+          product.K = product.H = H;
+          product.x = factor.at(h_before, row * h_columns);
+          product.sums = chunk;
+          product.first_row = place(s);
+          product.accumulate = true;
+          StepArgs step = {};
+          step.rows = rows;
+          step.H = H;
+          step.sums = chunk;
+          step.first_row = place(s);
+          step.b_ih = b_ih.data();
+          step.b_hh = b_hh.data();
+          step.c = stored.at(out.cy.mutable_data_ptr(), row * H);
+          step.h_factors = factor.at(h[(s + 1) % 2], row * h_columns);
+          step.output = stored.at(out.output.mutable_data_ptr(), first_row * H);
+          if (out.gates.defined()) {
+            step.gates = stored.at(out.gates.mutable_data_ptr(), first_row * 4 * H);
+            step.c_before = stored.at(out.c_before.mutable_data_ptr(), first_row * H);
+          }
+          step.reset_next = reset_next ? reset_next + row : nullptr;
           zigzag(block, block_end, rows == 1 ? kSideBlocks : 1, s % 2, [&](int64_t b, int64_t e) {
             product.packed = hh.at(b);
             layer.gate_product(product, b, e);
@@ -170,8 +174,8 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Sequen
 }
 
 // The cell's own kernels, on the weights as they lie: for sequences too short to pay for packing.
-void forward_by_cells(const LayerInputs& in, const Sequence& sequence, const Kernels& kernels,
-                      Outputs& out) {
+void forward_by_cells(const LayerInputs& in, const SharedSequence& sequence, const Kernels& kernels,
+                      LayerTensors& out) {
   const int64_t N = sequence.N(), H = in.hx.size(1), I = in.input.size(-1);
   const Elements stored(in.hx.scalar_type());
   const Dense input(in.input), hx(in.hx), w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih),
@@ -184,22 +188,20 @@ void forward_by_cells(const LayerInputs& in, const Sequence& sequence, const Ker
     if (out.c_before.defined())
       std::memcpy(stored.at(out.c_before.mutable_data_ptr(), row * H), out.cy.const_data_ptr(),
                   out.cy.nbytes());
-    const CellForwardArgs args = {
-        N,
-        I,
-        H,
-        stored.at(input.data(), row * I),
-        h,
-        nullptr,
-        nullptr,
-        out.cy.const_data_ptr(),
-        w_ih.data(),
-        w_hh.data(),
-        b_ih.data(),
-        b_hh.data(),
-        output,
-        c_next.mutable_data_ptr(),
-        out.gates.defined() ? stored.at(out.gates.mutable_data_ptr(), row * 4 * H) : nullptr};
+    CellForwardArgs args = {};
+    args.N = N;
+    args.I = I;
+    args.H = H;
+    args.input = stored.at(input.data(), row * I);
+    args.hx = h;
+    args.cx = out.cy.const_data_ptr();
+    args.w_ih = w_ih.data();
+    args.w_hh = w_hh.data();
+    args.b_ih = b_ih.data();
+    args.b_hh = b_hh.data();
+    args.hy = output;
+    args.cy = c_next.mutable_data_ptr();
+    if (out.gates.defined()) args.gates = stored.at(out.gates.mutable_data_ptr(), row * 4 * H);
     cpu::run(kernels.cell.forward_tasks(N, H), N * 4 * H * (I + H + 16),
              [&](int64_t first, int64_t last) { kernels.cell.forward(args, first, last); });
     std::memcpy(out.cy.mutable_data_ptr(), c_next.const_data_ptr(), out.cy.nbytes());
@@ -207,19 +209,19 @@ void forward_by_cells(const LayerInputs& in, const Sequence& sequence, const Ker
   }
 }
 
-// packed: both matrices as PackedGates, which in then need not have; or null.
-Outputs forward(const LayerInputs& in, bool training, const void* packed = nullptr) {
+}  // namespace
+
+LayerTensors layer_forward(const LayerInputs& in, bool training, const void* packed) {
   check_sequence(in);
-  const Sequence sequence(in);
+  const SharedSequence sequence(in);
   const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1);
   const at::ScalarType dtype = in.hx.scalar_type();
-  Outputs out;
-  out.output =
-      defined(in.batch_sizes) ? empty({sequence.rows(), H}, dtype) : empty({L, N, H}, dtype);
+  LayerTensors out;
+  out.output = defined(in.batch_sizes) ? empty({sequence.S(), H}, dtype) : empty({L, N, H}, dtype);
   out.cy = in.cx.clone(at::MemoryFormat::Contiguous);
   if (training) {
-    out.gates = empty_large({sequence.rows(), 4 * H}, dtype);
-    out.c_before = empty_large({sequence.rows(), H}, dtype);
+    out.gates = empty_large({sequence.S(), 4 * H}, dtype);
+    out.c_before = empty_large({sequence.S(), H}, dtype);
   }
   if (out.output.numel() == 0) {
     out.hy = in.hx.clone(at::MemoryFormat::Contiguous);
@@ -241,118 +243,5 @@ Outputs forward(const LayerInputs& in, bool training, const void* packed = nullp
                 bytes);
   return out;
 }
-
-using Optional = const std::optional<Tensor>&;
-
-LayerOutputs lstm_layer(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
-                        const Tensor& w_hh, Optional b_ih, Optional b_hh, Optional batch_sizes,
-                        Optional reset, bool reverse) {
-  const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
-  if (!layer_fusable(in)) {
-    auto [output, hy, cy, gates, c_before] = composite::layer_forward(in);
-    return {std::move(output), std::move(hy), std::move(cy)};
-  }
-  check_allocated(in);
-  log_cpu_path("lstm_layer", input, hx);
-  Outputs out = forward(in, false);
-  return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
-}
-
-LayerTrainingOutputs lstm_layer_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
-                                        const Tensor& w_ih, const Tensor& w_hh, Optional b_ih,
-                                        Optional b_hh, Optional batch_sizes, Optional reset,
-                                        bool reverse) {
-  const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
-  if (!layer_fusable(in)) return composite::layer_forward(in);
-  check_allocated(in);
-  log_cpu_path("lstm_layer_forward", input, hx);
-  Outputs out = forward(in, true);
-  return {std::move(out.output), std::move(out.hy), std::move(out.cy), std::move(out.gates),
-          std::move(out.c_before)};
-}
-
-// Both matrices as lstm_layer_pack returns them.
-struct PackedLayer {
-  PackedGates ih, hh;
-  PackedHeader header;
-
-  PackedLayer(at::ScalarType dtype, int64_t I, int64_t H)
-      : ih(cpu::kernels(kernel_dtype(dtype)).layer, dtype, I, H),
-        hh(cpu::kernels(kernel_dtype(dtype)).layer, dtype, H, H),
-        header(dtype, I, H, ih.bytes() + hh.bytes()) {}
-  int64_t bytes() const { return static_cast<int64_t>(sizeof(header)) + header.bytes; }
-};
-
-PackedLayer packed_layer(const Tensor& w_ih, const Tensor& w_hh) {
-  const auto gates_of = [](const Tensor& w, int64_t H) {
-    return w.dim() == 2 && w.size(0) == 4 * H;
-  };
-  TORCH_CHECK(w_hh.dim() == 2 && gates_of(w_hh, w_hh.size(1)) && gates_of(w_ih, w_hh.size(1)),
-              "lstm_layer_pack: w_ih and w_hh must be (4H, I) and (4H, H), got ", w_ih.sizes(),
-              " and ", w_hh.sizes());
-  const at::ScalarType dtype = w_ih.scalar_type();
-  TORCH_CHECK(
-      w_hh.scalar_type() == dtype && w_ih.layout() == at::kStrided &&
-          w_hh.layout() == at::kStrided && w_hh.device() == w_ih.device() && fused_dtype(dtype),
-      "lstm_layer_pack: w_ih and w_hh must be dense, on one device, and of one dtype out of "
-      "float32, float64, bfloat16 and float16");
-  return {dtype, w_ih.size(1), w_hh.size(1)};
-}
-
-Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh) {
-  PackedLayer layer = packed_layer(w_ih, w_hh);
-  check_all_allocated(w_ih, w_hh);
-  const Tensor packed = empty({layer.bytes()}, kPackedType);
-  std::memcpy(packed.mutable_data_ptr(), &layer.header, sizeof(layer.header));
-  layer.ih.lie_at(advance(packed.mutable_data_ptr(), sizeof(layer.header)));
-  layer.hh.lie_at(advance(layer.ih.at(0), layer.ih.bytes()));
-  const Dense dense_ih(w_ih), dense_hh(w_hh);
-  const int64_t I = w_ih.size(1), H = w_hh.size(1);
-  const int64_t blocks = cpu::kernels(kernel_dtype(w_ih.scalar_type())).layer.unit_blocks(H);
-  cpu::run(blocks, 4 * H * (I + H), [&](int64_t first, int64_t last) {
-    layer.ih.pack(dense_ih.data(), first, last);
-    layer.hh.pack(dense_hh.data(), first, last);
-  });
-  return packed;
-}
-
-// The result's size alone.
-Tensor lstm_layer_pack_meta(const Tensor& w_ih, const Tensor& w_hh) {
-  return w_ih.new_empty({packed_layer(w_ih, w_hh).bytes()}, at::dtype(kPackedType));
-}
-
-LayerOutputs lstm_layer_packed(const Tensor& input, const Tensor& hx, const Tensor& cx,
-                               const Tensor& packed, Optional b_ih, Optional b_hh,
-                               Optional batch_sizes, Optional reset, bool reverse) {
-  const Tensor none;
-  const LayerInputs in = {input, hx, cx, none, none, b_ih, b_hh, batch_sizes, reset, reverse};
-  check_packed_inputs(in);
-  check_all_allocated(input, hx, cx, packed, b_ih, b_hh, batch_sizes, reset);
-  log_cpu_path("lstm_layer_packed", input, hx);
-  const at::ScalarType dtype = hx.scalar_type();
-  const int64_t I = input.size(-1), H = hx.size(1);
-  PackedHeader found(dtype, I, H, 0);
-  TORCH_CHECK(packed.scalar_type() == kPackedType && packed.dim() == 1 && packed.is_contiguous() &&
-                  packed.nbytes() >= sizeof(found),
-              "lstm_layer_packed: packed must be the result of lstm_layer_pack");
-  std::memcpy(static_cast<void*>(&found), packed.const_data_ptr(), sizeof(found));
-  const PackedLayer wanted(dtype, I, H);
-  TORCH_CHECK(found == wanted.header && packed.numel() == wanted.bytes(),
-              "lstm_layer_packed: the weights were packed for ", describe(found), ", not for ",
-              describe(wanted.header), "; pack (freeze) them again");
-  Outputs out = forward(in, false, advance(packed.const_data_ptr(), sizeof(found)));
-  return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) {
-  m.impl("lstm_layer", lstm_layer);
-  m.impl("lstm_layer_forward", lstm_layer_forward);
-  m.impl("lstm_layer_pack", lstm_layer_pack);
-  m.impl("lstm_layer_packed", lstm_layer_packed);
-}
-
-TORCH_LIBRARY_IMPL(lstm_ext, Meta, m) { m.impl("lstm_layer_pack", lstm_layer_pack_meta); }
 
 }  // namespace lstm_ext::cpu

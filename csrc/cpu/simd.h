@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "cell_math.h"
+#include "core/cell_math.h"
 
 namespace lstm_ext::cpu {
 namespace {

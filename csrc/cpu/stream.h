@@ -7,8 +7,8 @@
 // store of the sums, which stay in the first-level cache.
 #pragma once
 
-#include "cpu/cell_kernels.h"
 #include "cpu/panel.h"
+#include "cpu/product_kernels.h"
 
 namespace lstm_ext::cpu {
 namespace {

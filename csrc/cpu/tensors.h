@@ -16,10 +16,10 @@
 #include <type_traits>
 #include <utility>
 
+#include "core/path_log.h"
 #include "cpu/denormals.h"
 #include "cpu/kernels.h"
-#include "ops.h"
-#include "path_log.h"
+#include "ops/cell.h"
 
 namespace lstm_ext::cpu {
 
@@ -52,7 +52,7 @@ inline at::ScalarType compute_type(at::ScalarType dtype) {
 }
 
 // The rows of x [N, K] as factors.
-inline Tensor to_factors(const CellKernels& kernels, const Tensor& x) {
+inline Tensor to_factors(const ProductKernels& kernels, const Tensor& x) {
   if (!kernels.pair_rows) return x.to(compute_type(x.scalar_type())).contiguous();
   return x.size(1) % 2 ? at::constant_pad_nd(x, {0, 1}) : x.contiguous();
 }

@@ -1,11 +1,13 @@
 // The operators on a GPU: tensors in, launches out.
+#include "ops/cell.h"
+
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include "cuda/kernels.h"
 #include "cuda/tensors.h"
-#include "ops.h"
+#include "ops/composite.h"
 
 namespace lstm_ext::cuda {
 namespace {
@@ -27,19 +29,20 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   const cudaStream_t stream = current_stream();
   with_type(hx.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const CellForward<T> cell = {read<T>(input),
-                                 read<T>(hx),
-                                 read<T>(cx),
-                                 read<T>(w_ih),
-                                 read<T>(w_hh),
-                                 read<T>(b_ih),
-                                 read<T>(b_hh),
-                                 write<T>(hy),
-                                 write<T>(cy),
-                                 gates != nullptr ? write<T>(*gates) : nullptr,
-                                 N,
-                                 static_cast<int>(I),
-                                 static_cast<int>(H)};
+    CellForward<T> cell = {};
+    cell.input = read<T>(input);
+    cell.hx = read<T>(hx);
+    cell.cx = read<T>(cx);
+    cell.w_ih = read<T>(w_ih);
+    cell.w_hh = read<T>(w_hh);
+    cell.b_ih = read<T>(b_ih);
+    cell.b_hh = read<T>(b_hh);
+    cell.hy = write<T>(hy);
+    cell.cy = write<T>(cy);
+    cell.gates = gates != nullptr ? write<T>(*gates) : nullptr;
+    cell.N = N;
+    cell.I = static_cast<int>(I);
+    cell.H = static_cast<int>(H);
     const bool pays = cell_forward_pays(cell, device);
     if (verbose())
       log_path(
@@ -56,83 +59,73 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   });
 }
 
-CellOutputs lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
-                      const Tensor& w_hh, const std::optional<Tensor>& b_ih,
-                      const std::optional<Tensor>& b_hh) {
-  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
+CellOutputs lstm_cell(const CellInputs& in) {
   if (!has_kernel(in)) return torch_lstm_cell(in);
-  check_allocated(in);
+  check_all_allocated(in);
   Tensor hy, cy;
   forward(in, hy, cy, nullptr);
   return {std::move(hy), std::move(cy)};
 }
 
-CellTrainingOutputs lstm_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
-                                      const Tensor& w_ih, const Tensor& w_hh,
-                                      const std::optional<Tensor>& b_ih,
-                                      const std::optional<Tensor>& b_hh) {
-  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
+CellTrainingOutputs lstm_cell_forward(const CellInputs& in) {
   if (!has_kernel(in)) {
     torch_lstm_cell(in);  // raises torch's error, if torch rejects them
     return composite::cell_forward(in);
   }
-  check_allocated(in);
+  check_all_allocated(in);
   Tensor hy, cy, gates;
   forward(in, hy, cy, &gates);
   return {std::move(hy), std::move(cy), std::move(gates)};
 }
 
-CellGradients lstm_cell_backward(const std::optional<Tensor>& grad_hy,
-                                 const std::optional<Tensor>& grad_cy, const Tensor& input,
-                                 const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
-                                 const Tensor& w_hh, const std::optional<Tensor>& b_ih,
-                                 const std::optional<Tensor>& b_hh, const Tensor& gates,
-                                 CellGradientMask mask) {
-  const CellInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh};
-  if (!has_kernel(in)) return composite::cell_backward(grad_hy, grad_cy, in, gates, mask);
-  check_cell_backward(grad_hy, grad_cy, hx, gates);
-  check_all_allocated(input, hx, cx, w_ih, w_hh, grad_hy, grad_cy, gates);
+Gradients lstm_cell_backward(const CellOutputGradients& grads, const CellInputs& in,
+                             const CellResults& results, const Wanted& wanted) {
+  if (!has_kernel(in)) return composite::cell_backward(grads, in, results, wanted);
+  check_backward(grads, in.hx, results);
+  check_allocated_for_backward(in);
+  check_all_allocated(grads, results);
+  const Tensor& hx = in.hx;
   const OnDevice guard(hx);
   const int64_t N = hx.size(0), H = hx.size(1);
-  const auto [want_input, want_hx, want_cx, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = mask;
-  const Tensor grad_h = dense(grad_hy), grad_c = dense(grad_cy), c = dense(cx), g = dense(gates);
+  const Tensor grad_h = dense(grads.hy), grad_c = dense(grads.cy), c = dense(in.cx),
+               g = dense(results.gates);
   const Tensor grad_gates = empty({N, 4 * H}, hx);
-  Tensor grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh;
-  if (want_cx) grad_cx = empty({N, H}, hx);
-  if (want_b_ih) grad_b_ih = empty({4 * H}, hx);
-  if (want_b_hh) grad_b_hh = empty({4 * H}, hx);
+  Gradients to;
+  if (wanted.cx) to.cx = empty({N, H}, hx);
+  if (wanted.b_ih) to.b_ih = empty({4 * H}, hx);
+  if (wanted.b_hh) to.b_hh = empty({4 * H}, hx);
   with_type(hx.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    CellBackward<T> cell = {read<T>(grad_h),
-                            read<T>(grad_c),
-                            read<T>(c),
-                            read<T>(g),
-                            write<T>(grad_gates),
-                            write<T>(grad_cx),
-                            write<T>(grad_b_ih),
-                            write<T>(grad_b_hh),
-                            nullptr,
-                            N,
-                            static_cast<int>(H)};
+    CellBackward<T> cell = {};
+    cell.grad_hy = read<T>(grad_h);
+    cell.grad_cy = read<T>(grad_c);
+    cell.cx = read<T>(c);
+    cell.gates = read<T>(g);
+    cell.grad_gates = write<T>(grad_gates);
+    cell.grad_cx = write<T>(to.cx);
+    cell.grad_b_ih = write<T>(to.b_ih);
+    cell.grad_b_hh = write<T>(to.b_hh);
+    cell.N = N;
+    cell.H = static_cast<int>(H);
     const auto bytes = static_cast<int64_t>(cell_backward_workspace(cell));
     const Tensor workspace = at::empty({bytes}, hx.options().dtype(at::kByte));
     cell.partial_sums = write<void>(workspace);
     check_launch(cell_backward(cell, current_stream()));
   });
   // The weights are two tensors: one product for both would have to copy them side by side first.
-  if (want_input) grad_input = at::mm(grad_gates, w_ih);
-  if (want_hx) grad_hx = at::mm(grad_gates, w_hh);
-  if (want_w_ih) grad_w_ih = at::mm(grad_gates.t(), input);
-  if (want_w_hh) grad_w_hh = at::mm(grad_gates.t(), hx);
-  return {grad_input, grad_hx, grad_cx, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh};
+  if (wanted.input) to.input = at::mm(grad_gates, in.w_ih);
+  if (wanted.hx) to.hx = at::mm(grad_gates, in.w_hh);
+  if (wanted.w_ih) to.w_ih = at::mm(grad_gates.t(), in.input);
+  if (wanted.w_hh) to.w_hh = at::mm(grad_gates.t(), hx);
+  return to;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lstm_ext, LSTM_EXT_CUDA_KEY, m) {
-  m.impl("lstm_cell", lstm_cell);
-  m.impl("lstm_cell_forward", lstm_cell_forward);
-  m.impl("lstm_cell_backward", lstm_cell_backward);
+  ops::lstm_cell::implement<lstm_cell>(m);
+  ops::lstm_cell_forward::implement<lstm_cell_forward>(m);
+  ops::lstm_cell_backward::implement<lstm_cell_backward>(m);
 }
 
 }  // namespace lstm_ext::cuda

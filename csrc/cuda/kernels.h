@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/step_order.h"
+
 namespace lstm_ext::cuda {
 
 template <class T>
@@ -48,7 +50,7 @@ template <class T>
 cudaError_t cell_finish(const CellForward<T>& cell, const T* products, cudaStream_t stream);
 
 // The steps of one layer in one direction, L of N rows each, or fewer where packed; S rows in all.
-struct Sequence {
+struct DeviceSequence {
   const int64_t* offsets;  // [L + 1] on the device: the rows before each step; null: t N
   const bool* reset;       // [L, N]: states are zero before these steps; or null
   int64_t L, N;
@@ -60,7 +62,7 @@ cudaError_t copy_numbers(const int64_t* from, int64_t count, int64_t* to, cudaSt
 
 template <class T>
 struct LayerForward {
-  Sequence sequence;
+  DeviceSequence sequence;
   const T* products;     // [S, 4H]: of the input with w_ih, without biases
   const T* hx;           // [N, H]
   const T* cx;           // [N, H]
@@ -84,7 +86,7 @@ cudaError_t layer_forward(const LayerForward<T>& layer, const Device& device, cu
 
 template <class T>
 struct LayerBackward {
-  Sequence sequence;
+  DeviceSequence sequence;
   const T* grad_output;        // [S, H] or null: zero
   const T *grad_hy, *grad_cy;  // [N, H] or null: zero
   const T* gates;              // [S, 4H], activated

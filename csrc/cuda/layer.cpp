@@ -1,54 +1,42 @@
 // The layer's operators on a GPU: tensors in, launches out.
+#include "ops/layer.h"
+
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <vector>
 
+#include "core/sequence.h"
 #include "cuda/kernels.h"
 #include "cuda/tensors.h"
-#include "layer_ops.h"
+#include "ops/composite.h"
 
 namespace lstm_ext::cuda {
 namespace {
 
-using Optional = const std::optional<Tensor>&;
+bool has_kernel(const LayerInputs& in) { return fusable(in) && fits(in.w_ih, in.w_hh); }
 
-bool has_kernel(const LayerInputs& in) { return layer_fusable(in) && fits(in.w_ih, in.w_hh); }
-
-// Where the steps' rows lie, known to the host without asking the device.
-struct Steps {
-  int64_t L() const { return static_cast<int64_t>(offsets.size()) - 1; }
-  int64_t S() const { return offsets.back(); }
-  int64_t rows(int64_t t) const { return offsets[t + 1] - offsets[t]; }
-  // The time of the step'th step.
-  int64_t time(int64_t step, bool reverse) const { return reverse ? L() - 1 - step : step; }
-  Tensor of(const Tensor& rows_of_all, int64_t t) const {
-    return rows_of_all.narrow(0, offsets[t], rows(t));
-  }
-
-  std::vector<int64_t> offsets;
-};
-
-// The same for the kernels, and its tensors on the device for as long as they may read them.
+// A sequence for the kernels, and its tensors on the device for as long as they may read them.
 struct SequenceOnDevice {
-  SequenceOnDevice(const LayerInputs& in, const Steps& steps) : reset(dense(in.reset)) {
-    sequence.L = steps.L();
-    sequence.N = in.hx.size(0);
-    sequence.reverse = in.reverse;
+  SequenceOnDevice(const LayerInputs& in, const Sequence& of_host) : reset(dense(in.reset)) {
+    sequence.L = of_host.L();
+    sequence.N = of_host.N();
+    sequence.reverse = of_host.reverse();
     sequence.reset = read<bool>(reset);
     if (!defined(in.batch_sizes)) return;
-    offsets = at::empty({steps.L() + 1}, in.hx.options().dtype(at::kLong));
-    check_launch(copy_numbers(steps.offsets.data(), steps.L() + 1, write<int64_t>(offsets),
+    offsets = at::empty({of_host.L() + 1}, in.hx.options().dtype(at::kLong));
+    check_launch(copy_numbers(of_host.offsets().data(), of_host.L() + 1, write<int64_t>(offsets),
                               current_stream()));
     sequence.offsets = read<int64_t>(offsets);
   }
 
-  Sequence sequence = {};
+  DeviceSequence sequence = {};
   Tensor reset, offsets;
 };
 
@@ -69,7 +57,7 @@ struct Results {
 };
 
 // One library product and one launch a step.
-void run_steps(const LayerInputs& in, const Steps& steps, const Tensor& products,
+void run_steps(const LayerInputs& in, const Sequence& steps, const Tensor& products,
                const Tensor& w_hh, Results& out) {
   const int64_t H = in.hx.size(1);
   out.hy = in.hx.clone(at::MemoryFormat::Contiguous);
@@ -77,7 +65,7 @@ void run_steps(const LayerInputs& in, const Steps& steps, const Tensor& products
   const Tensor b_ih = dense(in.b_ih), b_hh = dense(in.b_hh);
   const cudaStream_t stream = current_stream();
   for (int64_t step = 0; step < steps.L(); ++step) {
-    const int64_t t = steps.time(step, in.reverse), n = steps.rows(t);
+    const int64_t t = steps.time(step), n = steps.rows(t);
     Tensor h = out.hy.narrow(0, 0, n), c = out.cy.narrow(0, 0, n);
     if (defined(in.reset)) {
       h.copy_(composite::reset_to_zero(h, in, t));
@@ -88,19 +76,15 @@ void run_steps(const LayerInputs& in, const Steps& steps, const Tensor& products
     at::addmm_out(pre, pre, h, w_hh.t());
     with_type(h.scalar_type(), [&](auto type) {
       using T = typename decltype(type)::type;
-      const CellForward<T> cell = {nullptr,
-                                   nullptr,
-                                   read<T>(c),
-                                   nullptr,
-                                   nullptr,
-                                   read<T>(b_ih),
-                                   read<T>(b_hh),
-                                   write<T>(h),
-                                   write<T>(c),
-                                   out.gates.defined() ? write<T>(pre) : nullptr,
-                                   n,
-                                   0,
-                                   static_cast<int>(H)};
+      CellForward<T> cell = {};
+      cell.cx = read<T>(c);
+      cell.b_ih = read<T>(b_ih);
+      cell.b_hh = read<T>(b_hh);
+      cell.hy = write<T>(h);
+      cell.cy = write<T>(c);
+      cell.gates = out.gates.defined() ? write<T>(pre) : nullptr;
+      cell.N = n;
+      cell.H = static_cast<int>(H);
       check_launch(cell_finish(cell, read<T>(pre), stream));
     });
     steps.of(out.output, t).copy_(h);
@@ -111,7 +95,7 @@ Results forward(const LayerInputs& in, bool keeps) {
   check_sequence(in);
   const OnDevice guard(in.hx);
   const LayerPrecision precision(in.hx);
-  const Steps steps = {step_offsets(in)};
+  const Sequence steps(in);
   const int64_t L = steps.L(), N = in.hx.size(0), H = in.hx.size(1), S = steps.S();
   const Tensor rows = in.input.reshape({S, in.input.size(-1)}), w_hh = dense(in.w_hh);
   Results out;
@@ -159,20 +143,19 @@ Results forward(const LayerInputs& in, bool keeps) {
 }
 
 // The h that each step started from, [S, H].
-Tensor h_before(const LayerInputs& in, const Steps& steps, const Tensor& output) {
+Tensor h_before(const LayerInputs& in, const Sequence& steps, const Tensor& output) {
   const int64_t N = in.hx.size(0), others = steps.S() - N;
   if (!defined(in.batch_sizes) && !defined(in.reset) && steps.L() > 0)
     return in.reverse ? at::cat({output.narrow(0, N, others), in.hx})
                       : at::cat({in.hx, output.narrow(0, 0, others)});
   std::vector<Tensor> parts(steps.L());
   for (int64_t step = 0; step < steps.L(); ++step) {
-    const int64_t t = steps.time(step, in.reverse), n = steps.rows(t);
-    const int64_t before = step == 0 ? 0 : steps.rows(steps.time(step - 1, in.reverse));
+    const int64_t t = steps.time(step), n = steps.rows(t);
     // Sequences that begin here, in reverse, start from their own states.
-    const int64_t going = std::min(n, before);
+    const int64_t going = steps.rows_going_on(step);
     Tensor h = in.hx.narrow(0, 0, std::min(n, N));
     if (going > 0) {
-      h = steps.of(output, steps.time(step - 1, in.reverse)).narrow(0, 0, going);
+      h = steps.of(output, steps.time(step - 1)).narrow(0, 0, going);
       if (going < n) h = at::cat({h, in.hx.narrow(0, going, n - going)});
     }
     parts[t] = composite::reset_to_zero(h, in, t);
@@ -181,7 +164,7 @@ Tensor h_before(const LayerInputs& in, const Steps& steps, const Tensor& output)
 }
 
 // What backward starts from, all dense; and what becomes of it.
-struct Gradients {
+struct StepGradients {
   Tensor of_output;     // [S, H] or undefined: zero
   Tensor of_hy, of_cy;  // [N, H] or undefined: zero
   Tensor gates, c_before;
@@ -191,8 +174,8 @@ struct Gradients {
 
 // One launch and one library product a step. Writes the gradients of h and c if they are wanted or
 // not, for steps hand them on.
-void run_steps_back(const LayerInputs& in, const Steps& steps, const Tensor& w_hh, bool want_hx,
-                    Gradients& grads) {
+void run_steps_back(const LayerInputs& in, const Sequence& steps, const Tensor& w_hh, bool want_hx,
+                    StepGradients& grads) {
   const auto start = [&](const Tensor& grad) {
     return grad.defined() ? grad.clone() : at::zeros_like(in.hx, at::MemoryFormat::Contiguous);
   };
@@ -200,7 +183,7 @@ void run_steps_back(const LayerInputs& in, const Steps& steps, const Tensor& w_h
   grads.of_cx = start(grads.of_cy);
   const cudaStream_t stream = current_stream();
   for (int64_t step = steps.L() - 1; step >= 0; --step) {
-    const int64_t t = steps.time(step, in.reverse), n = steps.rows(t);
+    const int64_t t = steps.time(step), n = steps.rows(t);
     Tensor h = grads.of_hx.narrow(0, 0, n), c = grads.of_cx.narrow(0, 0, n);
     if (grads.of_output.defined()) h.add_(steps.of(grads.of_output, t));
     const Tensor of_gates = steps.of(grads.of_gates, t), gates = steps.of(grads.gates, t),
@@ -227,7 +210,7 @@ void run_steps_back(const LayerInputs& in, const Steps& steps, const Tensor& w_h
   }
 }
 
-void backward(const LayerInputs& in, const Steps& steps, bool want_hx, Gradients& grads) {
+void backward(const LayerInputs& in, const Sequence& steps, bool want_hx, StepGradients& grads) {
   const int64_t N = in.hx.size(0), H = in.hx.size(1);
   const Tensor w_hh = dense(in.w_hh);
   const Device device = describe_device(in.hx, at::Float32Op::RNN);
@@ -258,82 +241,61 @@ void backward(const LayerInputs& in, const Steps& steps, bool want_hx, Gradients
   if (way != Way::kOneLaunch) run_steps_back(in, steps, w_hh, want_hx, grads);
 }
 
-LayerOutputs lstm_layer(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& w_ih,
-                        const Tensor& w_hh, Optional b_ih, Optional b_hh, Optional batch_sizes,
-                        Optional reset, bool reverse) {
-  const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
-  if (!has_kernel(in)) {
-    auto [output, hy, cy, gates, before] = composite::layer_forward(in);
-    return {std::move(output), std::move(hy), std::move(cy)};
-  }
-  check_allocated(in);
+LayerOutputs lstm_layer(const LayerInputs& in) {
+  if (!has_kernel(in)) return composite::layer(in);
+  check_all_allocated(in);
   Results out = forward(in, false);
   return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
 }
 
-LayerTrainingOutputs lstm_layer_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
-                                        const Tensor& w_ih, const Tensor& w_hh, Optional b_ih,
-                                        Optional b_hh, Optional batch_sizes, Optional reset,
-                                        bool reverse) {
-  const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
+LayerTrainingOutputs lstm_layer_forward(const LayerInputs& in) {
   if (!has_kernel(in)) return composite::layer_forward(in);
-  check_allocated(in);
+  check_all_allocated(in);
   Results out = forward(in, true);
   return {std::move(out.output), std::move(out.hy), std::move(out.cy), std::move(out.gates),
           std::move(out.c_before)};
 }
 
-CellGradients lstm_layer_backward(Optional grad_output, Optional grad_hy, Optional grad_cy,
-                                  const Tensor& input, const Tensor& hx, const Tensor& cx,
-                                  const Tensor& w_ih, const Tensor& w_hh, Optional b_ih,
-                                  Optional b_hh, Optional batch_sizes, Optional reset, bool reverse,
-                                  const Tensor& output, const Tensor& gates, const Tensor& c_before,
-                                  CellGradientMask mask) {
-  const LayerInputs in = {input, hx, cx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse};
-  const LayerOutputGradients of_outputs = {grad_output, grad_hy, grad_cy};
-  const LayerResults results = {output, gates, c_before};
-  if (!has_kernel(in)) return composite::layer_backward(of_outputs, in, results, mask);
-  check_all_allocated(input, hx, cx, w_ih, w_hh, batch_sizes, reset, grad_output, grad_hy, grad_cy,
-                      output, gates, c_before);
-  check_layer_backward(of_outputs, in, results);
+Gradients lstm_layer_backward(const LayerOutputGradients& of_outputs, const LayerInputs& in,
+                              const LayerResults& results, const Wanted& wanted) {
+  if (!has_kernel(in)) return composite::layer_backward(of_outputs, in, results, wanted);
+  check_allocated_for_backward(in);
+  check_all_allocated(in.batch_sizes, in.reset, of_outputs, results);
+  check_backward(of_outputs, in, results);
+  const Tensor& hx = in.hx;
   const OnDevice guard(hx);
   const LayerPrecision precision(hx);
-  const Steps steps = {step_offsets(in)};
+  const Sequence steps(in);
   const int64_t H = hx.size(1), S = steps.S();
-  const auto [want_input, want_hx, want_cx, want_w_ih, want_w_hh, want_b_ih, want_b_hh] = mask;
-  Gradients grads;
-  if (defined(grad_output)) grads.of_output = grad_output->reshape({S, H}).contiguous();
-  grads.of_hy = dense(grad_hy);
-  grads.of_cy = dense(grad_cy);
-  grads.gates = dense(gates);
-  grads.c_before = dense(c_before);
+  StepGradients grads;
+  if (defined(of_outputs.output)) grads.of_output = of_outputs.output->reshape({S, H}).contiguous();
+  grads.of_hy = dense(of_outputs.hy);
+  grads.of_cy = dense(of_outputs.cy);
+  grads.gates = dense(results.gates);
+  grads.c_before = dense(results.c_before);
   grads.of_gates = empty({S, 4 * H}, hx);
-  backward(in, steps, want_hx, grads);
+  backward(in, steps, wanted.hx, grads);
   const Tensor& grad_gates = grads.of_gates;
-  const Tensor rows = input.reshape({S, input.size(-1)});
-  Tensor grad_input, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh;
-  if (want_input) grad_input = at::mm(grad_gates, w_ih).view_as(input);
-  if (want_w_ih) grad_w_ih = at::mm(grad_gates.t(), rows);
-  if (want_w_hh)
-    grad_w_hh = S > 0 ? at::mm(grad_gates.t(), h_before(in, steps, output.reshape({S, H})))
-                      : at::zeros({4 * H, H}, hx.options());
-  if (want_b_ih) grad_b_ih = grad_gates.sum(0);
-  if (want_b_hh) grad_b_hh = want_b_ih ? grad_b_ih.clone() : grad_gates.sum(0);
-  return {grad_input,
-          want_hx ? grads.of_hx : Tensor(),
-          want_cx ? grads.of_cx : Tensor(),
-          grad_w_ih,
-          grad_w_hh,
-          grad_b_ih,
-          grad_b_hh};
+  const Tensor rows = in.input.reshape({S, in.input.size(-1)});
+  Gradients to;
+  if (wanted.input) to.input = at::mm(grad_gates, in.w_ih).view_as(in.input);
+  if (wanted.hx) to.hx = grads.of_hx;
+  if (wanted.cx) to.cx = grads.of_cx;
+  if (wanted.w_ih) to.w_ih = at::mm(grad_gates.t(), rows);
+  if (wanted.w_hh)
+    to.w_hh = S > 0 ? at::mm(grad_gates.t(), h_before(in, steps, results.output.reshape({S, H})))
+                    : at::zeros({4 * H, H}, hx.options());
+  if (wanted.b_ih) to.b_ih = grad_gates.sum(0);
+  if (wanted.b_hh) to.b_hh = wanted.b_ih ? to.b_ih.clone() : grad_gates.sum(0);
+  return to;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lstm_ext, LSTM_EXT_CUDA_KEY, m) {
-  m.impl("lstm_layer", lstm_layer);
-  m.impl("lstm_layer_forward", lstm_layer_forward);
-  m.impl("lstm_layer_backward", lstm_layer_backward);
+  ops::lstm_layer::implement<lstm_layer>(m);
+  ops::lstm_layer_forward::implement<lstm_layer_forward>(m);
+  ops::lstm_layer_backward::implement<lstm_layer_backward>(m);
 }
 
 }  // namespace lstm_ext::cuda

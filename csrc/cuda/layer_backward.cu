@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using T = typename Tile::T;
   using S = typename Tile::S;
   LSTM_EXT_DYNAMIC_SHARED(unsigned char, shared);
-  const Sequence& sequence = layer.sequence;
+  const DeviceSequence& sequence = layer.sequence;
   const int H = layer.H, K = kGates * H, most = plan.units * kInUnit, stride = plan.weight_stride;
   const PartialSums<S> partial = partial_sums<S>(plan, shared);
   T* const weights =

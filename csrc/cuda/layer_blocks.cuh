@@ -259,8 +259,8 @@ __device__ inline void multiply(const Plan& plan, const WarpShare& share,
     }
 }
 
-__device__ inline int64_t time_of(const Sequence& sequence, int64_t step) {
-  return sequence.reverse ? sequence.L - 1 - step : step;
+__device__ inline int64_t time_of(const DeviceSequence& sequence, int64_t step) {
+  return time_of_step(step, sequence.L, sequence.reverse);
 }
 
 // A block's rows of a step: where they begin in memory, and how many there are. None beyond the
@@ -270,7 +270,7 @@ struct StepRows {
   int count;
 };
 
-__device__ inline StepRows rows_of(const Sequence& sequence, int64_t step, const Part& part) {
+__device__ inline StepRows rows_of(const DeviceSequence& sequence, int64_t step, const Part& part) {
   if (step < 0 || step >= sequence.L) return {0, 0};
   const int64_t t = time_of(sequence, step);
   if (sequence.offsets == nullptr) return {t * sequence.N + part.first_row, part.rows};
@@ -280,7 +280,7 @@ __device__ inline StepRows rows_of(const Sequence& sequence, int64_t step, const
           static_cast<int>(max(min(rows, int64_t{part.rows}), int64_t{0}))};
 }
 
-__device__ inline bool is_reset(const Sequence& sequence, int64_t step, int64_t row) {
+__device__ inline bool is_reset(const DeviceSequence& sequence, int64_t step, int64_t row) {
   if (sequence.reset == nullptr || step >= sequence.L) return false;
   return sequence.reset[time_of(sequence, step) * sequence.N + row];
 }

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "cell_math.h"
+#include "core/cell_math.h"
 #include "cuda/platform.cuh"
 
 namespace lstm_ext::cuda {

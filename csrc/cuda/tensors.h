@@ -20,9 +20,9 @@
 #include <limits>
 #include <optional>
 
+#include "core/path_log.h"
 #include "cuda/kernels.h"
-#include "ops.h"
-#include "path_log.h"
+#include "ops/cell.h"
 
 namespace lstm_ext::cuda {
 

@@ -159,18 +159,26 @@ class Report {
   int comparisons_ = 0, failures_ = 0;
 };
 
-// A program of checks: its arguments, and its exit status. body(few).
+// How many cases a program checks: few for a sanitizer, fewest where seconds count.
+enum class Amount { kAll, kFew, kFewest };
+
+// A program of checks: its arguments, and its exit status. body(amount).
 template <class Body>
 int run(int count, char** arguments, const char* about, Report& report, const Body& body) {
   const std::string word = count > 1 ? arguments[1] : "";
-  if (word != "" && word != "few") {
-    std::printf("%s\n\nusage: %s [few]\n  few: few cases, for a sanitizer that takes its time\n",
-                about, arguments[0]);
+  if (word != "" && word != "few" && word != "fewest") {
+    std::printf(
+        "%s\n\nusage: %s [few | fewest]\n"
+        "  few: few cases, for a sanitizer that takes its time; fewest: fewer yet\n",
+        about, arguments[0]);
     return word == "--help" ? 0 : 2;
   }
+  const Amount amount = word.empty()    ? Amount::kAll
+                        : word == "few" ? Amount::kFew
+                                        : Amount::kFewest;
   try {
-    if (const int status = machine::start(word == "few"); status != 0) return status;
-    body(word == "few");
+    if (const int status = machine::start(amount != Amount::kAll); status != 0) return status;
+    body(amount);
   } catch (const std::exception& error) {
     report.stopped(error.what());
   }

@@ -256,17 +256,18 @@ void check_limits() {
 }  // namespace
 
 int main(int count, char** arguments) {
-  return check::run(count, arguments, "The CUDA kernels of the cell.", report, [](bool few_) {
-    few = few_;
-    check_all<float>();
-    check_all<double>();
-    check_all<__half>();
-    check_all<__nv_bfloat16>();
-    if (machine::kEmulated) return check_limits();
-    if (few) return;
-    check_large<float>();
-    check_large<double>();
-    check_large<__half>();
-    check_large<__nv_bfloat16>();
-  });
+  return check::run(count, arguments, "The CUDA kernels of the cell.", report,
+                    [](check::Amount amount) {
+                      few = amount != check::Amount::kAll;
+                      check_all<float>();
+                      check_all<double>();
+                      check_all<__half>();
+                      check_all<__nv_bfloat16>();
+                      if (machine::kEmulated) return check_limits();
+                      if (few) return;
+                      check_large<float>();
+                      check_large<double>();
+                      check_large<__half>();
+                      check_large<__nv_bfloat16>();
+                    });
 }

@@ -16,6 +16,7 @@ namespace {
 
 using lstm_ext::cpu::CellKernels;
 using lstm_ext::cpu::Dtype;
+using lstm_ext::cpu::ProductKernels;
 using Values = std::vector<double>;
 using Bytes = std::vector<unsigned char>;
 
@@ -150,10 +151,10 @@ Bytes padded_rows(Dtype dtype, const Values& m, int64_t rows, int64_t columns) {
 
 void check_product(const Table& table, const Values& grad_gates, bool transposed, int64_t N,
                    int64_t H, const Values& b, int64_t columns) {
-  const CellKernels& kernels = table.kernels->cell;
+  const ProductKernels& kernels = table.kernels->product;
   const Dtype dtype = table.dtype, compute = compute_type(dtype);
   const int64_t rows = transposed ? 4 * H : N, depth = transposed ? N : 4 * H;
-  const bool pairs = kernels.pair_rows && kernels.product_packs(rows, depth);
+  const bool pairs = kernels.pair_rows && kernels.packs(rows, depth);
   const Bytes a = !pairs       ? pack(compute, grad_gates)
                   : transposed ? row_pairs(dtype, grad_gates, N, 4 * H)
                                : padded_rows(dtype, grad_gates, N, 4 * H);
@@ -162,11 +163,11 @@ void check_product(const Table& table, const Values& grad_gates, bool transposed
   for (size_t i = 0; i < expected.size(); ++i) expected[i] += before[i];
   Bytes c = pack(dtype, before);
   // Where it may, b comes in two pieces, the cut anywhere.
-  const bool pieces = !kernels.pair_rows && kernels.product_packs(rows, depth) && columns % 2;
+  const bool pieces = !kernels.pair_rows && kernels.packs(rows, depth) && columns % 2;
   const int64_t head = pieces ? depth / 3 : depth;
   const Bytes b_bytes = pack(dtype, Values(b.begin(), b.begin() + head * columns)),
               tail = pack(dtype, Values(b.begin() + head * columns, b.end()));
-  const int64_t parts = kernels.product_parts(rows, depth, columns);
+  const int64_t parts = kernels.parts(rows, depth, columns);
   Bytes terms(parts > 1 ? parts * rows * columns * size_of(compute) : 0);
   const lstm_ext::cpu::ProductArgs args = {rows,
                                            columns,
@@ -182,9 +183,9 @@ void check_product(const Table& table, const Values& grad_gates, bool transposed
                                            N % 3 + 1,
                                            tail.empty() ? nullptr : tail.data(),
                                            head};
-  const int64_t tasks = kernels.product_tasks(args);
-  kernels.product(args, tasks / 2, tasks);
-  kernels.product(args, 0, tasks / 2);
+  const int64_t tasks = kernels.tasks(args);
+  kernels.run(args, tasks / 2, tasks);
+  kernels.run(args, 0, tasks / 2);
   if (parts > 1) kernels.add_up(terms.data(), parts, rows * columns, c.data(), true);
   compare(table, transposed ? "weight gradient" : "state gradient", N, columns, H, dtype, c,
           expected, std::sqrt(static_cast<double>(depth)) + 4);
@@ -201,7 +202,7 @@ void check_step(const Table& table, const Step& step, double terms) {
   const Dtype dtype = table.dtype, compute = compute_type(dtype);
   const auto& [N, I, H, x_factors, h_factors, c, w_ih, w_hh, b_ih, b_hh, hy, cy, gates] = step;
   const int64_t blocks = layer.unit_blocks(H);
-  const bool pairs = table.kernels->cell.pair_rows != nullptr;
+  const bool pairs = table.kernels->product.pair_rows != nullptr;
   Bytes packed_ih(layer.packed_gates(I, H) * size_of(compute)),
       packed_hh(layer.packed_gates(H, H) * size_of(compute));
   layer.pack_gates(w_ih.data(), I, H, packed_ih.data(), 0, blocks);
@@ -235,7 +236,7 @@ void check_state_gradient(const Table& table, int64_t N, int64_t H, const Values
                           const Values& w_hh) {
   const auto& layer = table.kernels->layer;
   const Dtype dtype = table.dtype, compute = compute_type(dtype);
-  const bool pairs = table.kernels->cell.pair_rows != nullptr;
+  const bool pairs = table.kernels->product.pair_rows != nullptr;
   const int64_t blocks = layer.column_blocks(H);
   const Bytes weights = pack(dtype, w_hh), factors = pack(pairs ? dtype : compute, grad_gates);
   Bytes packed(layer.packed_columns(H) * size_of(compute)), grad_h(N * H * size_of(compute));
@@ -252,6 +253,7 @@ void check_state_gradient(const Table& table, int64_t N, int64_t H, const Values
 
 void check(const Table& table, int64_t N, int64_t I, int64_t H) {
   const CellKernels& kernels = table.kernels->cell;
+  const ProductKernels& products = table.kernels->product;
   const Dtype dtype = table.dtype, compute = compute_type(dtype);
   const Values x = random(dtype, N * I), h = random(dtype, N * H), c = random(dtype, N * H);
   const Values w_ih = random(dtype, 4 * H * I), w_hh = random(dtype, 4 * H * H);
@@ -275,7 +277,7 @@ void check(const Table& table, int64_t N, int64_t I, int64_t H) {
   const Bytes x_bytes = pack(dtype, x), h_bytes = pack(dtype, h), c_bytes = pack(dtype, c);
   const Bytes w_ih_bytes = pack(dtype, w_ih), w_hh_bytes = pack(dtype, w_hh);
   const Bytes b_ih_bytes = pack(dtype, b_ih), b_hh_bytes = pack(dtype, b_hh);
-  const bool pairs = kernels.pair_rows != nullptr;
+  const bool pairs = products.pair_rows != nullptr;
   const Bytes x_factors = pairs ? padded_rows(dtype, x, N, I) : pack(compute, x);
   const Bytes h_factors = pairs ? padded_rows(dtype, h, N, H) : pack(compute, h);
   Bytes hy_bytes(h_bytes.size()), cy_bytes(h_bytes.size()), gates_bytes(4 * h_bytes.size());
@@ -342,7 +344,7 @@ void check(const Table& table, int64_t N, int64_t I, int64_t H) {
                                                      grad_cx_bytes.data(),
                                                      sums.data()};
   kernels.gate_gradients(gradients, 0, kernels.gate_gradient_tasks(N, H));
-  kernels.add_up(sums.data(), bias_blocks, 4 * H, grad_bias_bytes.data(), false);
+  products.add_up(sums.data(), bias_blocks, 4 * H, grad_bias_bytes.data(), false);
   compare(table, "gate gradients", N, I, H, compute, grad_gates_bytes, grad_gates, 1);
   compare(table, "c gradient", N, I, H, dtype, grad_cx_bytes, grad_cx, 1);
   compare(table, "bias gradient", N, I, H, dtype, grad_bias_bytes, grad_bias,
@@ -366,10 +368,10 @@ void check(const Table& table, int64_t N, int64_t I, int64_t H) {
 
   // Gate gradients that every dtype holds exactly, so that only the products are measured.
   const Values factors = random(Dtype::kBFloat16, N * 4 * H);
-  if (kernels.pair_rows) {
+  if (products.pair_rows) {
     Bytes made((N + 1) / 2 * 4 * H * 4);
     const Bytes single = pack(compute, factors);
-    kernels.pair_rows(single.data(), N, 4 * H, made.data(), 0, (N + 1) / 2);
+    products.pair_rows(single.data(), N, 4 * H, made.data(), 0, (N + 1) / 2);
     ++comparisons;
     if (made != row_pairs(dtype, factors, N, 4 * H)) {
       ++failures;

@@ -114,7 +114,7 @@ void bench(const char* dtype, const Shape& shape, const Device& device) {
   const auto [L, N, H] = shape;
   const size_t states = static_cast<size_t>(N) * H, all = states * L;
   const float scale = 1 / std::sqrt(static_cast<float>(H));
-  const Sequence sequence = {nullptr, nullptr, L, N, false};
+  const DeviceSequence sequence = {nullptr, nullptr, L, N, false};
   Array<T> gates(4 * all), c_before(all), output(all), w_hh(size_t{4} * H * H, scale);
   Array<T> hx(states), cx(states), hy(states), cy(states);
   print_case("forward", dtype, shape, [&, H = H] {

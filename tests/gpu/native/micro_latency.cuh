@@ -2,7 +2,7 @@
 // for the one before.
 #pragma once
 
-#include "cell_math.h"
+#include "core/cell_math.h"
 #include "cuda/mma.cuh"
 #include "cuda/numbers.cuh"
 #include "micro_common.cuh"

@@ -34,7 +34,7 @@ void plant(const std::string& what) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  return check::run(1, arguments, "", report, [&](bool) {
+  return check::run(1, arguments, "", report, [&](check::Amount) {
     machine::watch_seconds = 1;
     plant(count > 1 ? arguments[1] : "nothing");
   });

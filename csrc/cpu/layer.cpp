@@ -1,0 +1,46 @@
+// The layer's operators on the CPU.
+#include "cpu/layer.h"
+
+#include <torch/library.h>
+
+#include "ops/composite.h"
+
+namespace lstm_ext::cpu {
+namespace {
+
+LayerOutputs lstm_layer(const LayerInputs& in) {
+  if (!fusable(in)) return composite::layer(in);
+  check_all_allocated(in);
+  log_cpu_path("lstm_layer", in.input, in.hx);
+  LayerTensors out = layer_forward(in, false);
+  return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
+}
+
+LayerTrainingOutputs lstm_layer_forward(const LayerInputs& in) {
+  if (!fusable(in)) return composite::layer_forward(in);
+  check_all_allocated(in);
+  log_cpu_path("lstm_layer_forward", in.input, in.hx);
+  LayerTensors out = layer_forward(in, true);
+  return {std::move(out.output), std::move(out.hy), std::move(out.cy), std::move(out.gates),
+          std::move(out.c_before)};
+}
+
+Gradients lstm_layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                              const LayerResults& results, const Wanted& wanted) {
+  if (!fusable(in)) return composite::layer_backward(grads, in, results, wanted);
+  check_allocated_for_backward(in);
+  check_all_allocated(in.batch_sizes, in.reset, grads, results);
+  check_backward(grads, in, results);
+  log_cpu_path("lstm_layer_backward", in.input, in.hx);
+  return layer_backward(grads, in, results, wanted);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) {
+  ops::lstm_layer::implement<lstm_layer>(m);
+  ops::lstm_layer_forward::implement<lstm_layer_forward>(m);
+  ops::lstm_layer_backward::implement<lstm_layer_backward>(m);
+}
+
+}  // namespace lstm_ext::cpu

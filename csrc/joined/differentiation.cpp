@@ -1,0 +1,4 @@
+// Compiled as one: most of the time goes to torch's headers (setup.py).
+#include "autograd/cell.cpp"
+#include "autograd/layer.cpp"
+#include "ops/autocast.cpp"

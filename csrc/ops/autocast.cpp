@@ -1,0 +1,65 @@
+// Autocast, with the result dtypes of torch's modules.
+//
+// On a GPU both cast all they get to the lower precision, packed input too. On the CPU nn.LSTM
+// casts all it gets, but for packed input, which it computes by linear layers whose results meet
+// the states and take their dtype: there, as in the cell, our float32 is kept. So the cell needs
+// nothing there.
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+#include "ops/cell.h"
+#include "ops/layer.h"
+
+namespace lstm_ext {
+namespace {
+
+using at::Tensor;
+// What casts a tensor to a device's lower precision, once for all uses of a parameter.
+auto caster(at::DeviceType device) {
+  return [device, dtype = at::autocast::get_autocast_dtype(device)](const auto& tensor) {
+    return at::autocast::cached_cast(dtype, tensor, device);
+  };
+}
+
+template <class Call>
+auto with_cast(at::DeviceType device, const CellInputs& in, const Call& call) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  return std::apply(
+      [&, cast = caster(device)](const auto&... field) { return call({cast(field)...}); },
+      in.fields());
+}
+
+LayerOutputs cast_layer(at::DeviceType device, const LayerInputs& in) {
+  return with_cast(device, in, [&](const CellInputs& cell) {
+    return ops::lstm_layer::call({cell, in.batch_sizes, in.reset, in.reverse});
+  });
+}
+
+LayerOutputs lstm_layer_cpu(c10::DispatchKeySet keys, const LayerInputs& in) {
+  if (!defined(in.batch_sizes)) return cast_layer(at::kCPU, in);
+  // What the kernels do not take is computed by operations that autocast sees.
+  const auto below =
+      keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::AutocastCPU);
+  return ops::lstm_layer::redispatch(below, in);
+}
+
+LayerOutputs lstm_layer_cuda(const LayerInputs& in) { return cast_layer(at::kCUDA, in); }
+
+CellOutputs lstm_cell_cuda(const CellInputs& in) {
+  return with_cast(at::kCUDA, in,
+                   [](const CellInputs& cell) { return ops::lstm_cell::call(cell); });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lstm_ext, AutocastCPU, m) {
+  ops::lstm_layer::implement_with_keys<lstm_layer_cpu>(m);
+}
+
+TORCH_LIBRARY_IMPL(lstm_ext, AutocastCUDA, m) {
+  ops::lstm_layer::implement<lstm_layer_cuda>(m);
+  ops::lstm_cell::implement<lstm_cell_cuda>(m);
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,26 @@
+// Cell and layer in plain tensor operations, differentiable any number of times and forward-mode
+// too. They serve devices without a kernel, forward-mode AD and double backward.
+#pragma once
+
+#include "ops/cell.h"
+#include "ops/layer.h"
+
+namespace lstm_ext::composite {
+
+CellTrainingOutputs cell_forward(const CellInputs& in);
+// The activated gates [N, 4H] alone.
+at::Tensor cell_gates(const CellInputs& in);
+Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
+                        const CellResults& results, const Wanted& wanted);
+
+LayerTrainingOutputs layer_forward(const LayerInputs& in);
+// Its first three results.
+LayerOutputs layer(const LayerInputs& in);
+// The forward is run anew, so that the gradients are differentiable too: the results are only
+// checked.
+Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                         const LayerResults& results, const Wanted& wanted);
+// The first rows of h or c, with zeros in those that time t starts anew.
+at::Tensor reset_to_zero(const at::Tensor& state, const LayerInputs& in, int64_t t);
+
+}  // namespace lstm_ext::composite

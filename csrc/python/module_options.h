@@ -1,0 +1,54 @@
+// What torch.nn's LSTM modules keep in their __dict__, read for the direct calls.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+
+#include <array>
+#include <optional>
+
+#include "ops/cell.h"
+#include "ops/lstm.h"
+
+namespace lstm_ext {
+
+// None -> no tensor. False for anything that is neither, subclasses but Parameter among them.
+bool unpack(PyObject* arg, std::optional<at::Tensor>& tensor);
+
+struct LSTMOptions {
+  int64_t input_size, hidden_size, num_layers, directions;
+  bool bias, batch_first;
+  int64_t states() const { return num_layers * directions; }
+};
+
+// None where torch.nn.LSTM or lstm_ext/_call.py has to decide: an option of another type than at
+// construction, projections, dropout that is to be drawn, checkpoint_every.
+std::optional<LSTMOptions> read_options(PyObject* module_dict);
+
+// The weights of a torch.nn.LSTM, four for each layer and direction. None unless each is a
+// parameter of the module and the same tensor in _flat_weights, of the size of the options.
+std::optional<OptionalTensors> read_weights(PyObject* module_dict, const LSTMOptions& options);
+
+// The buffers of a frozen LSTM: packed weights, b_ih, b_hh, for each layer and direction. None
+// unless there are biases exactly if the options say so.
+std::optional<OptionalTensors> read_packed_weights(PyObject* module_dict,
+                                                   const LSTMOptions& options);
+
+using CellParameters = std::array<std::optional<at::Tensor>, kCellParameters>;
+
+// The buffers of a frozen cell: packed weights, b_ih, b_hh, and the plain weights w_ih, w_hh.
+struct FrozenCell {
+  at::Tensor packed;
+  CellParameters plain;
+};
+std::optional<FrozenCell> read_frozen_cell(PyObject* module_dict);
+
+// w_ih, w_hh, b_ih, b_hh of a torch.nn.LSTMCell. None unless each is a parameter of the module.
+std::optional<CellParameters> read_cell_weights(PyObject* module_dict);
+
+struct CellSizes {
+  int64_t input, hidden;
+};
+std::optional<CellSizes> read_cell_sizes(PyObject* module_dict);
+
+}  // namespace lstm_ext

@@ -1,0 +1,435 @@
+"""One way from a module into the layer's operators.
+
+What a module is called with is read once, here, as :class:`torch.nn.LSTM` reads it: its options,
+its weights, the input and the states. The module, the frozen module and the trace use nothing else;
+csrc/python/direct_calls.cpp reads the same for the most usual calls, and hands over the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lstm_ext import _backend, _ops
+from lstm_ext.functional import LayerWeights, lstm
+
+States = tuple[Tensor, Tensor]
+
+
+class _Fields(NamedTuple):
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    bidirectional: bool
+    dropout: float  # 0 in evaluation
+    weights: Sequence[Tensor]
+
+
+_FEWER_LAYERS = "there are weights for more layers than num_layers says"
+
+
+class Options(_Fields):
+    """A module's options, of the types that torch's own call takes, and its weights.
+
+    The weights are those of ``_flat_weights``: layer by layer, in each forward first, w_ih, w_hh,
+    then b_ih and b_hh, then w_hr, where they exist.
+    """
+
+    __slots__ = ()
+    # torch.nn.LSTM's own checks, and with them its words.
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    check_input: Any = nn.LSTM.check_input
+    check_hidden_size: Any = nn.LSTM.check_hidden_size
+    get_expected_hidden_size: Any = nn.LSTM.get_expected_hidden_size
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+
+    @property
+    def _flat_weights(self) -> Sequence[Tensor]:
+        return self.weights
+
+    @property
+    def directions(self) -> int:
+        """2 if bidirectional, else 1."""
+        return 2 if self.bidirectional else 1
+
+    def layers(self) -> list[LayerWeights]:
+        """Return the weights of each layer and direction."""
+        size = _weights_per_layer(self)
+        layers = []
+        for k in range(0, len(self.weights), size):
+            w = self.weights[k : k + size]
+            b_ih, b_hh = (w[2], w[3]) if self.bias else (None, None)
+            layers.append(LayerWeights(w[0], w[1], b_ih, b_hh, w[-1] if self.proj_size else None))
+        return layers
+
+
+class TorchAnswersError(Exception):
+    """Options or weights that are torch's to judge: with its result, or with its error.
+
+    ``options`` are what is computed if torch raises none; None if torch always raises one.
+    """
+
+    def __init__(self, reason: str, options: Options | None = None) -> None:
+        super().__init__(reason)
+        self.options = options
+
+
+def _weights_per_layer(options: Any) -> int:
+    return 2 + 2 * int(options.bias) + int(options.proj_size > 0)
+
+
+def flat_weights(module: Any) -> list[Any]:
+    """Return the weights that torch.nn.LSTM would compute with.
+
+    Those in ``_flat_weights``, unless an attribute has become another tensor since torch made that
+    list, as under ``functional_call`` or with a parametrization: then what the attributes are.
+    """
+    found = [getattr(module, name, None) for name in module._flat_weights_names]
+    for ref, weight in zip(module._flat_weight_refs, found, strict=True):
+        if weight is not None and ref is not None and ref() is not weight:
+            if not torch.compiler.is_compiling() and all(map(_is_parameter, found)):
+                # They have come to stay, as with a loader: torch makes its list anew, too.
+                module._update_flat_weights()
+            return found
+    return list(module._flat_weights)
+
+
+def _is_parameter(weight: Any) -> bool:
+    return type(weight) is nn.Parameter
+
+
+def read(module: Any, packed: bool = False, weights: Sequence[Tensor] | None = None) -> Options:
+    """Read an LSTM's options, and its weights if they are not given; torch's module or ours.
+
+    Args:
+        module: the LSTM.
+        packed: whether it is called with a packed sequence, for which torch asks no batch_first.
+        weights: where the module's own are not to be read.
+
+    Raises:
+        RuntimeError: the weights do not fit the options.
+        TorchAnswersError: they are not what an LSTM is built with; says in what way.
+    """
+    for name in ("bias", "batch_first", "bidirectional", "training"):
+        value = getattr(module, name)
+        if type(value) is not bool and not (packed and name == "batch_first"):
+            raise TorchAnswersError(f"{name} is no bool, but {value!r}")
+    for name in ("input_size", "hidden_size", "proj_size", "num_layers"):
+        value = getattr(module, name)
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TorchAnswersError(f"{name} is no int, but {value!r}")
+    dropout = module.dropout
+    if not isinstance(dropout, (float, int)):
+        raise TorchAnswersError(f"dropout is {dropout!r}")
+    options = Options(
+        module.input_size, module.hidden_size, module.proj_size, module.num_layers, module.bias,
+        module.batch_first, module.bidirectional, float(dropout) if module.training else 0.0,
+        flat_weights(module) if weights is None else weights,
+    )  # fmt: skip
+    if weights is None:
+        _check_weights(options)
+    return options
+
+
+def _check_weights(options: Options) -> None:
+    """Raise an error unless there are weights for each layer, of the sizes of the options."""
+    expected = options.num_layers * options.directions * _weights_per_layer(options)
+    if len(options.weights) < expected or any(w is None for w in options.weights):
+        # In torch's words.
+        raise RuntimeError(
+            "got an incorrect number of RNN parameters: "
+            f"{options.num_layers} layers need {expected}, there are {len(options.weights)}"
+        )
+    H, P = options.hidden_size, options.proj_size or options.hidden_size
+    for k, layer in enumerate(options.layers()[: options.num_layers * options.directions]):
+        # The input is compared with the weights when it is there.
+        I = layer.w_ih.shape[-1] if k < options.directions else P * options.directions
+        shapes = (4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H)
+        for weight, shape in zip(layer, shapes, strict=True):
+            # torch's fused LSTM reads memory that is not there, where its others raise an error.
+            if weight is not None and weight.shape != shape:
+                raise RuntimeError(
+                    f"the LSTM's options want weights of shape {shape} in layer "
+                    f"{k // options.directions}, got {list(weight.shape)}"
+                )
+    if len(options.weights) != expected:
+        raise TorchAnswersError(_FEWER_LAYERS, options)
+
+
+class Prepared(NamedTuple):
+    """What a module was called with, checked, the time first, and how to give results back."""
+
+    options: Options
+    input: Tensor  # (L, N, I), or the data (S, I) of a packed sequence
+    hx: States  # (K, N, P) and (K, N, H)
+    batch_sizes: Tensor | None
+    reset: Tensor | None  # (L, N)
+    is_batched: bool
+    packed: PackedSequence | None
+
+    def as_asked(self, output: Tensor) -> Any:
+        """Lay out an output as the module's own is."""
+        if self.packed is not None:
+            _, batch_sizes, sorted_indices, unsorted_indices = self.packed
+            return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        if self.options.batch_first:
+            output = output.transpose(0, 1)
+        return output if self.is_batched else output.squeeze(0 if self.options.batch_first else 1)
+
+    def states_as_asked(self, states: States) -> States:
+        """Lay out the last states as the module's own are."""
+        h, c = states
+        if self.packed is not None:
+            order = self.packed.unsorted_indices
+            return states if order is None else (h.index_select(1, order), c.index_select(1, order))
+        return states if self.is_batched else (h.squeeze(1), c.squeeze(1))
+
+
+def prepare(
+    module: Any,
+    options: Options,
+    input: Tensor | PackedSequence,
+    hx: States | None,
+    reset: Tensor | None,
+) -> Prepared:
+    """Check what an LSTM, ours or torch's, is called with, in torch's words."""
+    if isinstance(input, PackedSequence):
+        return _prepare_packed(module, options, input, hx, reset)
+    if input.dim() not in (2, 3):
+        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    is_batched = input.dim() == 3
+    batch_dim = 0 if options.batch_first else 1
+    if not is_batched:
+        input = input.unsqueeze(batch_dim)
+        reset = None if reset is None else reset.unsqueeze(batch_dim)
+    if hx is None:
+        hx = _zero_states(options, input, input.size(batch_dim))
+    else:
+        _check_rank(hx, is_batched)
+        if not is_batched:
+            hx = hx[0].unsqueeze(1), hx[1].unsqueeze(1)
+    _check_arguments(module, options, input, hx, None)
+    _check_pair(hx)
+    if options.batch_first:
+        input = input.transpose(0, 1)
+        reset = None if reset is None else reset.transpose(0, 1)
+    return Prepared(options, input, hx, None, reset, is_batched, None)
+
+
+def _prepare_packed(
+    module: Any, options: Options, packed: PackedSequence, hx: States | None, reset: Tensor | None
+) -> Prepared:
+    data, batch_sizes, order, _ = packed
+    # torch does not look at the module's own input_size here.
+    options = options._replace(input_size=options.weights[0].shape[-1])
+    if hx is None:
+        hx = _zero_states(options, data, int(batch_sizes[0]))
+    else:
+        hx = module.permute_hidden(hx, order)
+        _check_pair(hx)
+    if torch.compiler.is_compiling():
+        # A size is read from batch_sizes once at most: two could not be compared. The operator
+        # compares when it runs.
+        options.check_input(data, batch_sizes)
+    else:
+        try:
+            _check_arguments(module, options, data, hx, batch_sizes)
+        except ValueError as error:  # what torch, which calls no check here, raises in the end
+            raise RuntimeError(str(error)) from None
+    if reset is not None and order is not None:
+        reset = reset.index_select(1, order)
+    return Prepared(options, data, hx, batch_sizes, reset, True, packed)
+
+
+def _check_arguments(
+    module: Any, options: Options, input: Tensor, hx: States, batch_sizes: Tensor | None
+) -> None:
+    if not getattr(module, "_has_own_checks", False):
+        options.check_forward_args(input, hx, batch_sizes)
+        return
+    module._update_flat_weights()
+    module.check_forward_args(input, hx, batch_sizes)
+
+
+def _zero_states(options: Options, input: Tensor, N: int) -> States:
+    layers = options.num_layers * options.directions
+    h = input.new_zeros(layers, N, options.proj_size or options.hidden_size)
+    return h, input.new_zeros(layers, N, options.hidden_size)
+
+
+def _check_pair(hx: States) -> None:
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+
+
+def _check_rank(hx: States, is_batched: bool) -> None:
+    rank, kind = (3, "batched 3-D") if is_batched else (2, "unbatched 2-D")
+    if hx[0].dim() != rank or hx[1].dim() != rank:
+        raise RuntimeError(
+            f"For {kind} input, hx and cx should "
+            f"also be {rank}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+        )
+
+
+def run(
+    module: Any, input: Tensor | PackedSequence, hx: States | None, reset: Tensor | None
+) -> tuple[Any, States]:
+    """Call a module that is not frozen."""
+    _log_refusal(module, input, hx, reset)
+    reason = _tool_is_looking(module)
+    if reason is not None:
+        return by_torch(module, input, hx, reset, reason)
+    try:
+        options = read(module, isinstance(input, PackedSequence))
+    except TorchAnswersError as error:
+        return by_torch(module, input, hx, reset, str(error))
+    ready = prepare(module, options, input, hx, reset)
+    if _is_mixed(ready) and reset is None and module.checkpoint_every is None:
+        return by_torch(module, input, hx, None, "dtypes, devices or layouts differ")
+    output, h, c = lstm(
+        ready.input,
+        ready.hx,
+        options.layers(),
+        bidirectional=options.bidirectional,
+        dropout=options.dropout,
+        batch_sizes=ready.batch_sizes,
+        reset=ready.reset,
+        checkpoint_every=module.checkpoint_every,
+    )
+    return ready.as_asked(output), ready.states_as_asked((h, c))
+
+
+def _is_mixed(ready: Prepared) -> bool:
+    """Whether input, states and weights are not of one kind, which torch takes or refuses."""
+    if torch.compiler.is_compiling():
+        return False
+    input = ready.input
+    autocast = torch._C._is_any_autocast_enabled()
+    return any(
+        t.device != input.device
+        or t.layout != torch.strided
+        or (t.dtype != input.dtype and not autocast)
+        for t in (input, *ready.hx, *ready.options.weights)
+    )
+
+
+def run_frozen(
+    module: Any,
+    packed: Sequence[Tensor | None],
+    input: Tensor | PackedSequence,
+    hx: States | None,
+    reset: Tensor | None,
+) -> tuple[Any, States]:
+    """Call a frozen module, with the weights that were packed."""
+    _log_refusal(module, input, hx, reset)
+    options = _read_frozen(module, packed, input, hx)
+    ready = prepare(module, options, input, hx, reset)
+    wanted = packed[: _packed_tensors(options)]
+    arguments = list(wanted), options.bidirectional, ready.batch_sizes, ready.reset
+    low = None if ready.batch_sizes is not None else _autocast_dtype(ready.input)
+    if low is None:
+        output, h, c = _ops.lstm_packed(ready.input, *ready.hx, *arguments)
+    else:
+        # The weights are of one precision: only the results have the dtype of an unfrozen layer's.
+        own = options.weights[0].dtype
+        cast = [t.to(own) for t in (ready.input, *ready.hx)]
+        with torch.autocast("cpu", enabled=False):
+            output, h, c = (t.to(low) for t in _ops.lstm_packed(*cast, *arguments))
+    return ready.as_asked(output), ready.states_as_asked((h, c))
+
+
+def _packed_tensors(options: Options) -> int:
+    return options.num_layers * options.directions * len(("packed", "b_ih", "b_hh"))
+
+
+def _read_frozen(module: Any, packed: Sequence[Tensor | None], input: Any, hx: Any) -> Options:
+    """Read the options of a frozen module, or raise torch's error for them."""
+    try:
+        options = read(module, isinstance(input, PackedSequence), (module.like_weights,))
+        if len(packed) < _packed_tensors(options) or (packed[1] is not None) != options.bias:
+            raise RuntimeError("got an incorrect number of RNN parameters")
+        if len(packed) > _packed_tensors(options):
+            raise TorchAnswersError(_FEWER_LAYERS, options)
+        return options
+    except TorchAnswersError as error:
+        nn.LSTM.forward(module, input, hx)
+        if error.options is None:
+            raise RuntimeError(f"a frozen module cannot be called like this: {error}") from None
+        return error.options
+
+
+def _autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """Return what autocast casts this input to; None for not at all."""
+    if not torch.is_autocast_enabled("cpu") or input.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype("cpu")
+
+
+def _log_refusal(module: Any, input: Any, hx: Any, reset: Tensor | None) -> None:
+    """In the verbose mode, say why the direct call left a module's call to Python."""
+    data = input.data if isinstance(input, PackedSequence) else input
+    if _backend.is_verbose() and isinstance(data, Tensor):
+        reason = _why_not_direct(module, data, hx, reset)
+        _backend.log_path("LSTM", data, f"not the direct call: {reason}")
+
+
+def _why_not_direct(module: Any, data: Tensor, hx: Any, reset: Tensor | None) -> str:
+    """Go through what csrc/python/direct_calls.cpp and module_options.cpp ask for."""
+    parameters = module._parameters
+    weights = [parameters.get(name) for name in module._flat_weights_names]
+    reasons = {
+        "reset": reset is not None,
+        "checkpoint_every": module.checkpoint_every is not None,
+        "projections": bool(module.proj_size),
+        "dropout is to be drawn": bool(module.training and module.dropout),
+        "the class has checks of its own": module._has_own_checks,
+        "torch.func or a mode of torch's is at work": _backend.is_transformed(),
+        "a weight is no parameter, or not what _flat_weights has": (
+            not hasattr(module, "like_weights")
+            and [id(w) for w in weights] != [id(w) for w in module._flat_weights]
+        ),
+        "no tuple of two states": hx is not None and not (type(hx) is tuple and len(hx) == 2),
+        f"the device is {data.device}": not data.is_cpu,
+        "autocast of a frozen module": torch.is_autocast_enabled("cpu"),
+        "a single sequence": data.dim() == 2,
+        "the input is empty": data.numel() == 0,
+    }
+    return next(
+        (reason for reason, holds in reasons.items() if holds),
+        "an option, a size or a dtype is not as when the module was built",
+    )
+
+
+def _tool_is_looking(module: Any) -> str | None:
+    """Say which tool of torch's, that knows torch's own LSTM alone, is looking at the call."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return "torch.jit is tracing"
+    for weight in module._parameters.values():
+        # torch.nn.utils' expanded weights: a tensor with a table of what it can differentiate.
+        if hasattr(type(weight), "handled_functions"):
+            return f"the weights are of type {type(weight).__name__}"
+    return None
+
+
+def by_torch(
+    module: Any, input: Any, hx: Any, reset: Tensor | None, reason: str
+) -> tuple[Any, States]:
+    """Let torch.nn.LSTM compute, or raise its own error."""
+    data = input.data if isinstance(input, PackedSequence) else input
+    _backend.log_path("LSTM", data, f"torch.nn.LSTM.forward: {reason}")
+    out: tuple[Any, States] = nn.LSTM.forward(module, input, hx)
+    if reset is not None or module.checkpoint_every is not None:
+        option = "reset" if reset is not None else "checkpoint_every"
+        raise RuntimeError(
+            f"{option} is not for torch.nn.LSTM, which has to compute this: {reason}"
+        )
+    return out

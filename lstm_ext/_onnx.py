@@ -1,0 +1,239 @@
+"""The operators in ONNX: what ``torch.onnx.export(dynamo=True)`` makes of them.
+
+The exporter first decomposes what it cannot translate, by torch's table of decompositions: the ones
+registered here write the ONNX operator into the graph themselves. With :func:`onnx_translations` it
+can translate our operators, and leaves them whole until then. Either way, a layer in one direction
+becomes one ONNX LSTM, which leaves length and batch open.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._decomp import register_decomposition
+
+from lstm_ext import _ops, reference
+
+if TYPE_CHECKING:
+    from lstm_ext.functional import LayerWeights
+
+Translation = Callable[..., Any]
+
+
+def _refuse(what: str, instead: str) -> NoReturn:
+    raise RuntimeError(f"ONNX's LSTM has no {what}: {instead}")
+
+
+def _check(batch_sizes: object, reset: object) -> None:
+    if batch_sizes is not None:
+        _refuse("packed sequences", "export the model with a padded tensor as its input")
+    if reset is not None:
+        _refuse("reset", "export a loop over an lstm_ext.LSTMCell, which zeroes the states itself")
+
+
+def _refuse_packed_weights(*_: Any, **__: Any) -> NoReturn:
+    _refuse("packed weights", "call lstm_ext.unfreeze(model) before the export")
+
+
+# Without a table of translations.
+
+
+def _decomposition(
+    name: str, rule: Callable[[Any], Any]
+) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """Register what the ONNX exporter does with an operator.
+
+    Where a decomposition stands, fake tensors use it in place of the operator's fake rule, unless
+    they find a rule in the table "meta".
+    """
+    op, make = getattr(torch.ops.lstm_ext, name).default, _ops.arguments_of(name)
+
+    def fake(*arguments: Any) -> Any:
+        _ops.keep_whole(f"lstm_ext::{name}")
+        return rule(make(*arguments))
+
+    def register(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        register_decomposition(op, type="meta")(fake)
+        register_decomposition(op)(lambda *arguments: function(make(*arguments)))
+        return function
+
+    return register
+
+
+@_decomposition("lstm_cell", _ops.cell_states)
+def _decompose_cell(a: Any) -> tuple[Tensor, Tensor]:
+    return reference.states(reference.gates(a.input, a.hx, a.w_ih, a.w_hh, a.b_ih, a.b_hh), a.cx)
+
+
+@_decomposition("lstm_layer", _ops.layer_states)
+def _decompose_layer(a: Any) -> Any:
+    if not torch.onnx.is_in_onnx_export():
+        return NotImplemented  # which leaves the operator as it is
+    _check(a.batch_sizes, a.reset)
+    (L, N), H = a.input.shape[:2], a.w_hh.shape[1]
+    biases = [_onnx_order(b) for b in (a.b_ih, a.b_hh) if b is not None]
+    if len(biases) == 1:
+        biases.append(torch.zeros_like(biases[0]))  # ONNX adds two, or none
+    bias = torch.cat(biases, 1) if biases else None
+    weights = _onnx_order(a.w_ih), _onnx_order(a.w_hh)
+    output, h, c = torch.onnx.ops.symbolic_multi_out(
+        "LSTM",
+        (a.input, *weights, bias, None, a.hx[None], a.cx[None]),
+        {"hidden_size": H, "direction": "reverse" if a.reverse else "forward"},
+        dtypes=[a.input.dtype] * 3,
+        shapes=[(L, 1, N, H), (1, N, H), (1, N, H)],
+    )
+    # torch's stand-in for an ONNX operator gives tensors on the CPU.
+    return tuple(t.to(a.input.device) for t in (output.squeeze(1), h.squeeze(0), c.squeeze(0)))
+
+
+def _onnx_order(weight: Tensor) -> Tensor:
+    """From gates i, f, g, o to i, o, f, g, with a dimension in front for the direction."""
+    H = weight.shape[0] // 4
+    # Slices, not chunks: those the exporter computes once, in the file.
+    return torch.cat([weight[:H], weight[3 * H :], weight[H : 3 * H]]).unsqueeze(0)
+
+
+@_decomposition("lstm_layer_packed", _ops.layer_states)
+def _decompose_packed_layer(_: Any) -> Any:
+    return _refuse_packed_weights() if torch.onnx.is_in_onnx_export() else NotImplemented
+
+
+# While the model is captured.
+
+
+def exporting() -> bool:
+    """Whether ``torch.onnx.export`` is capturing the model that asks."""
+    return (
+        torch.compiler.is_exporting()
+        and not torch.compiler.is_dynamo_compiling()
+        and torch.onnx.is_in_onnx_export()
+    )
+
+
+def projected_lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: Sequence[LayerWeights],
+    bidirectional: bool,
+    dropout: float,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run an LSTM with projections in the operator without, for ONNX has none.
+
+    With r = o * tanh(c), of which h = W_hr r, the recurrent product is (W_hh W_hr) r at every step
+    but the first, which has W_hh h_0. For that one there are P more units: their first state is
+    h_0, and with no weights towards them they are zero from then on.
+    """
+    (h, c), directions = hx, 2 if bidirectional else 1
+    H, P = c.shape[2], h.shape[2]
+    h, c = (torch.cat(pair, 2) for pair in ((torch.zeros_like(c), h), (c, torch.zeros_like(h))))
+
+    def wider(weight: Tensor) -> Tensor:
+        rows = weight.reshape(4, H, -1)
+        return torch.nn.functional.pad(rows, (0, 0, 0, P)).flatten(0, 1)
+
+    h_n, c_n = [], []
+    for k in range(0, len(weights), directions):
+        flat: list[Tensor | None] = []
+        pair = weights[k : k + directions]
+        for w in pair:
+            assert w.w_hr is not None
+            flat += [wider(w.w_ih), wider(torch.cat([w.w_hh @ w.w_hr, w.w_hh], 1))]
+            flat += [None if b is None else wider(b).flatten() for b in (w.b_ih, w.b_hh)]
+        if k > 0 and dropout > 0:
+            input = torch.dropout(input, dropout, True)
+        states = h[k : k + directions], c[k : k + directions]
+        r, r_n, c_k = _ops.lstm(input, *states, flat, bidirectional, 0.0, batch_sizes, reset)
+        parts = r.chunk(directions, -1)
+        projections = [w.w_hr.mT for w in pair if w.w_hr is not None]
+        input = torch.cat([x[..., :H] @ p for x, p in zip(parts, projections, strict=True)], -1)
+        h_n += [x[:, :H] @ p for x, p in zip(r_n, projections, strict=True)]
+        c_n.append(c_k[..., :H])
+    return input, torch.stack(h_n), torch.cat(c_n)
+
+
+# With a table.
+
+
+def onnx_translations() -> dict[Any, Translation]:
+    """Return translations of lstm_ext's operators for ``torch.onnx.export(dynamo=True)``.
+
+    The exporter needs none for a model with lstm_ext's modules, unless it is called with
+    ``verify=True``: without translations, the program that it keeps beside the ONNX model
+    (``ONNXProgram.exported_program``) has ONNX operators in it, which torch cannot compute. Each
+    layer and direction becomes one ONNX LSTM, each cell one of a single step. Length and batch stay
+    open where ``dynamic_shapes`` says so.
+
+    Returns:
+        The argument ``custom_translation_table`` of ``torch.onnx.export``: of each operator, an
+        onnxscript function. Those of what ONNX's LSTM lacks (packed sequences, ``reset``, packed
+        weights) raise an error that says so.
+
+    Raises:
+        ImportError: onnxscript is not installed.
+
+    Example::
+
+        program = torch.onnx.export(
+            lstm_ext.LSTM(10, 20).eval(),
+            (torch.randn(6, 3, 10),),
+            dynamo=True,
+            dynamic_shapes=({0: "length", 1: "batch"},),
+            custom_translation_table=lstm_ext.onnx_translations(),
+        )
+    """
+    try:
+        op: Any = importlib.import_module("onnxscript").opset18
+    except ImportError as error:
+        raise ImportError(
+            "lstm_ext.onnx_translations needs onnxscript, as torch.onnx.export does: "
+            "pip install onnxscript"
+        ) from error
+
+    def onnx_order(weight: Any) -> Any:
+        H = weight.shape[0] // 4
+        i, o, fg = (
+            op.Slice(weight, [a], [b], [0]) for a, b in ((0, H), (3 * H, 4 * H), (H, 3 * H))
+        )
+        return op.Unsqueeze(op.Concat(i, o, fg, axis=0), [0])
+
+    # The exporter reads these functions' signatures.
+    def lstm_layer(
+        input: Any, hx: Any, cx: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any,
+        batch_sizes: Any, reset: Any, reverse: Any,
+    ) -> Any:  # fmt: skip
+        _check(batch_sizes, reset)
+        biases = [onnx_order(b) for b in (b_ih, b_hh) if b is not None]
+        if len(biases) == 1:
+            biases.append(op.Sub(biases[0], biases[0]))
+        output, h, c = op.LSTM(
+            input,
+            onnx_order(w_ih),
+            onnx_order(w_hh),
+            op.Concat(*biases, axis=1) if biases else None,
+            None,  # lengths
+            op.Unsqueeze(hx, [0]),
+            op.Unsqueeze(cx, [0]),
+            direction="reverse" if reverse else "forward",
+            hidden_size=w_hh.shape[1],
+        )
+        return op.Squeeze(output, [1]), op.Squeeze(h, [0]), op.Squeeze(c, [0])
+
+    def lstm_cell(
+        input: Any, hx: Any, cx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
+    ) -> Any:
+        step = op.Unsqueeze(input, [0])
+        return lstm_layer(step, hx, cx, w_ih, w_hh, b_ih, b_hh, None, None, False)[1:]
+
+    # lstm and lstm_packed are made of the operators of one layer, into which they are decomposed.
+    return {
+        _ops.lstm_cell.default: lstm_cell,
+        _ops.lstm_layer.default: lstm_layer,
+        _ops.lstm_layer_packed.default: _refuse_packed_weights,
+    }

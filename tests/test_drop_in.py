@@ -1,0 +1,510 @@
+"""What code does with nn.LSTM and nn.LSTMCell beside calling them, done with ours."""
+
+import functools
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import nn
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import lstm_ext
+
+L, N, I, H = 5, 3, 4, 4
+LENGTHS = torch.tensor([5, 2, 4])
+OPTIONS = {
+    "plain": {},
+    "deep": {"num_layers": 2},
+    "bidirectional": {"bidirectional": True, "batch_first": True},
+    "deep, bidirectional": {"num_layers": 2, "bidirectional": True},
+    "projected": {"proj_size": 2},
+    "no bias": {"bias": False},
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
+
+
+def pair(kind="LSTM", dtype=torch.float32, **options):
+    """torch's module and ours, with the same weights."""
+    made = []
+    for library in (nn, lstm_ext):
+        torch.manual_seed(0)
+        made.append(getattr(library, kind)(I, H, dtype=dtype, **options))
+    return made
+
+
+def data(dtype=torch.float32, rows=N):
+    return torch.randn(L, rows, I, dtype=dtype, generator=torch.Generator().manual_seed(7))
+
+
+def packed(x, module):
+    return pack_padded_sequence(
+        x, LENGTHS[: x.shape[0 if module.batch_first else 1]], module.batch_first, False
+    )
+
+
+def relative_error(found, true):
+    return ((found.double() - true).norm() / true.norm()).item()
+
+
+def laid_out(x, module):
+    return x.transpose(0, 1) if module.batch_first else x
+
+
+def flat(out):
+    output, (h, c) = out
+    return [output.data if isinstance(output, PackedSequence) else output, h, c]
+
+
+# Ways to call a layer that go different ways inside.
+CALLS = {
+    "padded": lambda m, x: m(laid_out(x, m)),
+    "packed": lambda m, x: m(packed(laid_out(x, m), m)),
+    "one sequence": lambda m, x: m(x[:, 0]),
+    "no gradient": lambda m, x: torch.no_grad()(m)(laid_out(x, m)),
+    "reset": lambda m, x: m(laid_out(x, m), **no_reset(m, x)),
+    "checkpoint_every": lambda m, x: in_pieces(m)(laid_out(x, m)),
+}
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+def no_reset(module, x):
+    if not isinstance(module, lstm_ext.LSTM):
+        return {}
+    return {"reset": laid_out(torch.zeros(x.shape[:2], dtype=torch.bool), module)}
+
+
+def in_pieces(module):
+    if isinstance(module, lstm_ext.LSTM):
+        module.checkpoint_every = 2
+    return module
+
+
+# Weights
+
+
+def write_into_the_list(m):
+    m._flat_weights[1] = torch.zeros_like(m._flat_weights[1])
+
+
+def replace_the_list(m):
+    m._flat_weights = [2 * w.detach() for w in m._flat_weights]
+
+
+def replace_a_parameter(m):
+    m._parameters["weight_hh_l0"] = nn.Parameter(2 * m.weight_hh_l0.detach())
+
+
+def hide_a_parameter(m):
+    vars(m)["weight_hh_l0"] = 2 * m.weight_hh_l0.detach()
+
+
+def assign_a_parameter(m):
+    m.weight_hh_l0 = nn.Parameter(2 * m.weight_hh_l0.detach())
+
+
+def write_the_data(m):
+    m.weight_hh_l0.data.mul_(2)
+
+
+def replace_a_parameter_by_no_parameter(m):
+    w = m.weight_hh_l0.detach()
+    del m.weight_hh_l0
+    m.weight_hh_l0 = 2 * w
+
+
+WRITTEN = [
+    write_into_the_list, replace_the_list, replace_a_parameter, hide_a_parameter,
+    assign_a_parameter, write_the_data, replace_a_parameter_by_no_parameter,
+]  # fmt: skip
+
+
+@every_call
+@every_option
+@pytest.mark.parametrize("write", WRITTEN)
+def test_written_weights(write, options, call):
+    theirs, ours = pair(**options)
+    x = data()
+    before = flat(call(ours, x))
+    for module in (theirs, ours):
+        write(module)
+    found, expected = flat(call(ours, x)), flat(call(theirs, x))
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(found[0], before[0])
+
+
+def test_replaced_parameters_are_called_directly_again(monkeypatch, capsys):
+    """A loader that writes into _parameters makes one call slower, and not all."""
+    module = pair()[1]
+    replace_a_parameter(module)
+    with torch.no_grad():
+        assert refusal(monkeypatch, capsys, module, data())
+        assert not refusal(monkeypatch, capsys, module, data())
+
+
+@pytest.mark.parametrize("write", WRITTEN)
+def test_written_weights_in_a_trace(write):
+    theirs, ours = pair()
+    for module in (theirs, ours):
+        write(module)
+        trace = lstm_ext.trace_gates(module, data())
+        torch.testing.assert_close(trace.h[-1], theirs(data())[0])
+
+
+@pytest.mark.parametrize("write", [replace_a_parameter, hide_a_parameter, write_the_data])
+def test_written_weights_of_a_cell(write):
+    theirs, ours = pair("LSTMCell")
+    for module in (theirs, ours):
+        # The functions above name the layer's weight.
+        module.weight_hh_l0 = module.weight_hh
+        write(module)
+        for store in (module._parameters, vars(module)):
+            if "weight_hh_l0" in store:
+                store["weight_hh"] = store.pop("weight_hh_l0")
+    torch.testing.assert_close(ours(data()[0]), theirs(data()[0]))
+
+
+@every_call
+@every_option
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_functional_call_of_another_dtype(dropout, options, call):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dropout of one layer
+        theirs, ours = pair(dropout=dropout, **options)
+    x = data(torch.float64)
+    found = []
+    for module in (theirs, ours):
+        torch.manual_seed(2)
+        parameters = {k: v.double() for k, v in module.named_parameters()}
+        inner = nn.ModuleList([module])  # so that the module itself can be called in any way
+        inner.forward = lambda x, inner=inner: call(inner[0], x)
+        names = {f"0.{k}": v for k, v in parameters.items()}
+        found.append(flat(functional_call(inner, names, (x,))))
+    torch.testing.assert_close(found[1], found[0])
+    assert found[1][0].dtype == torch.float64
+    # Nothing of the call is left behind.
+    assert next(ours.parameters()).dtype == torch.float32
+    assert call(ours, data())[1][0].dtype == torch.float32
+
+
+@every_option
+def test_functional_call_in_halves(options):
+    _, ours = pair(**options)
+    parameters = {k: v.bfloat16() for k, v in ours.named_parameters()}
+    output, _ = functional_call(ours, parameters, (laid_out(data().bfloat16(), ours),))
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        output.float(), ours(laid_out(data(), ours))[0], rtol=0.05, atol=0.05
+    )
+
+
+@every_option
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ensembles_of_another_dtype(options, dtype):
+    models = [pair(**options)[1] for _ in range(2)]
+    with torch.no_grad():
+        for p in models[1].parameters():
+            p.mul_(2)
+    stacked, buffers = stack_module_state(models)
+    stacked = {k: v.detach().to(dtype) for k, v in stacked.items()}
+    x = laid_out(data(dtype), models[0])
+    found = vmap(lambda p: functional_call(models[0], (p, buffers), (x,))[0])(stacked)
+    for k, model in enumerate(models):
+        torch.testing.assert_close(found[k], model.to(dtype)(x)[0])
+
+
+def test_projections_under_every_transform():
+    theirs, ours = pair(proj_size=2, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x = data(torch.float64)
+    parameters = {k: v.detach() for k, v in ours.named_parameters()}
+
+    def loss(module, p, x):
+        return functional_call(module, p, (x,))[0].square().sum()
+
+    batched = torch.stack([x, 2 * x])
+    torch.testing.assert_close(vmap(lambda x: ours(x)[0])(batched)[1], theirs(2 * x)[0])
+    per_sample = vmap(grad(functools.partial(loss, ours)), (None, 0))(parameters, batched)
+    for name, expected in grad(functools.partial(loss, theirs))(parameters, 2 * x).items():
+        torch.testing.assert_close(per_sample[name][1], expected)
+    torch.testing.assert_close(jacrev(lambda x: ours(x)[0])(x), jacrev(lambda x: theirs(x)[0])(x))
+    torch.testing.assert_close(jacfwd(lambda x: ours(x)[0])(x), jacrev(lambda x: ours(x)[0])(x))
+    _, tangent = jvp(lambda x: ours(x)[0], (x,), (x,))
+    assert tangent.abs().max() > 0
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("steps", "calls"), [(200, 4), (20, 20), (1, 100), (300, 1)])
+def test_gradients_of_halves_add_up(dtype, steps, calls):
+    """Over the steps of one backward, and over backwards; at most 1.5 times torch's error."""
+
+    def gradient(cls, dtype):
+        torch.manual_seed(0)
+        cell = cls(16, 32).to(dtype)
+        torch.manual_seed(1)
+        for _ in range(calls):
+            h = c = torch.full((4, 32), 0.5, dtype=dtype)
+            loss = 0
+            for _ in range(steps):
+                h, c = cell(torch.randn(4, 16).to(dtype), (h, c))
+                loss = loss + h.float().square().mean()
+            loss.backward()
+        return [p.grad for p in cell.parameters()]
+
+    exact = gradient(nn.LSTMCell, torch.float64)
+    theirs, ours = gradient(nn.LSTMCell, dtype), gradient(lstm_ext.LSTMCell, dtype)
+    for mine, torchs, true in zip(ours, theirs, exact, strict=True):
+        assert relative_error(mine, true) <= 1.5 * relative_error(torchs, true)
+
+
+@every_option
+@pytest.mark.parametrize("call", [CALLS["padded"], CALLS["packed"]], ids=["padded", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_changed_in_place_before_backward(call, options, dtype):
+    """What torch lets change, or a clear error where torch raises one."""
+    for k in range(3):
+        found = []
+        for module in pair(dtype=dtype, **options):
+            tensors = flat(call(module, data(dtype)))
+            loss = tensors[0].square().sum() + tensors[2].sum() if k != 2 else tensors[0].sum()
+            try:
+                tensors[k].mul_(2)
+                (loss + tensors[k].sum()).backward()
+                found.append([p.grad for p in module.parameters()])
+            except RuntimeError as error:
+                found.append(error)
+        theirs, ours = found
+        if isinstance(theirs, RuntimeError):
+            # oneDNN's layer keeps its output; ours may then refuse too, in the same words.
+            assert not isinstance(ours, RuntimeError) or "modified by an inplace" in str(ours)
+            continue
+        assert not isinstance(ours, RuntimeError), (k, ours)
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_biases_changed_in_place_before_backward(kind, dtype):
+    """oneDNN's layer keeps them too, and refuses: the gradient is then as if nothing changed."""
+    found = []
+    for k, module in enumerate(pair(kind, dtype=dtype)):
+        x = data(dtype) if kind == "LSTM" else data(dtype)[0]
+        first = module(x)[0]
+        with torch.no_grad():
+            for name, p in module.named_parameters():
+                if "bias" in name and k == 1:
+                    p.add_(1)
+        first.square().sum().backward()
+        found.append([p.grad for p in module.parameters()])
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_a_graph_of_the_backward_notices_a_changed_bias(kind):
+    """It is made from the biases: a wrong one is never silent."""
+    _, module = pair(kind)
+    x = (data() if kind == "LSTM" else data()[0]).requires_grad_()
+    first = module(x)[0]
+    with torch.no_grad():
+        getattr(module, "bias_ih_l0" if kind == "LSTM" else "bias_ih").add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(first.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_anomaly_mode_sees_every_gradient(kind, existing):
+    for module in pair(kind):
+        x = data() if kind == "LSTM" else data()[0]
+        if existing:
+            module(x)[0].sum().backward()
+        bad = x.clone()
+        bad[..., 0] = float("inf")  # the gates saturate: 0 * inf in the gradient of w_ih alone
+        with torch.autograd.set_detect_anomaly(True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = module(bad)[0].sum()
+            with pytest.raises(RuntimeError, match="returned nan values"):
+                loss.backward()
+
+
+# States
+
+
+@every_option
+@every_call
+def test_last_states_are_tensors_of_their_own(call, options):
+    if call is CALLS["one sequence"]:
+        pytest.skip("torch's own are views there")
+    theirs, ours = pair(**options)
+    modules = [theirs, ours]
+    if "proj_size" not in options:
+        modules.append(lstm_ext.freeze(pair(**options)[1].eval()))
+    for module in modules:
+        with torch.set_grad_enabled(module is not modules[-1] or "proj_size" in options):
+            _, (h, c) = call(module, data())
+        for state in (h, c):
+            assert not state._is_view()
+            state.detach_()
+            state.zero_()
+
+
+def test_truncated_backpropagation_by_detaching_in_place():
+    found = []
+    for module in pair(num_layers=2):
+        state = None
+        for _ in range(3):
+            output, state = module(data(), state)
+            output.square().sum().backward()
+            for s in state:
+                s.detach_()
+        found.append([p.grad for p in module.parameters()])
+    torch.testing.assert_close(found[1], found[0])
+
+
+# Classes, copies and files
+
+
+class Checked(lstm_ext.LSTM):
+    """A subclass with a check of its own."""
+
+    def check_forward_args(self, input, hidden, batch_sizes):
+        self.checked = input.shape
+        super().check_forward_args(input, hidden, batch_sizes)
+        if input.isnan().any():
+            raise ValueError("NaN in the input")
+
+
+@every_call
+def test_a_subclass_checks_its_arguments(call):
+    module = Checked(I, H)
+    call(module, data())
+    assert module.checked[-1] == I or call is CALLS["packed"]
+    with pytest.raises((ValueError, RuntimeError), match="NaN in the input"):
+        call(module, data() * float("nan"))
+    expected = lstm_ext.LSTM(I, H)
+    expected.load_state_dict(module.state_dict())
+    torch.testing.assert_close(flat(call(module, data())), flat(call(expected, data())))
+
+
+def test_modules_pickled_by_older_versions():
+    """Their __dict__ lacks what was added since."""
+    theirs, ours = pair(num_layers=2)
+    old = dict(vars(ours))
+    for name in ("_flat_weight_refs", "proj_size"):
+        del old[name]
+    read = lstm_ext.LSTM.__new__(lstm_ext.LSTM)
+    read.__setstate__(old)
+    torch.testing.assert_close(flat(read(data())), flat(theirs(data())))
+    assert read.checkpoint_every is None
+    with_option = lstm_ext.LSTM(I, H, checkpoint_every=3)
+    assert pickle.loads(pickle.dumps(with_option)).checkpoint_every == 3
+    file = io.BytesIO()
+    torch.save(with_option, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False).checkpoint_every == 3
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_torch_jit_script_names_the_remedy(kind):
+    model = nn.Sequential(pair(kind)[1])
+    for module in (model, lstm_ext.freeze(model.eval())):
+        with pytest.raises(RuntimeError, match=r"lstm_ext\.revert"):
+            torch.jit.script(module)
+    assert isinstance(lstm_ext.unfreeze(model)[0], getattr(lstm_ext, kind))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_plain_compile(kind):
+    """Without torch's switch the graph breaks at the layer; the model computes the same."""
+    torch._dynamo.reset()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.rnn = nn.Linear(I, I), pair(kind)[1]
+
+        def forward(self, x):
+            return self.rnn(self.before(x).relu())[0].tanh()
+
+    model = Model()
+    compiled = torch.compile(model, backend="aot_eager")
+    for x in (data(), data(rows=2)):
+        x = x if kind == "LSTM" else x[0]
+        torch.testing.assert_close(compiled(x), model(x))
+        found = torch.autograd.grad(compiled(x).sum(), list(model.parameters()))
+        expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_compiler_leaves_the_layer_alone():
+    """Without torch's switch no frame of ours is compiled: the layer costs what it does eagerly."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    module = pair()[1]
+    compiled = torch.compile(module, backend=counter)
+    for _ in range(3):
+        torch.testing.assert_close(flat(compiled(data())), flat(module(data())))
+    assert counter.frame_count == 0
+
+
+def refusal(monkeypatch, capsys, module, *arguments, **options):
+    monkeypatch.setattr("lstm_ext._backend._VERBOSE", True)
+    module(*arguments, **options)
+    said = capsys.readouterr().err
+    return said.partition("not the direct call: ")[2].splitlines()[:1]
+
+
+def test_the_verbose_mode_says_why_the_direct_call_was_left(monkeypatch, capsys):
+    x = data()
+    cases = [
+        ([], pair()[1], (x,), {}),
+        (["reset"], pair()[1], (x,), {"reset": torch.zeros(L, N, dtype=torch.bool)}),
+        (["projections"], pair(proj_size=2)[1], (x,), {}),
+        (["dropout is to be drawn"], pair(num_layers=2, dropout=0.5)[1], (x,), {}),
+        (["checkpoint_every"], lstm_ext.LSTM(I, H, checkpoint_every=2), (x,), {}),
+        (["the class has checks of its own"], Checked(I, H), (x,), {}),
+        (["a single sequence"], pair()[1], (x[:, 0],), {}),
+        (["no tuple of two states"], pair()[1], (x, list(torch.zeros(2, 1, N, H))), {}),
+        (["the device is meta"], lstm_ext.LSTM(I, H, device="meta"), (x.to("meta"),), {}),
+    ]
+    written = pair()[1]
+    write_into_the_list(written)
+    reason = "a weight is no parameter, or not what _flat_weights has"
+    cases.append(([reason], written, (x,), {}))
+    cell, normed = pair("LSTMCell")[1], pair("LSTMCell")[1]
+    torch.nn.utils.parametrizations.weight_norm(normed, "weight_hh")
+    cases.append(([], cell, (x[0],), {}))
+    cases.append((["a single sample"], cell, (x[0, 0],), {}))
+    cases.append((["a weight is no parameter"], normed, (x[0],), {}))
+    frozen = lstm_ext.freeze(pair()[1].eval())
+    cases.append((["a single sequence"], frozen, (x[:, 0],), {}))
+    with torch.no_grad():
+        for expected, module, arguments, options in cases:
+            assert refusal(monkeypatch, capsys, module, *arguments, **options) == expected
+
+
+@pytest.mark.usefixtures("allow_rnn")
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_packed_argument_in_a_whole_graph(states, frozen):
+    torch._dynamo.reset()
+    module = pair(num_layers=2, bidirectional=True)[1]
+    if frozen:
+        module = lstm_ext.freeze(module.eval())
+
+    def call(values, sizes, h, c):
+        output, (h, c) = module(PackedSequence(values, sizes), (h, c) if states else None)
+        return output.data, h, c
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    with torch.set_grad_enabled(not frozen):
+        for lengths in ([5, 3, 2], [4, 4, 1]):
+            p = pack_padded_sequence(data(), torch.tensor(lengths))
+            arguments = p.data, p.batch_sizes, torch.ones(4, N, H), torch.ones(4, N, H)
+            torch.testing.assert_close(compiled(*arguments), call(*arguments))
