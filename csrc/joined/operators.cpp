@@ -1,8 +1,6 @@
 // Compiled as one: most of the time goes to torch's headers (setup.py).
 #include "core/path_log.cpp"
 #include "core/sequence.cpp"
-#include "cpu/layer.cpp"
-#include "cpu/pack.cpp"
 #include "ops/cell.cpp"
 #include "ops/composite_cell.cpp"
 #include "ops/composite_layer.cpp"

@@ -1,0 +1,3 @@
+// Compiled as one: most of the time goes to torch's headers (setup.py).
+#include "cpu/layer.cpp"
+#include "cpu/pack.cpp"
