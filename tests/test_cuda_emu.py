@@ -203,8 +203,8 @@ MUTATIONS = {
     "no barrier before the sums": ("cell_forward.cu", BARRIER, "", "thread"),
     "a share of the sum left out": (
         "gate_tiles.cuh",
-        "slice < split;",
-        "slice < split - 1;",
+        "slice < kWarps;",
+        "slice < kWarps - 1;",
         "none",
     ),
     "rows beyond the last are read": (
@@ -228,8 +228,8 @@ MUTATIONS = {
     "no barrier before the biases' sums": ("cell_backward.cu", BARRIER, "", "thread"),
     "one copy of h": (
         "layer_forward.cu",
-        "(step + 1) % 2 * state_size",
-        "step % 2 * state_size",
+        "h_next = h_of(step + 1)",
+        "h_next = h_of(step)",
         "none",
     ),
     "blocks that do not wait": (
@@ -252,14 +252,14 @@ MUTATIONS = {
     ),
     "what was not stored before arriving is lost": (
         "layer_forward.cu",
-        "    if (is_late) store(late, now, next.end);\n",
+        "    if (is_late) store(late, now, next.count);\n",
         "",
         "none",
     ),
     "products of a wrong step": (
         "layer_forward.cu",
-        "ahead = read(step + 1, next, first_row, spots.first())",
-        "ahead = read(step, now, first_row, spots.first())",
+        "ahead = read(step + 1, next, 0, spots.first())",
+        "ahead = read(step, now, 0, spots.first())",
         "none",
     ),
     "products of a wrong row tile": (
@@ -314,11 +314,11 @@ MUTATIONS = {
     "arrived before the gradients are stored": (
         "layer_backward.cu",
         (
-            "    const StepRows next = rows_of(sequence, step - 1, end_row);\n",
+            "    const StepRows next = rows_of(sequence, step - 1, part);\n",
             "    if constexpr (kPublishFirst) meeting.arrive();\n",
         ),
         (
-            "    const StepRows next = rows_of(sequence, step - 1, end_row);\n"
+            "    const StepRows next = rows_of(sequence, step - 1, part);\n"
             "    if (step > 0 || layer.grad_hx != nullptr) meeting.arrive();\n",
             "",
         ),
@@ -338,14 +338,14 @@ MUTATIONS = {
     ),
     "columns that are not all copied": (
         "layer_backward.cu",
-        "hidden < all; hidden += kCount",
-        "hidden + kCount < all; hidden += kCount",
+        "hidden < kInUnit * units; hidden += kCount",
+        "hidden + kCount < kInUnit * units; hidden += kCount",
         "none",
     ),
     "hidden units out of their places": (
         "layer_backward.cu",
-        "part, in_group, hidden - part * units",
-        "0 * part + hidden % kInUnit, in_group, hidden / kInUnit",
+        "quarter, in_group, hidden - quarter * units",
+        "0 * quarter + hidden % kInUnit, in_group, hidden / kInUnit",
         "none",
     ),
     "gradients through resets": (

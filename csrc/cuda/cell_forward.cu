@@ -15,24 +15,28 @@ namespace {
 // split warps to a tile; kWarps / split tiles of units, side by side.
 template <class Tile, bool kVectors>
 __global__ void __launch_bounds__(kThreads, 2)
-    cell_forward_kernel(CellForward<typename Tile::T> cell, int split, int unit_blocks) {
+    cell_forward_kernel(CellForward<typename Tile::T> cell, int split, int row_units,
+                        int unit_blocks) {
   using T = typename Tile::T;
   using S = typename Tile::S;
-  LSTM_EXT_DYNAMIC_SHARED(S, shared);
+  LSTM_EXT_DYNAMIC_SHARED(GateSums<S>, shared);
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int units = kWarps / split * Tile::kUnits;
-  const PartialSums<S> partial{shared, Tile::kRows, units};
+  const PartialSums<S> partial{shared, Tile::kRows, row_units};
 
   const int H = cell.H, first_unit = static_cast<int>(blockIdx.x) % unit_blocks * units;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) / unit_blocks * Tile::kRows;
   const int tile = warp / split * Tile::kUnits;
-  const TilePlace place = {first_row, cell.N, first_unit + tile, H, warp % split, split};
+  const int rows = static_cast<int>(min(cell.N - first_row, int64_t{Tile::kRows}));
+  const TilePlace place = {0, rows, first_unit + tile, H, warp % split, split};
 
   Tile sums;
   const int64_t I = cell.I;
-  sums.template add<kVectors>({cell.input, cell.w_ih, cell.I, I, H * I}, place, lane);
-  sums.template add<kVectors>({cell.hx, cell.w_hh, H, H, int64_t{H} * H}, place, lane);
+  sums.template add<kVectors>({cell.input + first_row * I, cell.w_ih, cell.I, I, H * I}, place,
+                              lane);
+  sums.template add<kVectors>({cell.hx + first_row * H, cell.w_hh, H, H, int64_t{H} * H}, place,
+                              lane);
   sums.store(partial, place.slice, tile, lane);
   __syncthreads();
 
@@ -41,11 +45,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int unit = first_unit + element % units;
     const int64_t row = first_row + element / units;
     if (unit >= H || row >= cell.N) continue;
+    const GateSums<S> sum = partial.sum(split, element / units, element % units);
     S pre[kGates];
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
-      pre[gate] = sum_of_biases(cell.b_ih, cell.b_hh, gate * H + unit) +
-                  partial.sum(split, gate, element / units, element % units);
+      pre[gate] = sum_of_biases(cell.b_ih, cell.b_hh, gate * H + unit) + sum.gate[gate];
     const int64_t at = row * H + unit;
     S c, h;
     const Gates<S> gates = lstm_ext::cell_forward<Math>(Gates<S>{pre[0], pre[1], pre[2], pre[3]},
@@ -77,10 +81,11 @@ cudaError_t launch_tiles(const CellForward<typename Tile::T>& cell, const Device
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   how.grid = dim3(static_cast<unsigned>(blocks));
   how.block = dim3(kThreads);
-  how.shared = sizeof(typename Tile::S) * kGates * Tile::kRows * Tile::kUnits * kWarps;
+  const int row_units = sum_row_units(kWarps / split * Tile::kUnits);
+  how.shared = sizeof(GateSums<typename Tile::S>) * split * Tile::kRows * row_units;
   how.stream = stream;
   const auto kernel = vectors ? cell_forward_kernel<Tile, true> : cell_forward_kernel<Tile, false>;
-  return launch(how, kernel, cell, split, unit_blocks(split));
+  return launch(how, kernel, cell, split, row_units, unit_blocks(split));
 }
 
 }  // namespace

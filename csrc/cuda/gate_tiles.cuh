@@ -3,8 +3,8 @@
 // A tile adds up, over the columns k of one operand (the input with W_ih, h with W_hh), a warp's
 // share: every split'th chunk from its own on. Both kinds read each number straight into the
 // registers of the lane that needs it, 16 bytes at a time where kVectors: of the operand's rows
-// kAhead chunks before they are multiplied. kPadded: rows of weights lie on 16 bytes, and have
-// zeros up to a multiple of kPad numbers.
+// kAhead chunks before they are multiplied. kPut: the weights lie in shared memory as the tile's
+// put has put them, with zeros up to a multiple of kPad numbers.
 #pragma once
 
 #include "cuda/mma.cuh"
@@ -15,7 +15,7 @@ namespace lstm_ext::cuda {
 constexpr int kGates = 4;
 constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;  // of a block
 
-// Rows of the batch [N, K] times rows of the weights, K numbers each. The row of a unit's gate
+// A block's rows of the batch, of K numbers, times rows of the weights. The row of a unit's gate
 // begins at weights + gate * gate_stride + unit * unit_stride.
 template <class T>
 struct Operand {
@@ -25,32 +25,65 @@ struct Operand {
   int64_t unit_stride, gate_stride;
 };
 
-// Where a tile lies in the result, and this warp's share of the sum. What lies beyond the last row
-// or unit is computed as if it were the last, and not kept.
+// Where a tile lies in the operand's rows and units, of so many, and this warp's share of the sum.
+// What lies beyond the last row or unit is computed as if it were the last, and not kept.
 struct TilePlace {
-  int64_t first_row, rows;
+  int first_row, rows;
   int first_unit, units;
   int slice, split;
 };
 
-// Partial sums of a block in shared memory: [split][gate][row][unit].
+// Of one unit and row, read and written 16 bytes at a time.
+template <class S>
+struct alignas(16) GateSums {
+  S gate[kGates];
+};
+
+// Partial sums of a block in shared memory: [split][row][row_units].
 template <class S>
 struct PartialSums {
-  S* at;
-  int rows, units;
+  GateSums<S>* at;
+  int rows, row_units;
 
-  __device__ S& operator()(int slice, int gate, int row, int unit) const {
-    return at[((slice * kGates + gate) * rows + row) * units + unit];
+  __device__ GateSums<S>& operator()(int slice, int row, int unit) const {
+    return at[(slice * rows + row) * row_units + unit];
   }
 
-  __device__ PartialSums from_row(int row) const { return {at + row * units, rows, units}; }
+  __device__ PartialSums from_row(int row) const { return {at + row * row_units, rows, row_units}; }
+
+  __device__ GateSums<S> sum(int split, int row, int unit) const {
+    GateSums<S> sums = {};
+    for_slices(split, [&](int slice) {
+      const GateSums<S> part = (*this)(slice, row, unit);
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) sums.gate[gate] += part.gate[gate];
+    });
+    return sums;
+  }
 
   __device__ S sum(int split, int gate, int row, int unit) const {
     S sum = 0;
-    for (int slice = 0; slice < split; ++slice) sum += (*this)(slice, gate, row, unit);
+    for_slices(split, [&](int slice) { sum += (*this)(slice, row, unit).gate[gate]; });
     return sum;
   }
+
+ private:
+  // In small tasks all warps share each sum: then without a loop.
+  template <class Body>
+  __device__ static void for_slices(int split, const Body& body) {
+    if (split == kWarps) {
+#pragma unroll
+      for (int slice = 0; slice < kWarps; ++slice) body(slice);
+    } else {
+#pragma unroll 1
+      for (int slice = 0; slice < split; ++slice) body(slice);
+    }
+  }
 };
+
+// Units of a row of partial sums: one more than are used, so that lanes that write to different
+// rows find them in different banks.
+inline int sum_row_units(int units) { return units + 1; }
 
 template <int kCount, bool kVectors, class T>
 __device__ inline Vector<T, kCount> load(const T* row, int k, int K) {
@@ -126,19 +159,17 @@ struct FmaTile {
 
   S sums[kGates * kRows] = {};
 
-  template <bool kVectors, int kAhead = 0, bool kPadded = false>
+  template <bool kVectors, int kAhead = 0, bool kPut = false>
   __device__ void add(const Operand<T>& operand, const TilePlace& place, int lane) {
     constexpr int kStep = kVectors ? kFullVector<T> : 1;
     using Numbers = Vector<T, kStep>;
     const int K = operand.K, unit = min(place.first_unit, place.units - 1);
     const T* const weights = operand.weights + unit * operand.unit_stride;
     const T* const rows = operand.rows + place.first_row * K;
-    const int last_row = static_cast<int>(min(place.rows - place.first_row, int64_t{kRows})) - 1;
+    const int last_row = min(place.rows - place.first_row, kRows) - 1;
     in_stages<kAhead, kRows, Numbers>(
         (place.slice * kWarpSize + lane) * kStep, place.split * kWarpSize * kStep, K,
-        [&](int row, int k) {
-          return load<kStep, kVectors>(rows + static_cast<int64_t>(min(row, last_row)) * K, k, K);
-        },
+        [&](int row, int k) { return load<kStep, kVectors>(rows + min(row, last_row) * K, k, K); },
         [&](int k, const auto& numbers_of) {
           Numbers w[kGates];
 #pragma unroll
@@ -156,9 +187,20 @@ struct FmaTile {
         });
   }
 
+  // One number, or 16 bytes of each gate, to the weights of a unit in shared memory.
+  __device__ static void put(T* unit, int gate_stride, int gate, int k, T number) {
+    unit[gate * gate_stride + k] = number;
+  }
+  __device__ static void put(T* unit, int gate_stride, int k,
+                             const Vector<T, kFullVector<T>> (&numbers)[kGates]) {
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate)
+      *reinterpret_cast<Vector<T, kFullVector<T>>*>(unit + gate * gate_stride + k) = numbers[gate];
+  }
+
   __device__ void store(const PartialSums<S>& partial, int slice, int unit, int lane) {
     const S sum = sum_over_lanes<kGates * kRows>(sums, lane);
-    if (lane < kGates * kRows) partial(slice, lane / kRows, lane % kRows, unit) = sum;
+    if (lane < kGates * kRows) partial(slice, lane % kRows, unit).gate[lane / kRows] = sum;
   }
 };
 
@@ -175,10 +217,9 @@ struct MmaTile {
 
   float sums[2][kColumns][4] = {};
 
-  template <bool kVectors, int kAhead = 0, bool kPadded = false>
+  template <bool kVectors, int kAhead = 0, bool kPut = false>
   __device__ void add(const Operand<T>& operand, const TilePlace& place, int lane) {
     constexpr int kStep = kFullVector<T>, kChunk = 4 * kStep;
-    using Numbers = Vector<T, kStep>;
     static_assert(kPad == kChunk);
     const int K = operand.K, row = lane / 4, offset = lane % 4 * kStep;
     const int unit = min(place.first_unit + row, place.units - 1);
@@ -187,59 +228,112 @@ struct MmaTile {
 #pragma unroll
     for (int column = 0; column < kColumns; ++column)
       rows[column] = operand.rows + min(place.first_row + 8 * column + row, place.rows - 1) * K;
-    in_stages<kAhead, kColumns, Numbers>(
+    in_stages<kAhead, kColumns, Words>(
         place.slice * kChunk, place.split * kChunk, K,
         [&](int column, int chunk) {
-          return load<kStep, kVectors>(rows[column], chunk + offset, K);
+          return load_words<kVectors>(rows[column] + chunk + offset, chunk + offset, K);
         },
         [&](int chunk, const auto& numbers_of) {
-          uint32_t w[kGates][4], x[kColumns][4];
+          Words w[kGates], x[kColumns];
 #pragma unroll
           for (int gate = 0; gate < kGates; ++gate) {
-            const T* const row = weights + gate * operand.gate_stride;
-            Numbers numbers;  // a copy: 16 bytes at a time
-            if constexpr (kPadded)
-              numbers = *reinterpret_cast<const Numbers*>(row + chunk + offset);
+            const T* const at = weights + gate * operand.gate_stride + chunk + offset;
+            if constexpr (kPut)
+              w[gate] = words_at(at);
             else
-              numbers = load<kStep, kVectors>(row, chunk + offset, K);
-            to_words(numbers, w[gate]);
+              w[gate] = round_words(load_words<kVectors>(at, chunk + offset, K));
           }
 #pragma unroll
-          for (int column = 0; column < kColumns; ++column) to_words(numbers_of(column), x[column]);
+          for (int column = 0; column < kColumns; ++column)
+            x[column] = round_words(numbers_of(column));
 #pragma unroll
-          for (int half = 0; half < 4; half += 2)
+          for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int pair = 0; pair < 2; ++pair) {
-              const uint32_t a[4] = {w[2 * pair][half], w[2 * pair + 1][half],
-                                     w[2 * pair][half + 1], w[2 * pair + 1][half + 1]};
+              const Words a =
+                  kPut ? w[2 * pair + half] : fragment(w[2 * pair], w[2 * pair + 1], half);
 #pragma unroll
               for (int column = 0; column < kColumns; ++column) {
-                const uint32_t b[2] = {x[column][half], x[column][half + 1]};
-                multiply(sums[pair][column], a, b);
+                const uint32_t b[2] = {x[column].at[2 * half], x[column].at[2 * half + 1]};
+                multiply(sums[pair][column], a.at, b);
               }
             }
         });
   }
 
+  // As FmaTile's, in the order in which lanes read them: of a pair of gates, what the first product
+  // takes in the place of one, what the second takes in that of the other.
+  __device__ static void put(T* unit, int gate_stride, int gate, int k, T number) {
+    constexpr int kStep = kFullVector<T>, kInWord = 4 / sizeof(T);
+    const int word = k % kStep / kInWord;
+    const int at = k - k % kStep + (word % 2 * 2 + gate % 2) * kInWord + k % kInWord;
+    if constexpr (std::is_same_v<T, float>) {
+      const uint32_t bits = to_tf32(number);
+      memcpy(&number, &bits, sizeof(bits));
+    }
+    unit[(gate / 2 * 2 + word / 2) * gate_stride + at] = number;
+  }
+  __device__ static void put(T* unit, int gate_stride, int k,
+                             const Vector<T, kFullVector<T>> (&numbers)[kGates]) {
+    Words w[kGates];
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) {
+      memcpy(&w[gate], &numbers[gate], sizeof(w[gate]));
+      w[gate] = round_words(w[gate]);
+    }
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) {
+      *reinterpret_cast<Words*>(unit + gate * gate_stride + k) =
+          fragment(w[gate / 2 * 2], w[gate / 2 * 2 + 1], gate % 2);
+    }
+  }
+
   __device__ void store(const PartialSums<S>& partial, int slice, int first_unit, int lane) {
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair)
+    for (int column = 0; column < kColumns; ++column)
 #pragma unroll
-      for (int column = 0; column < kColumns; ++column)
-#pragma unroll
-        for (int part = 0; part < 4; ++part)
-          partial(slice, 2 * pair + part / 2, 8 * column + lane % 4 * 2 + part % 2,
-                  first_unit + lane / 4) = sums[pair][column][part];
+      for (int row = 0; row < 2; ++row)
+        partial(slice, 8 * column + lane % 4 * 2 + row, first_unit + lane / 4) = {
+            sums[0][column][row], sums[0][column][2 + row], sums[1][column][row],
+            sums[1][column][2 + row]};
   }
 
  private:
-  __device__ static void to_words(const Vector<T, kFullVector<T>>& numbers, uint32_t (&words)[4]) {
-    if constexpr (std::is_same_v<T, float>) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) words[j] = to_tf32(numbers.at[j]);
+  // 16 bytes of numbers as they go to the tensor cores: as words from the start, for the compiler
+  // moves 16-bit numbers about one by one.
+  using Words = Vector<uint32_t, 4>;
+
+  __device__ static Words words_at(const T* numbers) {
+    return *reinterpret_cast<const Words*>(numbers);
+  }
+
+  // Those at k of a row of K.
+  template <bool kVectors>
+  __device__ static Words load_words(const T* at, int k, int K) {
+    Words words = {};
+    if constexpr (kVectors) {
+      if (k < K) words = words_at(at);
     } else {
-      memcpy(words, &numbers, sizeof(words));
+      const auto numbers = load_each<kFullVector<T>>(at - k, k, K);
+      memcpy(&words, &numbers, sizeof(words));
     }
+    return words;
+  }
+
+  // A of the first or the second product with these 16 bytes of two gates.
+  __device__ static Words fragment(const Words& gate, const Words& next, int half) {
+    return {gate.at[2 * half], next.at[2 * half], gate.at[2 * half + 1], next.at[2 * half + 1]};
+  }
+
+  __device__ static Words round_words(Words words) {
+    if constexpr (std::is_same_v<T, float>)
+#pragma unroll
+      for (uint32_t& word : words.at) {
+        float number;
+        memcpy(&number, &word, sizeof(word));
+        word = to_tf32(number);
+      }
+    return words;
   }
 
   __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -13,19 +13,25 @@ constexpr int kInUnit = kGates;
 
 using namespace latency;
 
-// Columns first .. first + own of w_hh [K, H] to rows in shared memory, kCount numbers of a row of
-// w_hh at a time; zeros up to all.
-template <int kCount, class T>
-__device__ inline void fill(const T* w_hh, int K, int H, int first, int own, int all, T* weights,
+// Columns first .. first + own of w_hh [K, H] to shared memory, [4][units][stride], kCount numbers
+// of a row of w_hh at a time; zeros beyond own.
+template <class Tile, int kCount, class T>
+__device__ inline void fill(const T* w_hh, int K, int H, int first, int own, T* weights, int units,
                             int stride) {
   const int thread = static_cast<int>(threadIdx.x);
-  for (int hidden = 0; hidden < all; hidden += kCount)
+  for (int hidden = 0; hidden < kInUnit * units; hidden += kCount) {
+    int part[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) part[j] = (hidden + j) / units;
 #pragma unroll 4
     for (int k = thread; k < K; k += kThreads) {
       const auto numbers = load<kCount>(w_hh + static_cast<int64_t>(k) * H + first, hidden, own);
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) weights[(hidden + j) * stride + k] = numbers.at[j];
+      for (int j = 0; j < kCount; ++j)
+        Tile::put(weights + (hidden + j - part[j] * units) * stride, units * stride, part[j], k,
+                  numbers.at[j]);
     }
+  }
 }
 
 // What an element of a step reads that no other block writes.
@@ -43,15 +49,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   LSTM_EXT_DYNAMIC_SHARED(unsigned char, shared);
   const DeviceSequence& sequence = layer.sequence;
   const int H = layer.H, K = kGates * H, most = plan.units * kInUnit, stride = plan.weight_stride;
-  T* const weights = reinterpret_cast<T*>(shared);  // columns of w_hh: [most][stride]
+  const PartialSums<S> partial = partial_sums<S>(plan, shared);
+  T* const weights =
+      reinterpret_cast<T*>(shared + partial_sums_size<S>(plan));  // columns of w_hh: [most][stride]
   S* const grads_h =
       reinterpret_cast<S*>(weights + static_cast<size_t>(most) * stride);  // [rows][most]
   S* const grads_c = grads_h + plan.rows * most;                           // [rows][most]
-  const PartialSums<S> partial{grads_c + plan.rows * most, plan.group, plan.tile_units};
 
   const int thread = static_cast<int>(threadIdx.x);
-  const auto [first_unit, units, first_row, end_row] =
-      part_of_block(plan, (H + kInUnit - 1) / kInUnit, sequence.N);
+  const Part part = part_of_block(plan, (H + kInUnit - 1) / kInUnit, sequence.N);
+  const auto [first_unit, units, first_row, own_rows] = part;
   const int first = first_unit * kInUnit, own = min(units * kInUnit, H - first);
 
   // What lies beyond H is multiplied, and not kept.
@@ -59,10 +66,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     constexpr int kVector = kFullVector<T>;
     if (H % kVector == 0 && most % kVector == 0 &&
         reinterpret_cast<uintptr_t>(layer.w_hh) % 16 == 0)
-      fill<kVector>(layer.w_hh, K, H, first, own, units * kInUnit, weights, stride);
+      fill<Tile, kVector>(layer.w_hh, K, H, first, own, weights, units, stride);
     else
-      fill<1>(layer.w_hh, K, H, first, own, units * kInUnit, weights, stride);
-    pad_weights<Tile>(weights, units * kInUnit, stride, K);
+      fill<Tile, 1>(layer.w_hh, K, H, first, own, weights, units, stride);
+    pad_weights<Tile>(weights, units, stride, K);
   } else {
     for (int at = thread; at < units * kInUnit * K; at += kThreads) {
       const int hidden = at % (units * kInUnit), k = at / (units * kInUnit);
@@ -70,28 +77,28 @@ __global__ void __launch_bounds__(kThreads, 1)
           hidden < own ? layer.w_hh[static_cast<int64_t>(k) * H + first + hidden] : narrow<T>(0);
     }
   }
-  for (int64_t at = thread; at < (end_row - first_row) * own; at += kThreads) {
-    const int64_t row = at / own, of_state = (first_row + row) * H + first + at % own;
-    const int64_t kept = row * most + at % own;
+  for (int at = thread; at < own_rows * own; at += kThreads) {
+    const int row = at / own, hidden = at % own, kept = row * most + hidden;
+    const int64_t of_state = (first_row + row) * H + first + hidden;
     grads_h[kept] = layer.grad_hy != nullptr ? widen(layer.grad_hy[of_state]) : S(0);
     grads_c[kept] = layer.grad_cy != nullptr ? widen(layer.grad_cy[of_state]) : S(0);
   }
   const Spots spots(own);
-  const int first_part = spots.first().column / units;  // mostly that of all of a thread's elements
+  const int first_quarter = spots.first().column / units;  // mostly of all of a thread's elements
   const auto read = [&](int64_t step, const StepRows& rows, Spot spot) {
     Known<T> known = {};
-    if (spot.row >= rows.end - first_row) return known;
-    const int64_t row = first_row + spot.row, at_row = rows.before + row;
+    if (spot.row >= rows.count) return known;
+    const int64_t row = rows.begin + spot.row;
     const int column = first + spot.column;
-    const T* const gates = layer.gates + at_row * K + column;
+    const T* const gates = layer.gates + row * K + column;
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate) known.gates[gate] = gates[gate * H];
-    known.c_before = layer.c_before[at_row * H + column];
-    if (layer.grad_output != nullptr) known.grad_output = layer.grad_output[at_row * H + column];
-    known.reset = is_reset(sequence, step, row);
+    known.c_before = layer.c_before[row * H + column];
+    if (layer.grad_output != nullptr) known.grad_output = layer.grad_output[row * H + column];
+    known.reset = is_reset(sequence, step, first_row + spot.row);
     return known;
   };
-  StepRows now = rows_of(sequence, sequence.L - 1, end_row);
+  StepRows now = rows_of(sequence, sequence.L - 1, part);
   Known<T> ahead = {};
   if constexpr (kLoadsFirst) ahead = read(sequence.L - 1, now, spots.first());
   Meeting meeting(plan);
@@ -99,10 +106,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   for (int64_t step = sequence.L - 1; step >= 0; --step) {
-    const StepRows next = rows_of(sequence, step - 1, end_row);
-    for (Spot spot = spots.first(); spot.row < now.end - first_row;) {
-      const auto [own_row, hidden] = spot;
-      const int column = first + hidden, own_at = own_row * most + hidden;
+    const StepRows next = rows_of(sequence, step - 1, part);
+    T* const grad_gates = layer.grad_gates + now.begin * K;
+    for (Spot spot = spots.first(); spot.row < now.count;) {
+      const auto [row, hidden] = spot;
+      const int own_at = row * most + hidden;
       const Known<T> known = kLoadsFirst ? ahead : read(step, now, spot);
       spot = spots.after(spot);
       if constexpr (kLoadsFirst) ahead = read(step, now, spot);
@@ -112,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           lstm_ext::cell_backward<Math>(Gates<S>{widen(known.gates[0]), widen(known.gates[1]),
                                                  widen(known.gates[2]), widen(known.gates[3])},
                                         widen(known.c_before), grad_h, grads_c[own_at], grad_c);
-      store_gates(layer.grad_gates + (now.before + first_row + own_row) * K + column, H, grad);
+      store_gates(grad_gates + row * K + first + hidden, H, grad);
       grads_c[own_at] = known.reset ? S(0) : grad_c;
     }
     if (step == 0 && layer.grad_hx == nullptr) break;
@@ -120,21 +128,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     if constexpr (kLoadsFirst) ahead = read(step - 1, next, spots.first());
     if constexpr (!kPublishFirst) meeting.arrive();
     meeting.wait();
-    for (int64_t group = first_row; group < now.end; group += plan.group) {
-      const Operand<T> operand = {layer.grad_gates + now.before * K, weights, K, stride,
-                                  int64_t{units} * stride};
-      multiply<Tile, kVectors, kStageNext<T, true>>(plan, share, operand, group, now.end, units,
+    const Operand<T> operand = {grad_gates, weights, K, stride, int64_t{units} * stride};
+    for (int group = 0; group < now.count; group += plan.group) {
+      multiply<Tile, kVectors, kStageNext<T, true>>(plan, share, operand, group, now.count, units,
                                                     partial);
       __syncthreads();
-      const int rows = static_cast<int>(min(now.end - group, int64_t{plan.group}));
+      const int rows = min(now.count - group, plan.group);
       for (Spot spot = spots.first(); spot.row < rows; spot = spots.after(spot)) {
         const auto [in_group, hidden] = spot;
-        const int64_t row = group + in_group;
-        const int part = hidden == spots.first().column ? first_part : hidden / units;
-        grads_h[(row - first_row) * most + hidden] =
-            is_reset(sequence, step, row)
+        const int row = group + in_group;
+        const int quarter = hidden == spots.first().column ? first_quarter : hidden / units;
+        grads_h[row * most + hidden] =
+            is_reset(sequence, step, first_row + row)
                 ? S(0)
-                : partial.sum(plan.split, part, in_group, hidden - part * units);
+                : partial.sum(plan.split, quarter, in_group, hidden - quarter * units);
       }
       __syncthreads();
     }
@@ -142,9 +149,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   __syncthreads();
-  for (int64_t at = thread; at < (end_row - first_row) * own; at += kThreads) {
-    const int64_t row = at / own, of_state = (first_row + row) * H + first + at % own;
-    const int64_t kept = row * most + at % own;
+  for (int at = thread; at < own_rows * own; at += kThreads) {
+    const int row = at / own, hidden = at % own, kept = row * most + hidden;
+    const int64_t of_state = (first_row + row) * H + first + hidden;
     if (layer.grad_hx != nullptr) layer.grad_hx[of_state] = narrow<T>(grads_h[kept]);
     if (layer.grad_cx != nullptr) layer.grad_cx[of_state] = narrow<T>(grads_c[kept]);
   }

@@ -21,7 +21,7 @@ struct Plan {
   int64_t rows, row_blocks;  // the same of the batch
   int group;                 // rows that are multiplied between two barriers of the block
   int split;                 // warps that share a sum
-  int tile_units;            // units, and what the last tile has beyond them
+  int row_units;             // of a row of partial sums
   int weight_stride;         // numbers from one row of weights to the next
   size_t shared;
 };
@@ -57,9 +57,9 @@ Plan make_plan(const Work& work, int units, int64_t rows, int group) {
   plan.group = group;
   plan.split = kWarps;
   while (plan.split > 1 && kWarps / plan.split * Tile::kUnits < units) plan.split /= 2;
-  plan.tile_units = (units + Tile::kUnits - 1) / Tile::kUnits * Tile::kUnits;
+  plan.row_units = sum_row_units((units + Tile::kUnits - 1) / Tile::kUnits * Tile::kUnits);
   plan.weight_stride = weight_stride<T>(work.K);
-  const size_t sums = size_t{kGates} * plan.split * group * plan.tile_units +
+  const size_t sums = size_t{kGates} * plan.split * group * plan.row_units +
                       static_cast<size_t>(work.kept_a_unit) * units +
                       static_cast<size_t>(work.kept_a_unit_and_row) * rows * units;
   plan.shared = sizeof(T) * kGates * units * plan.weight_stride + sizeof(typename Tile::S) * sums;
@@ -150,14 +150,15 @@ Choice choose_plan(const Work& work, const Device& device) {
 // A block's part; units count as in the plan.
 struct Part {
   int first_unit, units;
-  int64_t first_row, end_row;
+  int64_t first_row;
+  int rows;
 };
 
 __device__ inline Part part_of_block(const Plan& plan, int all_units, int64_t N) {
   const int first_unit = static_cast<int>(blockIdx.x) % plan.unit_blocks * plan.units;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) / plan.unit_blocks * plan.rows;
   return {first_unit, min(plan.units, all_units - first_unit), first_row,
-          min(first_row + plan.rows, N)};
+          static_cast<int>(min(plan.rows, N - first_row))};
 }
 
 // The elements of a block's thread, kThreads apart, in rows of so many columns: without divisions
@@ -186,13 +187,14 @@ class Spots {
   Spot first_, step_;
 };
 
-// Zeros behind the K numbers of rows of weights in shared memory.
+// Zeros behind the K numbers of each row of weights in shared memory: [4][units][stride].
 template <class Tile>
-__device__ inline void pad_weights(typename Tile::T* weights, int rows, int stride, int K) {
+__device__ inline void pad_weights(typename Tile::T* weights, int units, int stride, int K) {
   using T = typename Tile::T;
-  const int beyond = (K + Tile::kPad - 1) / Tile::kPad * Tile::kPad - K;
-  for (int at = static_cast<int>(threadIdx.x); at < rows * beyond; at += kThreads)
-    weights[at / beyond * stride + K + at % beyond] = narrow<T>(0);
+  const int end = (K + Tile::kPad - 1) / Tile::kPad * Tile::kPad;
+  for (int row = static_cast<int>(threadIdx.x); row < kGates * units; row += kThreads)
+    for (int k = K; k < end; ++k)
+      Tile::put(weights + row % units * stride, units * stride, row / units, k, narrow<T>(0));
 }
 
 // What a block wrote before it arrived, those that share its rows may read once they have waited.
@@ -217,6 +219,17 @@ class Meeting {
   cooperative_groups::grid_group::arrival_token token_ = {};
 };
 
+// They come first in shared memory; what follows them is on 16 bytes too.
+template <class S>
+__device__ inline PartialSums<S> partial_sums(const Plan& plan, unsigned char* shared) {
+  return {reinterpret_cast<GateSums<S>*>(shared), plan.group, plan.row_units};
+}
+
+template <class S>
+__device__ inline size_t partial_sums_size(const Plan& plan) {
+  return sizeof(GateSums<S>) * plan.split * plan.group * plan.row_units;
+}
+
 // A warp's part in a block's sums: its share of them, and its tiles of units.
 struct WarpShare {
   int slice, first_unit, next_unit;
@@ -228,19 +241,18 @@ __device__ inline WarpShare share_of_warp(const Plan& plan) {
   return {warp % plan.split, warp / plan.split * Tile::kUnits, kWarps / plan.split * Tile::kUnits};
 }
 
-// The block's sums for a group of rows of the batch, from row on: sums of the warps' shares are
-// left to who reads them, after a __syncthreads. kStage: as in kStageNext.
+// The block's sums for a group of its rows, from `row` on: sums of the warps' shares are left to
+// who reads them, after a __syncthreads. kStage: as in kStageNext.
 template <class Tile, bool kVectors, bool kStage>
 __device__ inline void multiply(const Plan& plan, const WarpShare& share,
-                                const Operand<typename Tile::T>& operand, int64_t row,
-                                int64_t end_row, int own_units,
-                                const PartialSums<typename Tile::S>& partial) {
+                                const Operand<typename Tile::T>& operand, int row, int rows,
+                                int own_units, const PartialSums<typename Tile::S>& partial) {
   constexpr int kAhead = kStage && kVectors ? Tile::kMostAhead : 0;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   for (int unit = share.first_unit; unit < plan.units; unit += share.next_unit)
-    for (int in_group = 0; in_group < plan.group && row + in_group < end_row;
+    for (int in_group = 0; in_group < plan.group && row + in_group < rows;
          in_group += Tile::kRows) {
-      const TilePlace place = {row + in_group, end_row, unit, own_units, share.slice, plan.split};
+      const TilePlace place = {row + in_group, rows, unit, own_units, share.slice, plan.split};
       Tile sums;
       sums.template add<kVectors, kAhead, latency::kWideFill>(operand, place, lane);
       sums.store(partial.from_row(in_group), place.slice, unit, lane);
@@ -251,18 +263,21 @@ __device__ inline int64_t time_of(const DeviceSequence& sequence, int64_t step) 
   return time_of_step(step, sequence.L, sequence.reverse);
 }
 
-// The rows of a step: how many there are before them in memory, and the end of a block's own, which
-// are below end_row of the batch. None beyond the first step and the last.
+// A block's rows of a step: where they begin in memory, and how many there are. None beyond the
+// first step and the last.
 struct StepRows {
-  int64_t before, end;
+  int64_t begin;
+  int count;
 };
 
-__device__ inline StepRows rows_of(const DeviceSequence& sequence, int64_t step, int64_t end_row) {
+__device__ inline StepRows rows_of(const DeviceSequence& sequence, int64_t step, const Part& part) {
   if (step < 0 || step >= sequence.L) return {0, 0};
   const int64_t t = time_of(sequence, step);
-  if (sequence.offsets == nullptr) return {t * sequence.N, end_row};
+  if (sequence.offsets == nullptr) return {t * sequence.N + part.first_row, part.rows};
   const int64_t before = sequence.offsets[t];
-  return {before, min(end_row, sequence.offsets[t + 1] - before)};
+  const int64_t rows = sequence.offsets[t + 1] - before - part.first_row;
+  return {before + part.first_row,
+          static_cast<int>(max(min(rows, int64_t{part.rows}), int64_t{0}))};
 }
 
 __device__ inline bool is_reset(const DeviceSequence& sequence, int64_t step, int64_t row) {

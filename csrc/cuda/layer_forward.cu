@@ -11,7 +11,7 @@ namespace {
 using namespace latency;
 
 // w_hh of a block's units to shared memory, kCount numbers at a time: [4][units][stride].
-template <int kCount, class T>
+template <class Tile, int kCount, class T>
 __device__ inline void fill(const T* w_hh, int H, int first_unit, int own_units, T* weights,
                             int units, int stride) {
   const int in_row = H / kCount, thread = static_cast<int>(threadIdx.x);
@@ -22,10 +22,13 @@ __device__ inline void fill(const T* w_hh, int H, int first_unit, int own_units,
     for (int gate = 0; gate < kGates; ++gate)
       numbers[gate] =
           load<kCount>(w_hh + (static_cast<int64_t>(gate) * H + first_unit + unit) * H, k, H);
+    T* const of_unit = weights + unit * stride;
+    if constexpr (kCount == 1)
 #pragma unroll
-    for (int gate = 0; gate < kGates; ++gate)
-      *reinterpret_cast<Vector<T, kCount>*>(weights + (gate * units + unit) * stride + k) =
-          numbers[gate];
+      for (int gate = 0; gate < kGates; ++gate)
+        Tile::put(of_unit, units * stride, gate, k, numbers[gate].at[0]);
+    else
+      Tile::put(of_unit, units * stride, k, numbers);
   }
 }
 
@@ -39,8 +42,7 @@ struct Known {
 // What becomes of it, apart from the h that others wait for.
 template <class S>
 struct Element {
-  int64_t row;
-  int column;
+  int row, column;
   Gates<S> gates;
   S c_before, c, h;
 };
@@ -53,22 +55,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   LSTM_EXT_DYNAMIC_SHARED(unsigned char, shared);
   const DeviceSequence& sequence = layer.sequence;
   const int H = layer.H, units = plan.units, stride = plan.weight_stride;
-  T* const weights = reinterpret_cast<T*>(shared);  // [4][units][stride]
-  S* const biases = reinterpret_cast<S*>(weights + size_t{kGates} * units * stride);  // [4][units]
-  S* const states = biases + kGates * units;  // c [rows][units]
-  const PartialSums<S> partial{states + plan.rows * units, plan.group, plan.tile_units};
+  const PartialSums<S> partial = partial_sums<S>(plan, shared);
+  T* const weights =
+      reinterpret_cast<T*>(shared + partial_sums_size<S>(plan));  // [4][units][stride]
+  GateSums<S>* const biases =
+      reinterpret_cast<GateSums<S>*>(weights + size_t{kGates} * units * stride);  // [units]
+  S* const states = reinterpret_cast<S*>(biases + units);                         // c [rows][units]
 
   const int thread = static_cast<int>(threadIdx.x);
-  const auto [first_unit, own_units, first_row, end_row] = part_of_block(plan, H, sequence.N);
-  const int64_t state_size = sequence.N * H;
+  const Part part = part_of_block(plan, H, sequence.N);
+  const auto [first_unit, own_units, first_row, own_rows] = part;
+  // The block's rows of h as the step reads it.
+  const auto h_of = [&](int64_t step) {
+    return layer.h_buffers + (step % 2 * sequence.N + first_row) * H;
+  };
 
   if constexpr (kWideFill) {
     constexpr int kVector = kFullVector<T>;
     if (H % kVector == 0 && reinterpret_cast<uintptr_t>(layer.w_hh) % 16 == 0)
-      fill<kVector>(layer.w_hh, H, first_unit, own_units, weights, units, stride);
+      fill<Tile, kVector>(layer.w_hh, H, first_unit, own_units, weights, units, stride);
     else
-      fill<1>(layer.w_hh, H, first_unit, own_units, weights, units, stride);
-    pad_weights<Tile>(weights, kGates * units, stride, H);
+      fill<Tile, 1>(layer.w_hh, H, first_unit, own_units, weights, units, stride);
+    pad_weights<Tile>(weights, units, stride, H);
   } else {
     for (int at = thread; at < kGates * own_units * H; at += kThreads) {
       const int gate = at / (own_units * H), unit = at / H % own_units, k = at % H;
@@ -78,86 +86,86 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   for (int at = thread; at < kGates * own_units; at += kThreads) {
     const int gate = at / own_units, unit = at % own_units, column = gate * H + first_unit + unit;
-    biases[gate * units + unit] = sum_of_biases(layer.b_ih, layer.b_hh, column);
+    biases[unit].gate[gate] = sum_of_biases(layer.b_ih, layer.b_hh, column);
   }
   // What rows from..to start from: h where the product of their first step reads it, and c.
-  const auto begin = [&](int64_t from, int64_t to, int64_t step) {
-    for (int64_t element = thread; element < (to - from) * own_units; element += kThreads) {
-      const int unit = static_cast<int>(element % own_units);
-      const int64_t row = from + element / own_units, at = row * H + first_unit + unit;
-      const bool reset = is_reset(sequence, step, row);
-      layer.h_buffers[step % 2 * state_size + at] = reset ? narrow<T>(0) : layer.hx[at];
-      states[(row - first_row) * units + unit] = reset ? S(0) : widen(layer.cx[at]);
+  const auto begin = [&](int from, int to, int64_t step) {
+#pragma unroll 1
+    for (int element = thread; element < (to - from) * own_units; element += kThreads) {
+      const int unit = element % own_units, row = from + element / own_units;
+      const int own_at = row * H + first_unit + unit;
+      const int64_t at = first_row * H + own_at;
+      const bool reset = is_reset(sequence, step, first_row + row);
+      h_of(step)[own_at] = reset ? narrow<T>(0) : layer.hx[at];
+      states[row * units + unit] = reset ? S(0) : widen(layer.cx[at]);
     }
   };
-  const auto rows_in_group = [&](const StepRows& rows, int64_t group) {
-    return static_cast<int>(min(rows.end - group, int64_t{plan.group}));
-  };
   const Spots spots(own_units);
-  const auto read = [&](int64_t step, const StepRows& rows, int64_t group, Spot spot) {
+  const auto read = [&](int64_t step, const StepRows& rows, int group, Spot spot) {
     Known<T> known = {};
-    if (spot.row >= rows_in_group(rows, group)) return known;
-    const int64_t row = group + spot.row;
+    const int row = group + spot.row;
+    if (spot.row >= plan.group || row >= rows.count) return known;
     const T* const products =
-        layer.products + (rows.before + row) * kGates * H + first_unit + spot.column;
+        layer.products + (rows.begin + row) * kGates * H + first_unit + spot.column;
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate) known.products[gate] = products[gate * H];
-    known.reset_after = is_reset(sequence, step + 1, row);
+    known.reset_after = is_reset(sequence, step + 1, first_row + row);
     return known;
   };
-  const auto store = [&](const Element<S>& done, const StepRows& rows, int64_t going_on) {
-    const int64_t of_state = done.row * H + done.column, at = rows.before * H + of_state;
+  const auto store = [&](const Element<S>& done, const StepRows& rows, int going_on) {
+    const int64_t row = rows.begin + done.row, at = row * H + done.column;
     if (layer.c_before != nullptr) layer.c_before[at] = narrow<T>(done.c_before);
     if (layer.gates != nullptr)
-      store_gates(layer.gates + (rows.before + done.row) * kGates * H + done.column, H, done.gates);
+      store_gates(layer.gates + row * kGates * H + done.column, H, done.gates);
     layer.output[at] = narrow<T>(done.h);
     if (done.row < going_on) return;
+    const int64_t of_state = (first_row + done.row) * H + done.column;
     layer.hy[of_state] = narrow<T>(done.h);
     layer.cy[of_state] = narrow<T>(done.c);
   };
 
-  StepRows now = rows_of(sequence, 0, end_row);
-  begin(first_row, now.end, 0);
+  StepRows now = rows_of(sequence, 0, part);
+  begin(0, now.count, 0);
   Meeting meeting(plan);
   const WarpShare share = share_of_warp<Tile>(plan);
   meeting.arrive();
   Known<T> ahead = {};
-  if constexpr (kLoadsFirst) ahead = read(0, now, first_row, spots.first());
+  if constexpr (kLoadsFirst) ahead = read(0, now, 0, spots.first());
   meeting.wait();
 
   for (int64_t step = 0; step < sequence.L; ++step) {
-    const StepRows next = rows_of(sequence, step + 1, end_row);
+    const StepRows next = rows_of(sequence, step + 1, part);
     const bool goes_on = step + 1 < sequence.L;
-    const T* const h = layer.h_buffers + step % 2 * state_size;
-    T* const h_next = layer.h_buffers + (step + 1) % 2 * state_size;
+    T* const h_next = h_of(step + 1);
+    const Operand<T> operand = {h_of(step), weights, H, stride, int64_t{units} * stride};
     Element<S> late = {};
     bool is_late = false;
-    for (int64_t group = first_row; group < now.end; group += plan.group) {
-      const Operand<T> operand = {h, weights, H, stride, int64_t{units} * stride};
-      multiply<Tile, kVectors, kStageNext<T, false>>(plan, share, operand, group, now.end,
+    for (int group = 0; group < now.count; group += plan.group) {
+      multiply<Tile, kVectors, kStageNext<T, false>>(plan, share, operand, group, now.count,
                                                      own_units, partial);
       __syncthreads();
-      const bool last_group = group + plan.group >= now.end;
-      const int rows = rows_in_group(now, group);
+      const bool last_group = group + plan.group >= now.count;
+      const int rows = min(now.count - group, plan.group);
       for (Spot spot = spots.first(); spot.row < rows;) {
         const auto [in_group, unit] = spot;
         spot = spots.after(spot);
-        const int64_t row = group + in_group;
-        const int column = first_unit + unit;
-        const T* const products = layer.products + (now.before + row) * kGates * H + column;
+        const int row = group + in_group, column = first_unit + unit;
+        const T* const products = layer.products + (now.begin + row) * kGates * H + column;
         const Known<T> known = ahead;
         if constexpr (kLoadsFirst) ahead = read(step, now, group, spot);
+        const GateSums<S> bias = biases[unit], sum = partial.sum(plan.split, in_group, unit);
         S pre[kGates];
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate)
-          pre[gate] = biases[gate * units + unit] +
+          pre[gate] = bias.gate[gate] +
                       widen(kLoadsFirst ? known.products[gate] : products[gate * H]) +
-                      partial.sum(plan.split, gate, in_group, unit);
-        S& state = states[(row - first_row) * units + unit];
+                      sum.gate[gate];
+        S& state = states[row * units + unit];
         Element<S> done = {row, column, {}, state, 0, 0};
         done.gates = lstm_ext::cell_forward<Math>(Gates<S>{pre[0], pre[1], pre[2], pre[3]}, state,
                                                   done.c, done.h);
-        const bool reset = kLoadsFirst ? known.reset_after : is_reset(sequence, step + 1, row);
+        const bool reset =
+            kLoadsFirst ? known.reset_after : is_reset(sequence, step + 1, first_row + row);
         if (goes_on || !kSkipLastMeeting)
           h_next[row * H + column] = reset ? narrow<T>(0) : narrow<T>(done.h);
         // As the cell rounds its c from step to step.
@@ -166,18 +174,18 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (is_late)
           late = done;
         else
-          store(done, now, next.end);
+          store(done, now, next.count);
       }
       if (kPublishFirst && last_group) break;
       __syncthreads();
       if constexpr (kLoadsFirst) ahead = read(step, now, group + plan.group, spots.first());
     }
     // Sequences that begin at the next step, in reverse.
-    begin(now.end > first_row ? now.end : first_row, next.end, step + 1);
+    begin(now.count, next.count, step + 1);
     const bool meets = goes_on || !kSkipLastMeeting;
     if (kPublishFirst && meets) meeting.arrive();
-    if (is_late) store(late, now, next.end);
-    if constexpr (kLoadsFirst) ahead = read(step + 1, next, first_row, spots.first());
+    if (is_late) store(late, now, next.count);
+    if constexpr (kLoadsFirst) ahead = read(step + 1, next, 0, spots.first());
     if (!kPublishFirst && meets) meeting.arrive();
     if (meets) meeting.wait();
     now = next;

@@ -234,6 +234,7 @@ void check_forward(const Case& test, Shared shared, bool tf32 = false) {
     const machine::Launches launches;
     report.ran(layer_forward(call, device, nullptr));
     report.launched(launches, 1, "in one launch");
+    report.that(launches.blocks_together() <= device.multiprocessors, "one block on each");
     report.close(output.values(), expected.output, allowed, "output");
     report.close(hy.values(), expected.hy, allowed, "h_n");
     report.close(cy.values(), expected.cy, allowed, "c_n");
@@ -287,6 +288,7 @@ void check_backward(const Case& test, Shared shared, bool tf32 = false) {
     const machine::Launches launches;
     report.ran(layer_backward(call, device, nullptr));
     report.launched(launches, 1, "in one launch");
+    report.that(launches.blocks_together() <= device.multiprocessors, "one block on each");
     if (wanted) {
       const Gradients expected =
           expect_back<T>(test, steps.offsets, steps.reset, w_hh, gates, c_before,

@@ -498,6 +498,10 @@ T min(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
+template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
   return cuda_emu::show(value, mask, line).read(cuda_emu::lane() ^ static_cast<unsigned>(lanes));
 }

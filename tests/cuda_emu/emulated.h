@@ -47,6 +47,10 @@ class Memory {
 class Launches {
  public:
   unsigned long count() const { return cuda_emu::launches - before_; }
+  // Of the last: how many blocks wait for each other.
+  int blocks_together() const {
+    return cuda_emu::asked.cooperative ? static_cast<int>(cuda_emu::asked.grid.x) : 0;
+  }
 
  private:
   unsigned long before_ = cuda_emu::launches;

@@ -59,6 +59,7 @@ using Memory = Guarded<OnDevice>;
 
 struct Launches {
   unsigned long count() const { return 0; }
+  int blocks_together() const { return 0; }  // not known
 };
 
 struct NarrowLimits {
