@@ -5,7 +5,6 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include "core/cells.h"
 #include "cuda/kernels.h"
 #include "cuda/tensors.h"
 #include "ops/composite.h"
@@ -15,15 +14,14 @@ namespace {
 
 using at::Tensor;
 
-bool has_kernel(const CellInputs& in) {
-  return fusable(in) && fits(in.w_ih, in.w_hh) && in.variant == kPlainCell;
-}
+bool has_kernel(const CellInputs& in) { return fusable(in) && launchers_know(in); }
 
 void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
   const OnDevice guard(in.hx);
   const int64_t N = in.hx.size(0), I = in.input.size(1), H = in.hx.size(1);
   const Tensor input = dense(in.input), hx = dense(in.hx), cx = dense(in.cx), w_ih = dense(in.w_ih),
-               w_hh = dense(in.w_hh), b_ih = dense(in.b_ih), b_hh = dense(in.b_hh);
+               w_hh = dense(in.w_hh), b_ih = dense(in.b_ih), b_hh = dense(in.b_hh),
+               unit_weights = dense(in.unit_weights);
   hy = empty({N, H}, hx);
   cy = empty({N, H}, hx);
   if (gates != nullptr) *gates = empty({N, 4 * H}, hx);
@@ -46,6 +44,8 @@ void forward(const CellInputs& in, Tensor& hy, Tensor& cy, Tensor* gates) {
     cell.N = N;
     cell.I = static_cast<int>(I);
     cell.H = static_cast<int>(H);
+    cell.variant = static_cast<int>(in.variant);
+    cell.unit_weights = read<T>(unit_weights);
     const bool pays = cell_forward_pays(cell, device);
     if (verbose())
       log_path(
@@ -91,7 +91,7 @@ Gradients lstm_cell_backward(const CellOutputGradients& grads, const CellInputs&
   const OnDevice guard(hx);
   const int64_t N = hx.size(0), H = hx.size(1);
   const Tensor grad_h = dense(grads.hy), grad_c = dense(grads.cy), c = dense(in.cx),
-               g = dense(results.gates);
+               g = dense(results.gates), unit_weights = dense(in.unit_weights);
   const Tensor grad_gates = empty({N, 4 * H}, hx);
   Gradients to;
   if (wanted.cx) to.cx = empty({N, H}, hx);
@@ -110,6 +110,8 @@ Gradients lstm_cell_backward(const CellOutputGradients& grads, const CellInputs&
     cell.grad_b_hh = write<T>(to.b_hh);
     cell.N = N;
     cell.H = static_cast<int>(H);
+    cell.variant = static_cast<int>(in.variant);
+    cell.unit_weights = read<T>(unit_weights);
     const auto bytes = static_cast<int64_t>(cell_backward_workspace(cell));
     const Tensor workspace = at::empty({bytes}, hx.options().dtype(at::kByte));
     cell.partial_sums = write<void>(workspace);
@@ -120,6 +122,8 @@ Gradients lstm_cell_backward(const CellOutputGradients& grads, const CellInputs&
   if (wanted.hx) to.hx = at::mm(grad_gates, in.w_hh);
   if (wanted.w_ih) to.w_ih = at::mm(grad_gates.t(), in.input);
   if (wanted.w_hh) to.w_hh = at::mm(grad_gates.t(), hx);
+  if (wanted.unit_weights)
+    to.unit_weights = composite::unit_gradients(in.variant, results.gates, in.cx, grad_gates);
   return to;
 }
 

@@ -3,6 +3,7 @@
 // A block adds up the biases' gradients of its rows, each thread its own rows first, then the
 // threads in their order. Where rows are spread over several blocks, a second launch adds up the
 // blocks' sums in theirs: the same bits at every call, without atomics.
+#include "cuda/cell_policy.cuh"
 #include "cuda/elementwise.cuh"
 #include "cuda/gate_tiles.cuh"
 #include "cuda/kernels.h"
@@ -44,7 +45,7 @@ __device__ inline auto sum_of(int64_t count, const Term& term) {
 }
 
 // partial [row blocks, 4H], or null: not wanted, or one block has all rows.
-template <class T, int kVector>
+template <class T, class Cell, int kVector>
 __global__ void __launch_bounds__(kElementwiseThreads)
     cell_backward_kernel(CellBackward<T> cell, Sum<T>* partial, int64_t rows_per_block) {
   using S = Sum<T>;
@@ -54,6 +55,10 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   const int unit = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * kVector;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block;
   const int64_t last = unit < H ? min(first + rows_per_block, cell.N) : first;
+  UnitWeights<Cell, S> own[kVector] = {};
+#pragma unroll
+  for (int j = 0; j < kVector; ++j)
+    if (unit < H) own[j] = unit_weights<Cell>(cell.unit_weights, H, unit + j);
   S sums[kGates][kVector] = {};
   for (int64_t row = first + threadIdx.y; row < last; row += blockDim.y) {
     const int64_t at = row * H + unit, at_gates = row * kGates * H + unit;
@@ -67,10 +72,10 @@ __global__ void __launch_bounds__(kElementwiseThreads)
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       S grad_cx;
-      const Gates<S> grad = lstm_ext::cell_backward<Math>(
+      const Gates<S> grad = Cell::template backward<Math>(
           Gates<S>{widen(gates[0].at[j]), widen(gates[1].at[j]), widen(gates[2].at[j]),
                    widen(gates[3].at[j])},
-          widen(c.at[j]), widen(grad_hy.at[j]), widen(grad_cy.at[j]), grad_cx);
+          widen(c.at[j]), own[j].at, widen(grad_hy.at[j]), widen(grad_cy.at[j]), grad_cx);
       const S of_gates[kGates] = {grad.i, grad.f, grad.g, grad.o};
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) {
@@ -161,10 +166,13 @@ cudaError_t cell_backward(const CellBackward<T>& cell, cudaStream_t stream) {
                                            : 0;
   auto* const partial =
       cell_backward_workspace(cell) == 0 ? nullptr : static_cast<Sum<T>*>(cell.partial_sums);
-  const auto kernel =
-      vectors ? cell_backward_kernel<T, kFullVector<T>> : cell_backward_kernel<T, 1>;
-  const cudaError_t error = launch({how.grid, how.block, shared, false, stream}, kernel, cell,
-                                   partial, how.rows_per_block);
+  const cudaError_t error = with_cell_of<T>(cell.variant, [&](auto policy) {
+    using Cell = decltype(policy);
+    const auto kernel =
+        vectors ? cell_backward_kernel<T, Cell, kFullVector<T>> : cell_backward_kernel<T, Cell, 1>;
+    return launch({how.grid, how.block, shared, false, stream}, kernel, cell, partial,
+                  how.rows_per_block);
+  });
   if (error != cudaSuccess || partial == nullptr) return error;
   return launch(second, add_up_kernel<T>, static_cast<const Sum<T>*>(partial), how.row_blocks,
                 columns, biases);

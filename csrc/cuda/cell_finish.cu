@@ -1,5 +1,6 @@
 // Pre-activations to states, after the library's products. Bound by memory: 7 numbers go by for
 // each of the N H elements, and 4 more where gates are kept, 16 bytes at a time.
+#include "cuda/cell_policy.cuh"
 #include "cuda/elementwise.cuh"
 #include "cuda/gate_tiles.cuh"
 #include "cuda/kernels.h"
@@ -7,7 +8,7 @@
 namespace lstm_ext::cuda {
 namespace {
 
-template <class T, int kVector>
+template <class T, class Cell, int kVector>
 __global__ void __launch_bounds__(kElementwiseThreads)
     cell_finish_kernel(CellForward<T> cell, const T* products, int64_t rows_per_block) {
   using S = Sum<T>;
@@ -21,6 +22,9 @@ __global__ void __launch_bounds__(kElementwiseThreads)
 #pragma unroll
     for (int j = 0; j < kVector; ++j)
       bias[gate][j] = sum_of_biases(cell.b_ih, cell.b_hh, gate * H + unit + j);
+  UnitWeights<Cell, S> own[kVector];
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) own[j] = unit_weights<Cell>(cell.unit_weights, H, unit + j);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block;
   const int64_t last = min(first + rows_per_block, cell.N);
   for (int64_t row = first + threadIdx.y; row < last; row += blockDim.y) {
@@ -37,8 +41,9 @@ __global__ void __launch_bounds__(kElementwiseThreads)
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       S c_next, h_next;
-      const Gates<S> gates = lstm_ext::cell_forward<Math>(
-          Gates<S>{pre[0][j], pre[1][j], pre[2][j], pre[3][j]}, widen(c.at[j]), c_next, h_next);
+      const Gates<S> gates =
+          Cell::template forward<Math>(Gates<S>{pre[0][j], pre[1][j], pre[2][j], pre[3][j]},
+                                       widen(c.at[j]), own[j].at, c_next, h_next);
       cy.at[j] = narrow<T>(c_next);
       hy.at[j] = narrow<T>(h_next);
       kept[0].at[j] = narrow<T>(gates.i);
@@ -64,9 +69,13 @@ cudaError_t cell_finish(const CellForward<T>& cell, const T* products, cudaStrea
   const bool vectors =
       cell.H % kVector == 0 && in_vectors(products, cell.cx, cell.cy, cell.hy, cell.gates);
   const Spread how = spread(cell.N, cell.H, vectors ? kVector : 1);
-  const auto kernel = vectors ? cell_finish_kernel<T, kVector> : cell_finish_kernel<T, 1>;
-  return launch({how.grid, how.block, 0, false, stream}, kernel, cell, products,
-                how.rows_per_block);
+  return with_cell_of<T>(cell.variant, [&](auto policy) {
+    using Cell = decltype(policy);
+    const auto kernel =
+        vectors ? cell_finish_kernel<T, Cell, kVector> : cell_finish_kernel<T, Cell, 1>;
+    return launch({how.grid, how.block, 0, false, stream}, kernel, cell, products,
+                  how.rows_per_block);
+  });
 }
 
 #define LSTM_EXT_INSTANTIATE(T) \

@@ -6,6 +6,7 @@
 // call, without atomics and without a second launch.
 #include <algorithm>
 
+#include "cuda/cell_policy.cuh"
 #include "cuda/gate_tiles.cuh"
 #include "cuda/kernels.h"
 
@@ -13,7 +14,7 @@ namespace lstm_ext::cuda {
 namespace {
 
 // split warps to a tile; kWarps / split tiles of units, side by side.
-template <class Tile, bool kVectors>
+template <class Tile, class Cell, bool kVectors>
 __global__ void __launch_bounds__(kThreads, 2)
     cell_forward_kernel(CellForward<typename Tile::T> cell, int split, int row_units,
                         int unit_blocks) {
@@ -51,16 +52,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int gate = 0; gate < kGates; ++gate)
       pre[gate] = sum_of_biases(cell.b_ih, cell.b_hh, gate * H + unit) + sum.gate[gate];
     const int64_t at = row * H + unit;
+    const auto own = unit_weights<Cell>(cell.unit_weights, H, unit);
     S c, h;
-    const Gates<S> gates = lstm_ext::cell_forward<Math>(Gates<S>{pre[0], pre[1], pre[2], pre[3]},
-                                                        widen(cell.cx[at]), c, h);
+    const Gates<S> gates = Cell::template forward<Math>(Gates<S>{pre[0], pre[1], pre[2], pre[3]},
+                                                        widen(cell.cx[at]), own.at, c, h);
     cell.cy[at] = narrow<T>(c);
     cell.hy[at] = narrow<T>(h);
     if (cell.gates != nullptr) store_gates(cell.gates + row * kGates * H + unit, H, gates);
   }
 }
 
-template <class Tile>
+template <class Tile, class Cell>
 cudaError_t launch_tiles(const CellForward<typename Tile::T>& cell, const Device& device,
                          cudaStream_t stream) {
   using T = typename Tile::T;
@@ -84,7 +86,8 @@ cudaError_t launch_tiles(const CellForward<typename Tile::T>& cell, const Device
   const int row_units = sum_row_units(kWarps / split * Tile::kUnits);
   how.shared = sizeof(GateSums<typename Tile::S>) * split * Tile::kRows * row_units;
   how.stream = stream;
-  const auto kernel = vectors ? cell_forward_kernel<Tile, true> : cell_forward_kernel<Tile, false>;
+  const auto kernel =
+      vectors ? cell_forward_kernel<Tile, Cell, true> : cell_forward_kernel<Tile, Cell, false>;
   return launch(how, kernel, cell, split, row_units, unit_blocks(split));
 }
 
@@ -94,7 +97,9 @@ template <class T>
 cudaError_t cell_forward(const CellForward<T>& cell, const Device& device, cudaStream_t stream) {
   if (cell.N == 0 || cell.H == 0) return cudaSuccess;
   return with_tile<T>(cell.N, device.tf32, [&](auto tile) {
-    return launch_tiles<decltype(tile)>(cell, device, stream);
+    return with_cell_of<T>(cell.variant, [&](auto policy) {
+      return launch_tiles<decltype(tile), decltype(policy)>(cell, device, stream);
+    });
   });
 }
 

@@ -2,6 +2,8 @@
 //
 // N batch, I input, H hidden; all matrices dense and row by row; weights and gates in the order
 // i, f, g, o. T is float, double, __half or __nv_bfloat16; sums are kept in float, or double.
+// variant and unit_weights [P, H] (null where P is 0): core/cells.h. Other cells than torch's are
+// compiled for fewer types: has_cell.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,10 +12,18 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
+#include "core/cells.h"
 #include "core/step_order.h"
 
 namespace lstm_ext::cuda {
+
+// Whether the launchers know a cell in a type.
+template <class T>
+bool has_cell(int variant) {
+  return variant == kPlainCell || (is_cell(variant) && !std::is_same_v<T, __half>);
+}
 
 template <class T>
 struct CellForward {
@@ -27,6 +37,8 @@ struct CellForward {
   T* gates;              // [N, 4H], activated, or null: not wanted
   int64_t N;
   int I, H;
+  int variant;
+  const T* unit_weights;
 };
 
 // The device that a stream belongs to, as far as the launchers choose by it.
@@ -74,6 +86,8 @@ struct LayerForward {
   T* c_before;           // [S, H], what each step started from; or null
   T* h_buffers;          // [2, N, H], to exchange h in
   int H;
+  int variant;
+  const T* unit_weights;
 };
 
 // Whether w_hh fits on the chip, so that layer_forward can be called.
@@ -95,13 +109,15 @@ struct LayerBackward {
   T* grad_gates;               // [S, 4H]: of the pre-activations
   T *grad_hx, *grad_cx;        // [N, H] or null: not wanted
   int H;
+  int variant;
+  const T* unit_weights;
 };
 
 template <class T>
 bool layer_backward_fits(const LayerBackward<T>& layer, const Device& device);
 
 // All steps in one launch, as in layer_forward. The gradients of the weights are products of
-// grad_gates, left to the library.
+// grad_gates and sums of them, left to the library.
 template <class T>
 cudaError_t layer_backward(const LayerBackward<T>& layer, const Device& device,
                            cudaStream_t stream);
@@ -117,6 +133,8 @@ struct CellBackward {
   void* partial_sums;          // cell_backward_workspace bytes
   int64_t N;
   int H;
+  int variant;
+  const T* unit_weights;
 };
 
 // Bytes that cell_backward needs for the sums of the biases.

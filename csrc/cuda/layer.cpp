@@ -12,7 +12,6 @@
 
 #include <vector>
 
-#include "core/cells.h"
 #include "core/sequence.h"
 #include "cuda/kernels.h"
 #include "cuda/tensors.h"
@@ -21,9 +20,7 @@
 namespace lstm_ext::cuda {
 namespace {
 
-bool has_kernel(const LayerInputs& in) {
-  return fusable(in) && fits(in.w_ih, in.w_hh) && in.variant == kPlainCell;
-}
+bool has_kernel(const LayerInputs& in) { return fusable(in) && launchers_know(in); }
 
 // A sequence for the kernels, and its tensors on the device for as long as they may read them.
 struct SequenceOnDevice {
@@ -65,7 +62,7 @@ void run_steps(const LayerInputs& in, const Sequence& steps, const Tensor& produ
   const int64_t H = in.hx.size(1);
   out.hy = in.hx.clone(at::MemoryFormat::Contiguous);
   out.cy = in.cx.clone(at::MemoryFormat::Contiguous);
-  const Tensor b_ih = dense(in.b_ih), b_hh = dense(in.b_hh);
+  const Tensor b_ih = dense(in.b_ih), b_hh = dense(in.b_hh), unit_weights = dense(in.unit_weights);
   const cudaStream_t stream = current_stream();
   for (int64_t step = 0; step < steps.L(); ++step) {
     const int64_t t = steps.time(step), n = steps.rows(t);
@@ -88,6 +85,8 @@ void run_steps(const LayerInputs& in, const Sequence& steps, const Tensor& produ
       cell.gates = out.gates.defined() ? write<T>(pre) : nullptr;
       cell.N = n;
       cell.H = static_cast<int>(H);
+      cell.variant = static_cast<int>(in.variant);
+      cell.unit_weights = read<T>(unit_weights);
       check_launch(cell_finish(cell, read<T>(pre), stream));
     });
     steps.of(out.output, t).copy_(h);
@@ -111,7 +110,8 @@ Results forward(const LayerInputs& in, bool keeps) {
     out.cy = in.cx.clone();
     return out;
   }
-  const Tensor hx = dense(in.hx), cx = dense(in.cx), b_ih = dense(in.b_ih), b_hh = dense(in.b_hh);
+  const Tensor hx = dense(in.hx), cx = dense(in.cx), b_ih = dense(in.b_ih), b_hh = dense(in.b_hh),
+               unit_weights = dense(in.unit_weights);
   const Tensor h_buffers = empty({2, N, H}, hx);
   const Device device = describe_device(hx, at::Float32Op::RNN);
   const Way way = with_type(hx.scalar_type(), [&](auto type) {
@@ -119,6 +119,7 @@ Results forward(const LayerInputs& in, bool keeps) {
     LayerForward<T> layer = {};
     layer.sequence.N = N;
     layer.H = static_cast<int>(H);
+    layer.variant = static_cast<int>(in.variant);
     if (!layer_forward_fits(layer, device)) return Way::kDoesNotFit;
     const SequenceOnDevice on_device(in, steps);
     out.hy = empty({N, H}, hx);
@@ -130,6 +131,7 @@ Results forward(const LayerInputs& in, bool keeps) {
     layer.w_hh = read<T>(w_hh);
     layer.b_ih = read<T>(b_ih);
     layer.b_hh = read<T>(b_hh);
+    layer.unit_weights = read<T>(unit_weights);
     layer.output = write<T>(out.output);
     layer.hy = write<T>(out.hy);
     layer.cy = write<T>(out.cy);
@@ -184,6 +186,7 @@ void run_steps_back(const LayerInputs& in, const Sequence& steps, const Tensor& 
   };
   grads.of_hx = start(grads.of_hy);
   grads.of_cx = start(grads.of_cy);
+  const Tensor unit_weights = dense(in.unit_weights);
   const cudaStream_t stream = current_stream();
   for (int64_t step = steps.L() - 1; step >= 0; --step) {
     const int64_t t = steps.time(step), n = steps.rows(t);
@@ -202,6 +205,8 @@ void run_steps_back(const LayerInputs& in, const Sequence& steps, const Tensor& 
       cell.grad_cx = write<T>(c);  // each thread reads its own before
       cell.N = n;
       cell.H = static_cast<int>(h.size(1));
+      cell.variant = static_cast<int>(in.variant);
+      cell.unit_weights = read<T>(unit_weights);
       check_launch(cell_backward(cell, stream));
     });
     // Of the first step, they are those of hx.
@@ -215,7 +220,7 @@ void run_steps_back(const LayerInputs& in, const Sequence& steps, const Tensor& 
 
 void backward(const LayerInputs& in, const Sequence& steps, bool want_hx, StepGradients& grads) {
   const int64_t N = in.hx.size(0), H = in.hx.size(1);
-  const Tensor w_hh = dense(in.w_hh);
+  const Tensor w_hh = dense(in.w_hh), unit_weights = dense(in.unit_weights);
   const Device device = describe_device(in.hx, at::Float32Op::RNN);
   if (steps.L() == 0 || N == 0 || H == 0) return run_steps_back(in, steps, w_hh, want_hx, grads);
   const Way way = with_type(in.hx.scalar_type(), [&](auto type) {
@@ -223,6 +228,7 @@ void backward(const LayerInputs& in, const Sequence& steps, bool want_hx, StepGr
     LayerBackward<T> layer = {};
     layer.sequence.N = N;
     layer.H = static_cast<int>(H);
+    layer.variant = static_cast<int>(in.variant);
     if (!layer_backward_fits(layer, device)) return Way::kDoesNotFit;
     const SequenceOnDevice on_device(in, steps);
     grads.of_hx = want_hx ? empty({N, H}, in.hx) : Tensor();
@@ -234,6 +240,7 @@ void backward(const LayerInputs& in, const Sequence& steps, bool want_hx, StepGr
     layer.gates = read<T>(grads.gates);
     layer.c_before = read<T>(grads.c_before);
     layer.w_hh = read<T>(w_hh);
+    layer.unit_weights = read<T>(unit_weights);
     layer.grad_gates = write<T>(grads.of_gates);
     layer.grad_hx = write<T>(grads.of_hx);
     layer.grad_cx = write<T>(grads.of_cx);
@@ -290,6 +297,9 @@ Gradients lstm_layer_backward(const LayerOutputGradients& of_outputs, const Laye
                     : at::zeros({4 * H, H}, hx.options());
   if (wanted.b_ih) to.b_ih = grad_gates.sum(0);
   if (wanted.b_hh) to.b_hh = wanted.b_ih ? to.b_ih.clone() : grad_gates.sum(0);
+  if (wanted.unit_weights)
+    to.unit_weights =
+        composite::unit_gradients(in.variant, results.gates, results.c_before, grad_gates);
   return to;
 }
 

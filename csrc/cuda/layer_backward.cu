@@ -2,6 +2,7 @@
 //
 // Blocks exchange the gradients of the pre-activations, which are a result anyway: each computes
 // those of its hidden units, and then reads all of a row to multiply with its columns of w_hh.
+#include "cuda/cell_policy.cuh"
 #include "cuda/kernels.h"
 #include "cuda/layer_blocks.cuh"
 
@@ -41,7 +42,7 @@ struct Known {
   bool reset;
 };
 
-template <class Tile, bool kVectors>
+template <class Tile, class Cell, bool kVectors>
 __global__ void __launch_bounds__(kThreads, 1)
     layer_backward_kernel(LayerBackward<typename Tile::T> layer, Plan plan) {
   using T = typename Tile::T;
@@ -55,6 +56,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   S* const grads_h =
       reinterpret_cast<S*>(weights + static_cast<size_t>(most) * stride);  // [rows][most]
   S* const grads_c = grads_h + plan.rows * most;                           // [rows][most]
+  S* const own_weights = grads_c + plan.rows * most;                       // [P][most]
 
   const int thread = static_cast<int>(threadIdx.x);
   const Part part = part_of_block(plan, (H + kInUnit - 1) / kInUnit, sequence.N);
@@ -82,6 +84,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t of_state = (first_row + row) * H + first + hidden;
     grads_h[kept] = layer.grad_hy != nullptr ? widen(layer.grad_hy[of_state]) : S(0);
     grads_c[kept] = layer.grad_cy != nullptr ? widen(layer.grad_cy[of_state]) : S(0);
+  }
+  for (int at = thread; at < Cell::kUnitWeights * own; at += kThreads) {
+    const int p = at / own, hidden = at % own;
+    own_weights[p * most + hidden] = widen(layer.unit_weights[p * H + first + hidden]);
   }
   const Spots spots(own);
   const int first_quarter = spots.first().column / units;  // mostly of all of a thread's elements
@@ -116,10 +122,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (kLoadsFirst) ahead = read(step, now, spot);
       S grad_h = grads_h[own_at], grad_c;
       if (layer.grad_output != nullptr) grad_h += widen(known.grad_output);
-      const Gates<S> grad =
-          lstm_ext::cell_backward<Math>(Gates<S>{widen(known.gates[0]), widen(known.gates[1]),
-                                                 widen(known.gates[2]), widen(known.gates[3])},
-                                        widen(known.c_before), grad_h, grads_c[own_at], grad_c);
+      const auto of_unit = unit_weights<Cell>(own_weights, most, hidden);
+      const Gates<S> grad = Cell::template backward<Math>(
+          Gates<S>{widen(known.gates[0]), widen(known.gates[1]), widen(known.gates[2]),
+                   widen(known.gates[3])},
+          widen(known.c_before), of_unit.at, grad_h, grads_c[own_at], grad_c);
       store_gates(grad_gates + row * K + first + hidden, H, grad);
       grads_c[own_at] = known.reset ? S(0) : grad_c;
     }
@@ -164,18 +171,19 @@ Choice choice_for(const LayerBackward<T>& layer, const Device& device) {
   work.K = kGates * layer.H;
   work.N = layer.sequence.N;
   work.elements_a_unit = kInUnit;
+  work.kept_a_unit = kInUnit * unit_weights_of(layer.variant);
   work.kept_a_unit_and_row = 2 * kInUnit;  // gradients of h and c
   work.widely = work.split_units = kSpreadBackward;
   return choose_plan<T>(work, device);
 }
 
-template <class Tile>
+template <class Tile, class Cell>
 cudaError_t launch_plan(const LayerBackward<typename Tile::T>& layer, const Plan& plan,
                         cudaStream_t stream) {
   constexpr int kVector = kFullVector<typename Tile::T>;
   const bool vectors = kGates * layer.H % kVector == 0 && in_vectors(layer.grad_gates);
   const auto kernel =
-      vectors ? layer_backward_kernel<Tile, true> : layer_backward_kernel<Tile, false>;
+      vectors ? layer_backward_kernel<Tile, Cell, true> : layer_backward_kernel<Tile, Cell, false>;
   return launch(launch_of(plan, stream), kernel, layer, plan);
 }
 
@@ -191,7 +199,9 @@ cudaError_t layer_backward(const LayerBackward<T>& layer, const Device& device,
                            cudaStream_t stream) {
   const Choice choice = choice_for(layer, device);
   return with_tile<T>(choice.tile_rows, device.tf32, [&](auto tile) {
-    return launch_plan<decltype(tile)>(layer, choice.plan, stream);
+    return with_cell_of<T>(layer.variant, [&](auto policy) {
+      return launch_plan<decltype(tile), decltype(policy)>(layer, choice.plan, stream);
+    });
   });
 }
 

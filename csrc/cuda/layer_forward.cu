@@ -2,6 +2,7 @@
 //
 // Blocks exchange h. Two copies of it take turns: a block writes the next while another may still
 // read the last.
+#include "cuda/cell_policy.cuh"
 #include "cuda/kernels.h"
 #include "cuda/layer_blocks.cuh"
 
@@ -47,7 +48,7 @@ struct Element {
   S c_before, c, h;
 };
 
-template <class Tile, bool kVectors>
+template <class Tile, class Cell, bool kVectors>
 __global__ void __launch_bounds__(kThreads, 1)
     layer_forward_kernel(LayerForward<typename Tile::T> layer, Plan plan) {
   using T = typename Tile::T;
@@ -61,6 +62,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   GateSums<S>* const biases =
       reinterpret_cast<GateSums<S>*>(weights + size_t{kGates} * units * stride);  // [units]
   S* const states = reinterpret_cast<S*>(biases + units);                         // c [rows][units]
+  S* const own_weights = states + plan.rows * units;                              // [P][units]
 
   const int thread = static_cast<int>(threadIdx.x);
   const Part part = part_of_block(plan, H, sequence.N);
@@ -87,6 +89,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int at = thread; at < kGates * own_units; at += kThreads) {
     const int gate = at / own_units, unit = at % own_units, column = gate * H + first_unit + unit;
     biases[unit].gate[gate] = sum_of_biases(layer.b_ih, layer.b_hh, column);
+  }
+  for (int at = thread; at < Cell::kUnitWeights * own_units; at += kThreads) {
+    const int p = at / own_units, unit = at % own_units;
+    own_weights[p * units + unit] = widen(layer.unit_weights[p * H + first_unit + unit]);
   }
   // What rows from..to start from: h where the product of their first step reads it, and c.
   const auto begin = [&](int from, int to, int64_t step) {
@@ -162,8 +168,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                       sum.gate[gate];
         S& state = states[row * units + unit];
         Element<S> done = {row, column, {}, state, 0, 0};
-        done.gates = lstm_ext::cell_forward<Math>(Gates<S>{pre[0], pre[1], pre[2], pre[3]}, state,
-                                                  done.c, done.h);
+        const auto own = unit_weights<Cell>(own_weights, units, unit);
+        done.gates = Cell::template forward<Math>(Gates<S>{pre[0], pre[1], pre[2], pre[3]}, state,
+                                                  own.at, done.c, done.h);
         const bool reset =
             kLoadsFirst ? known.reset_after : is_reset(sequence, step + 1, first_row + row);
         if (goes_on || !kSkipLastMeeting)
@@ -198,19 +205,19 @@ Choice choice_for(const LayerForward<T>& layer, const Device& device) {
   work.units = work.K = layer.H;
   work.N = layer.sequence.N;
   work.elements_a_unit = 1;
-  work.kept_a_unit = kGates;     // biases
-  work.kept_a_unit_and_row = 1;  // c
+  work.kept_a_unit = kGates + unit_weights_of(layer.variant);  // biases too
+  work.kept_a_unit_and_row = 1;                                // c
   work.widely = kSmallTiles;
   return choose_plan<T>(work, device);
 }
 
-template <class Tile>
+template <class Tile, class Cell>
 cudaError_t launch_plan(const LayerForward<typename Tile::T>& layer, const Plan& plan,
                         cudaStream_t stream) {
   constexpr int kVector = kFullVector<typename Tile::T>;
   const bool vectors = layer.H % kVector == 0 && in_vectors(layer.h_buffers);
   const auto kernel =
-      vectors ? layer_forward_kernel<Tile, true> : layer_forward_kernel<Tile, false>;
+      vectors ? layer_forward_kernel<Tile, Cell, true> : layer_forward_kernel<Tile, Cell, false>;
   return launch(launch_of(plan, stream), kernel, layer, plan);
 }
 
@@ -225,7 +232,9 @@ template <class T>
 cudaError_t layer_forward(const LayerForward<T>& layer, const Device& device, cudaStream_t stream) {
   const Choice choice = choice_for(layer, device);
   return with_tile<T>(choice.tile_rows, device.tf32, [&](auto tile) {
-    return launch_plan<decltype(tile)>(layer, choice.plan, stream);
+    return with_cell_of<T>(layer.variant, [&](auto policy) {
+      return launch_plan<decltype(tile), decltype(policy)>(layer, choice.plan, stream);
+    });
   });
 }
 

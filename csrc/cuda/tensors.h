@@ -134,10 +134,13 @@ inline void forget_error() { static_cast<void>(cudaGetLastError()); }
 
 #endif
 
-// Within a row kernels count in int.
-inline bool fits(const Tensor& w_ih, const Tensor& w_hh) {
+// Whether the launchers take such a size (within a row, kernels count in int) and such a cell.
+inline bool launchers_know(const CellInputs& in) {
   constexpr int64_t most = std::numeric_limits<int>::max() / 8;
-  return w_ih.size(1) <= most && w_hh.size(0) <= most;
+  return in.w_ih.size(1) <= most && in.w_hh.size(0) <= most &&
+         with_type(in.hx.scalar_type(), [&](auto type) {
+           return has_cell<typename decltype(type)::type>(static_cast<int>(in.variant));
+         });
 }
 
 // Whether a launch of blocks that wait for each other ran. It may be refused where the device does

@@ -13,6 +13,11 @@ at::Tensor cell_gates(const CellInputs& in);
 Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
                         const CellResults& results, const Wanted& wanted);
 
+// The gradients of the units' own weights [P, H], summed over rows: from the activated gates
+// [S, 4H], the c that each row started from, and the gradients of the pre-activations [S, 4H].
+at::Tensor unit_gradients(int64_t variant, const at::Tensor& gates, const at::Tensor& cx,
+                          const at::Tensor& grad_gates);
+
 LayerTrainingOutputs layer_forward(const LayerInputs& in);
 // Its first three results.
 LayerOutputs layer(const LayerInputs& in);

@@ -103,6 +103,21 @@ CellTrainingOutputs cell_forward(const CellInputs& in) {
   return {std::move(out.hy), std::move(out.cy), join(out.gates)};
 }
 
+at::Tensor unit_gradients(int64_t variant, const at::Tensor& gates, const at::Tensor& cx,
+                          const at::Tensor& grad_gates) {
+  TORCH_CHECK(unit_weights_of(variant) > 0, "a cell of variant ", variant, " has no unit_weights");
+  // As kernels sum: the halves in float32.
+  const at::ScalarType compute =
+      at::isReducedFloatingType(cx.scalar_type()) ? at::kFloat : cx.scalar_type();
+  const at::Tensor c = cx.to(compute);
+  std::vector<at::Tensor> sums(unit_weights_of(variant), at::zeros_like(c));
+  with_cell(variant, [&](auto cell) {
+    decltype(cell)::add_unit_gradients(quarters(gates.to(compute)), c,
+                                       quarters(grad_gates.to(compute)), sums.data());
+  });
+  return at::stack(sums).sum(1).to(cx.scalar_type());
+}
+
 Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
                         const CellResults& results, const Wanted& wanted) {
   check_inputs(in);
@@ -114,15 +129,12 @@ Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
   };
   const at::Tensor grad_hy = zero_if_none(grads.hy), grad_cy = zero_if_none(grads.cy);
   const auto weights = rows_of(in.unit_weights);
-  std::vector<at::Tensor> unit_gradients(weights.size());
   at::Tensor grad_cx, grad_gates;
   with_cell(in.variant, [&](auto cell) {
     using Cell = decltype(cell);
     const TensorGates found = Cell::template backward<TensorMath>(gates, in.cx, weights.data(),
                                                                   grad_hy, grad_cy, grad_cx);
     grad_gates = join(found);
-    for (at::Tensor& sum : unit_gradients) sum = at::zeros_like(in.cx);
-    if (wanted.unit_weights) Cell::add_unit_gradients(gates, in.cx, found, unit_gradients.data());
   });
   Gradients to;
   if (wanted.input) to.input = grad_gates.mm(in.w_ih);
@@ -132,7 +144,8 @@ Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
   if (wanted.w_hh) to.w_hh = grad_gates.t().mm(in.hx);
   if (wanted.b_ih) to.b_ih = grad_gates.sum(0);
   if (wanted.b_hh) to.b_hh = grad_gates.sum(0);
-  if (wanted.unit_weights) to.unit_weights = at::stack(unit_gradients).sum(1);
+  if (wanted.unit_weights)
+    to.unit_weights = unit_gradients(in.variant, results.gates, in.cx, grad_gates);
   return to;
 }
 
