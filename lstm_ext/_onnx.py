@@ -39,7 +39,10 @@ def _check(variant: int, batch_sizes: object, reset: object) -> None:
 
 # Which cells it has, by the operators' variant: of their weights of units, in which order ONNX has
 # them (its P: of the gates i, o, f).
-_PEEPHOLES: dict[int, tuple[int, ...]] = {_variants.PLAIN.number: ()}
+_PEEPHOLES: dict[int, tuple[int, ...]] = {
+    _variants.PLAIN.number: (),
+    _variants.PEEPHOLE.number: (0, 2, 1),
+}
 
 
 def _refuse_packed_weights(*_: Any, **__: Any) -> NoReturn:

@@ -26,7 +26,8 @@ class Variant(NamedTuple):
 
 
 PLAIN = Variant("plain", 0, ())
-VARIANTS = {v.name: v for v in (PLAIN,)}
+PEEPHOLE = Variant("peephole", 1, ("weight_ci", "weight_cf", "weight_co"))
+VARIANTS = {v.name: v for v in (PLAIN, PEEPHOLE)}
 
 
 def find(name: str) -> Variant:
@@ -55,11 +56,20 @@ def add_parameters(module: Any, chosen: Variant, suffixes: Sequence[str]) -> Non
     module._variant = chosen.name
     like = module.weight_hh if hasattr(module, "weight_hh") else module.weight_hh_l0
     bound = 1 / module.hidden_size**0.5 if module.hidden_size > 0 else 0
-    for suffix in suffixes:
-        for name in chosen.unit_weights:
+    for k, suffix in enumerate(suffixes):
+        own = [name + suffix for name in chosen.unit_weights]
+        for name in own:
             weight = nn.Parameter(like.new_empty(module.hidden_size))
             nn.init.uniform_(weight, -bound, bound)
-            module.register_parameter(name + suffix, weight)
+            module.register_parameter(name, weight)
+        if isinstance(module, nn.LSTM):
+            module._all_weights[k] = [*module._all_weights[k], *own]  # of the property all_weights
+
+
+def repr_of(module: nn.Module) -> str:
+    """Return what a module's repr says of its cell: nothing of torch's."""
+    cell = of_module(module)
+    return "" if cell is PLAIN else f", {cell.name}=True"
 
 
 def names(module: nn.Module, suffix: str = "") -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ class LSTMCell(nn.LSTMCell):
         bias: whether to add ``bias_ih`` and ``bias_hh``.
         device: device of the parameters.
         dtype: dtype of the parameters.
+        peephole: by keyword: whether i and f see c, and o sees c', through ``weight_ci``,
+            ``weight_cf`` and ``weight_co`` (H) (:class:`lstm_ext.reference.PeepholeCell`).
+            torch.nn.LSTMCell has no such option.
 
     Inputs: ``input``, ``(h, c)``
         - input: (N, I), or (I) for a single sample.
@@ -41,6 +44,20 @@ class LSTMCell(nn.LSTMCell):
         cell = lstm_ext.LSTMCell(10, 20)
         h, c = cell(torch.randn(3, 10))
     """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        peephole: bool = False,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
+        if peephole:
+            _variants.add_parameters(self, _variants.PEEPHOLE, [""])
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -106,6 +123,10 @@ class LSTMCell(nn.LSTMCell):
         size = (*input.shape[:-1], self.hidden_size)
         h = torch.zeros(size, dtype=input.dtype, device=input.device)
         return h, torch.zeros_like(h)
+
+    def extra_repr(self) -> str:
+        """Describe the options as torch.nn.LSTMCell does."""
+        return super().extra_repr() + _variants.repr_of(self)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_ext import _call, _fx, _ops
+from lstm_ext import _call, _fx, _ops, _variants
 from lstm_ext._call import States
 
 _CHECKS = (
@@ -44,6 +44,9 @@ class LSTM(nn.LSTM):
         device: device of the parameters.
         dtype: dtype of the parameters.
         checkpoint_every: by keyword: see :func:`lstm_ext.lstm`. torch.nn.LSTM has no such option.
+        peephole: by keyword: whether i and f see c, and o sees c', through ``weight_ci_l0``,
+            ``weight_cf_l0`` and ``weight_co_l0`` (H), and so on for each layer and direction
+            (:class:`lstm_ext.reference.PeepholeCell`). torch.nn.LSTM has no such option.
 
     Inputs: ``input``, ``(h_0, c_0)``, ``reset``
         - input: (L, N, I), (N, L, I) if ``batch_first``, (L, I) for a single sequence, or a
@@ -87,6 +90,7 @@ class LSTM(nn.LSTM):
         dtype: torch.dtype | None = None,
         *,
         checkpoint_every: int | None = None,
+        peephole: bool = False,
     ) -> None:
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
@@ -94,6 +98,8 @@ class LSTM(nn.LSTM):
         )  # fmt: skip
         if checkpoint_every is not None:
             self.checkpoint_every = checkpoint_every
+        if peephole:
+            _variants.add_parameters(self, _variants.PEEPHOLE, _call.layer_suffixes(self))
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -144,6 +150,10 @@ class LSTM(nn.LSTM):
 
     def _run(self, input: Any, hx: Any, reset: Tensor | None) -> tuple[Any, States]:
         return _call.run(self, input, hx, reset)
+
+    def extra_repr(self) -> str:
+        """Describe the options as torch.nn.LSTM does."""
+        return super().extra_repr() + _variants.repr_of(self)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(

@@ -90,9 +90,45 @@ class PlainCell:
         return grads, grad_c_next * f, []
 
 
+class PeepholeCell:
+    """The cell with peepholes: i and f see c, o sees c' (Gers & Schmidhuber 2000, as in ONNX).
+
+    weights (3, H) are w_ci, w_cf and w_co::
+
+        i, f = sigmoid(i + w_ci * c), sigmoid(f + w_cf * c)
+        o    = sigmoid(o + w_co * c')
+    """
+
+    @staticmethod
+    def forward(pre: Quarters, c: Tensor, weights: Tensor) -> tuple[Quarters, Tensor, Tensor]:
+        """Compute the activated gates, h' and c' from the pre-activations."""
+        i, f, g, o = pre
+        i, f = torch.sigmoid(i + weights[0] * c), torch.sigmoid(f + weights[1] * c)
+        g = torch.tanh(g)
+        c_next = f * c + i * g
+        o = torch.sigmoid(o + weights[2] * c_next)
+        return (i, f, g, o), o * torch.tanh(c_next), c_next
+
+    @staticmethod
+    def backward(
+        gates: Quarters, c: Tensor, weights: Tensor, grad_h_next: Tensor, grad_c_next: Tensor
+    ) -> tuple[Quarters, Tensor, list[Tensor]]:
+        """Compute the gradients of the pre-activations, of c, and of w_ci, w_cf and w_co."""
+        i, f, g, _ = gates
+        c_next = f * c + i * g
+        # As if o did not see c'; then what it saw of it.
+        (_, _, _, grad_o), _, _ = PlainCell.backward(gates, c, None, grad_h_next, grad_c_next)
+        grads, grad_c, _ = PlainCell.backward(
+            gates, c, None, grad_h_next, grad_c_next + grad_o * weights[2]
+        )
+        grad_i, grad_f, _, _ = grads
+        grad_c = grad_c + grad_i * weights[0] + grad_f * weights[1]
+        return grads, grad_c, [grad_i * c, grad_f * c, grad_o * c_next]
+
+
 # By the operators' argument `variant`. Each has forward, and backward by hand, as PlainCell has
 # them; the gradients of the units' weights are for each row of the batch, (N, H).
-CELLS: tuple[Any, ...] = (PlainCell,)
+CELLS: tuple[Any, ...] = (PlainCell, PeepholeCell)
 
 
 def lstm_cell(

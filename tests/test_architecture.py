@@ -54,3 +54,21 @@ def test_places_of_an_operator(name):
     assert f"ops::{name}::implement<" in kernels.read_text()
     assert test.exists()
     assert benchmark.exists()
+
+
+def test_files_that_a_cell_touches():
+    """docs/extending.md: those of csrc and lstm_ext that know of peepholes, eight at most."""
+    listed = {
+        row[0]
+        for row in rows((ROOT / "docs" / "extending.md").read_text().split("\n## A cell\n")[1])
+        if row[0].startswith(("csrc/", "lstm_ext/"))
+    }
+    knows = {
+        str(path.relative_to(ROOT))
+        for folder in ("csrc", "lstm_ext")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py")
+        and re.search("peephole|weight_c[ifo]", path.read_text(), re.IGNORECASE)
+    }
+    assert listed == knows
+    assert len(knows) <= 8

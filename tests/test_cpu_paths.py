@@ -18,6 +18,8 @@ SUBSET = [
     "tests/test_frozen.py::test_same_bits",
     "tests/test_layer.py::test_any_size",
     "tests/test_layer.py::test_error_is_no_worse_than_torchs",
+    "tests/test_peephole.py::test_error_is_no_worse_than_plain_operations",
+    "tests/test_peephole.py::test_layer_is_the_reference",
 ]
 SHAPES = "1x3x2-bias or 3x50x200-bias or 17x257x129-bias or 400x7x3-bias or plain or not test_error"
 

@@ -64,13 +64,38 @@ def packed_weights(device, _):
     yield OPS.lstm_packed, (x, *states, [packed, b, None], False, None, None)
 
 
-CALLS = (cells, layers, packed_weights)
+def peepholes(device, requires_grad):
+    """The operators with the other cell of csrc/core/cells.h."""
+    args = draw((*SHAPES, (3, H)), device, requires_grad)
+    yield OPS.lstm_cell, (*args, 1)
+    yield OPS.lstm_cell_forward, (*args, 1)
+    x, *weights, p = args
+    x = x.detach().expand(L, N, I).clone().requires_grad_(requires_grad)
+    yield OPS.lstm_layer, (x, *weights, None, None, True, p, 1)
+    yield OPS.lstm_layer_forward, (x, *weights, None, None, False, p, 1)
+    h, c = (t.detach().unsqueeze(0) for t in args[1:3])
+    yield OPS.lstm, (x, h, c, [*args[3:]], False, 0.0, None, None, 1)
+    args = draw((*SHAPES, (3, H)), device)
+    hy, cy, gates = OPS.lstm_cell_forward(*args, 1)
+    yield OPS.lstm_cell_backward, (hy.clone(), cy.clone(), *args, 1, gates, [True] * 8)
+    if device != "cpu":
+        return
+    into = [t.clone() for t in args[3:]]
+    yield (OPS.lstm_cell_backward_accumulate,
+           (hy.clone(), cy.clone(), *args, 1, gates, *into, [True] * 3))  # fmt: skip
+    packed = OPS.lstm_layer_pack(args[3], args[4])
+    rest = (None, None, False, args[7], 1)
+    yield OPS.lstm_layer_packed, (x.detach(), *args[1:3], packed, *args[5:7], *rest)
+    yield OPS.lstm_packed, (x.detach(), h, c, [packed, *args[5:]], False, None, None, 1)
+
+
+CALLS = (cells, layers, packed_weights, peepholes)
 
 
 @pytest.mark.parametrize(
     ("calls", "requires_grad"),
     [(calls, False) for calls in CALLS]
-    + [(cells, True), *slow((layers, True)), (packed_weights, True)],
+    + [(cells, True), *slow((layers, True)), (packed_weights, True), *slow((peepholes, True))],
 )
 def test_opcheck(device, calls, requires_grad):
     if calls is packed_weights and device == "cuda":

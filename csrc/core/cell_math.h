@@ -62,4 +62,43 @@ struct PlainCell {
                                                  const Gates<V>& /*grad*/, V* /*sums*/) {}
 };
 
+// With peepholes (Gers & Schmidhuber 2000, in the form of ONNX): i and f see c, o sees c'.
+//   i, f = sigmoid(pre-activation + w c)      o = sigmoid(pre-activation + w c')
+// The weights w of a unit are those of i, f and o.
+struct PeepholeCell {
+  static constexpr int kUnitWeights = 3;
+
+  template <class M, class V>
+  static LSTM_EXT_INLINE Gates<V> forward(const Gates<V>& pre, V c, const V* weights, V& c_next,
+                                          V& h_next) {
+    Gates<V> gate = {M::sigmoid(pre.i + weights[0] * c), M::sigmoid(pre.f + weights[1] * c),
+                     M::tanh(pre.g), pre.o};
+    c_next = next_cell_state(gate, c);
+    gate.o = M::sigmoid(pre.o + weights[2] * c_next);
+    h_next = gate.o * M::tanh(c_next);
+    return gate;
+  }
+
+  template <class M, class V>
+  static LSTM_EXT_INLINE Gates<V> backward(const Gates<V>& gate, V c, const V* weights, V grad_h,
+                                           V grad_c_next, V& grad_c) {
+    const V tanh_c = M::tanh(next_cell_state(gate, c));
+    const V grad_o = grad_h * tanh_c * gate.o * (1 - gate.o);
+    const V grad_state =
+        grad_c_next + grad_h * gate.o * (1 - tanh_c * tanh_c) + grad_o * weights[2];
+    const V grad_i = grad_state * gate.g * gate.i * (1 - gate.i);
+    const V grad_f = grad_state * c * gate.f * (1 - gate.f);
+    grad_c = grad_state * gate.f + grad_i * weights[0] + grad_f * weights[1];
+    return {grad_i, grad_f, grad_state * gate.i * (1 - gate.g * gate.g), grad_o};
+  }
+
+  template <class V>
+  static LSTM_EXT_INLINE void add_unit_gradients(const Gates<V>& gate, V c, const Gates<V>& grad,
+                                                 V* sums) {
+    sums[0] = sums[0] + grad.i * c;
+    sums[1] = sums[1] + grad.f * c;
+    sums[2] = sums[2] + grad.o * next_cell_state(gate, c);
+  }
+};
+
 }  // namespace lstm_ext

@@ -13,7 +13,7 @@ struct CellList {
   static constexpr int kCount = sizeof...(Cell);
   static constexpr int kUnitWeights[] = {Cell::kUnitWeights...};
 };
-using Cells = CellList<PlainCell>;
+using Cells = CellList<PlainCell, PeepholeCell>;
 
 inline constexpr int kPlainCell = 0;
 

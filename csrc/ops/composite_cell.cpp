@@ -43,6 +43,9 @@ void check_inputs(const CellInputs& in) {
               in.input.sym_sizes(), ", states of ", in.hx.sym_sizes(), " and ", in.cx.sym_sizes(),
               ", weights of ", in.w_ih.sym_sizes(), " and ", in.w_hh.sym_sizes(),
               defined(in.b_ih) || defined(in.b_hh) ? ", with biases" : ", without biases");
+  // Other operations than products would take it for a number of a wider type.
+  TORCH_CHECK(!defined(in.unit_weights) || in.unit_weights->scalar_type() == in.w_hh.scalar_type(),
+              "unit_weights must have the dtype of w_hh, ", in.w_hh.scalar_type());
   // torch's operations would read on beyond a storage that has been made smaller.
   const auto has_memory = [](const at::Tensor& t) {
     return t.layout() == at::kStrided && !at::isTensorSubclassLike(t);

@@ -98,6 +98,7 @@ std::optional<LSTMOptions> read_options(PyObject* dict) {
       !read_int(dict, n.num_layers, options.num_layers) ||
       !read_int(dict, n.proj_size, proj_size) || proj_size != 0)
     return std::nullopt;
+  if (look_up(dict, n.variant) != nullptr) return std::nullopt;
   PyObject* const dropout = look_up(dict, n.dropout);
   if (dropout == nullptr || !PyFloat_CheckExact(dropout)) return std::nullopt;
   if (training && options.num_layers > 1 && PyFloat_AS_DOUBLE(dropout) != 0) return std::nullopt;

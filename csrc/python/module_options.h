@@ -22,7 +22,8 @@ struct LSTMOptions {
 };
 
 // None where torch.nn.LSTM or lstm_ext/_call.py has to decide: an option of another type than at
-// construction, projections, dropout that is to be drawn, checkpoint_every.
+// construction, another cell than torch's, projections, dropout that is to be drawn,
+// checkpoint_every.
 std::optional<LSTMOptions> read_options(PyObject* module_dict);
 
 // The weights of a torch.nn.LSTM, four for each layer and direction. None unless each is a

@@ -20,6 +20,7 @@ torch.ops.load_library(sys.argv[1])
 torch.set_default_device(sys.argv[2] if len(sys.argv) > 2 else "cpu")
 ops = torch.ops.lstm_ext
 torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "ieee"
+PEEPHOLE = 1  # csrc/core/cells.h
 checks = 0
 
 
@@ -56,20 +57,43 @@ def cell(N, I, H, dtype, bias):
         close(ops.lstm_cell(*leaves[:3], *weights)[0], theirs[0], dtype)
 
 
-def by_cell(module, x, h, c, sizes, reset, reverse):
+def peephole_cell(x, h, c, w_ih, w_hh, b_ih, b_hh, p):
+    """The formula of ONNX's LSTM, whose peepholes are p: of i, f and o."""
+    i, f, g, o = (x @ w_ih.T + h @ w_hh.T + b_ih + b_hh).chunk(4, 1)
+    i, f = torch.sigmoid(i + p[0] * c), torch.sigmoid(f + p[1] * c)
+    c = f * c + i * torch.tanh(g)
+    return torch.sigmoid(o + p[2] * c) * torch.tanh(c), c
+
+
+def peepholes(N, I, H, dtype):
+    """The cell, and in float16, which has no kernel of it, in tensor operations."""
+    shapes = ((N, I), (N, H), (N, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,), (3, H))
+    exact = [(torch.randn(s) * 0.5).to(dtype).double().requires_grad_() for s in shapes]
+    leaves = [t.detach().to(dtype).requires_grad_() for t in exact]
+    compare(ops.lstm_cell(*leaves, PEEPHOLE), peephole_cell(*exact), leaves, exact, dtype)
+
+
+def by_cell(module, x, h, c, sizes, reset, reverse, p=None):
     """A layer step by step in float64, with resets."""
     weights = list(module.parameters())
+    step = torch.lstm_cell
+    if p is not None:
+        weights.append(p)
+
+        def step(x, hx, *weights):
+            return peephole_cell(x, *hx, *weights)
+
     steps = list(x.split(sizes))
     h, c = list(h.split(1)), list(c.split(1))
     for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
         for n in range(sizes[t]):
             keep = 1 - reset[t, n].double()
-            h[n], c[n] = torch.lstm_cell(steps[t][n : n + 1], (h[n] * keep, c[n] * keep), *weights)
+            h[n], c[n] = step(steps[t][n : n + 1], (h[n] * keep, c[n] * keep), *weights)
         steps[t] = torch.cat(h[: sizes[t]])
     return torch.cat(steps), torch.cat(h), torch.cat(c)
 
 
-def layer(L, N, I, H, dtype, packed, reverse, with_reset):
+def layer(L, N, I, H, dtype, packed, reverse, with_reset, peephole=False):
     module = nn.LSTMCell(I, H, dtype=torch.float64).to(dtype).to(torch.float64)
     lengths = torch.randint(1, L + 1, (N,), device="cpu").sort(descending=True).values
     lengths[0] = L
@@ -79,15 +103,18 @@ def layer(L, N, I, H, dtype, packed, reverse, with_reset):
     reset = torch.rand(L, N) < (0.3 if with_reset else -1)
     tensors = [torch.randn(int(sizes.sum()), I), torch.randn(N, H), torch.randn(N, H)]
     exact = [t.to(dtype).double().requires_grad_() for t in tensors]
-    leaves = [t.detach().to(dtype).requires_grad_() for t in (*exact, *module.parameters())]
-    theirs = by_cell(module, *exact, sizes.tolist(), reset, reverse)
+    own = [(torch.randn(3, H) * 0.5).to(dtype).double().requires_grad_()] if peephole else []
+    wanted = [*exact, *module.parameters(), *own]
+    leaves = [t.detach().to(dtype).requires_grad_() for t in wanted]
+    theirs = by_cell(module, *exact, sizes.tolist(), reset, reverse, *own)
     x = leaves[0] if packed else leaves[0].view(L, N, I)
-    rest = (sizes if packed else None, reset if with_reset else None, reverse)
-    ours = ops.lstm_layer(x, *leaves[1:], *rest)
-    compare((ours[0].reshape(-1, H), *ours[1:]), theirs, leaves, [*exact, *module.parameters()],
-            dtype)  # fmt: skip
+    rest = [sizes if packed else None, reset if with_reset else None, reverse]
+    if peephole:
+        rest += [leaves[-1], PEEPHOLE]
+    ours = ops.lstm_layer(x, *leaves[1:7], *rest)
+    compare((ours[0].reshape(-1, H), *ours[1:]), theirs, leaves, wanted, dtype)
     with torch.no_grad():
-        for a, b in zip(ops.lstm_layer(x, *leaves[1:], *rest), ours, strict=True):
+        for a, b in zip(ops.lstm_layer(x, *leaves[1:7], *rest), ours, strict=True):
             assert torch.equal(a, b)
 
 
@@ -129,5 +156,11 @@ cell(600, 8, 4, torch.float32, True)  # products by the library
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
     for packed, reverse, with_reset in itertools.product((False, True), repeat=3):
         layer(4, 3, 5, 8, dtype, packed, reverse, with_reset)
+        layer(4, 3, 5, 8, dtype, packed, reverse, with_reset, peephole=True)
 layer(3, 140, 2, 3, torch.float32, True, True, True)
+layer(3, 140, 2, 3, torch.float32, True, True, True, peephole=True)
+layer(4, 3, 5, 8, torch.float16, False, False, False, peephole=True)
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for N, I, H in ((1, 3, 2), (5, 8, 16), (600, 8, 4)):
+        peepholes(N, I, H, dtype)
 print(f"{checks} comparisons agree")
