@@ -39,7 +39,8 @@ class LayerCall(NamedTuple):
 
 # Where one layer in one direction by our kernels is faster than by cuDNN's, forward alone and with
 # backward, both replayed from CUDA graphs: measured by benchmarks/bench_cuda.py --grid on an H200
-# (docs/gpu.md). Of each dtype: from which hidden size on, and up to which, how many rows at most.
+# and an H100 (docs/gpu.md). Of each dtype: from which hidden size on, and up to which, how many
+# rows at most.
 _MEASURED_CAPABILITY = (9, 0)
 _FASTER = {
     torch.float32: (192, {256: 128, 512: 64, 1024: 16}),
