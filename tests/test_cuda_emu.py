@@ -203,6 +203,12 @@ MUTATIONS = {
     "no barrier before the sums": ("cell_forward.cu", BARRIER, "", "thread"),
     "a share of the sum left out": (
         "gate_tiles.cuh",
+        "slice < split;",
+        "slice < split - 1;",
+        "none",
+    ),
+    "the last of eight shares left out": (
+        "gate_tiles.cuh",
         "slice < kWarps;",
         "slice < kWarps - 1;",
         "none",
