@@ -93,9 +93,9 @@ Gradients lstm_layer_backward(const LayerOutputGradients& grads, const LayerInpu
   return ops::lstm_layer_backward::call(grads, in, results, wanted);
 }
 
-Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh) {
+Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh, int64_t weights) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::lstm_layer_pack::call(w_ih, w_hh);
+  return ops::lstm_layer_pack::call(w_ih, w_hh, weights);
 }
 
 LayerOutputs lstm_layer_packed(const PackedLayerInputs& in) {

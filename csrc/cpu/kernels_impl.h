@@ -49,6 +49,12 @@ constexpr ProductKernels product_table() {
   return table;
 }
 
+template <class S, class... W>
+constexpr void set_weights(WeightTypes<W...> /*types*/, WeightKernels (&kernels)[kWeightTypes]) {
+  int type = 0;
+  ((kernels[type++] = {sizeof(typename W::Element), pack_gates<S, W>, gate_product<S, W>}), ...);
+}
+
 template <class S>
 constexpr LayerKernels layer_table() {
   LayerKernels table = {};
@@ -57,9 +63,8 @@ constexpr LayerKernels layer_table() {
   table.sums_per_row = sums_per_row<S>;
   table.packed_gates = packed_gates<S>;
   table.packed_columns = packed_columns<S>;
-  table.pack_gates = pack_gates<S>;
   table.pack_columns = pack_state_columns<S>;
-  table.gate_product = gate_product<S>;
+  set_weights<S>(typename WeightTypesOf<S>::Type(), table.weights);
   table.step = step<S>;
   table.step_gradient = step_gradient<S>;
   table.state_gradient = state_gradient<S>;

@@ -10,8 +10,14 @@ struct LayerTensors {
   Tensor output, hy, cy, gates, c_before;  // the last two undefined in inference
 };
 
-// packed: both matrices as PackedGates, which in then need not have; or null.
-LayerTensors layer_forward(const LayerInputs& in, bool training, const void* packed = nullptr);
+// Both matrices as PackedGates, one behind the other; or null.
+struct PackedWeights {
+  const void* data = nullptr;
+  WeightType type = WeightType::kWhole;
+};
+
+// in need not have the matrices where they are packed.
+LayerTensors layer_forward(const LayerInputs& in, bool training, const PackedWeights& packed = {});
 Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
                          const LayerResults& results, const Wanted& wanted);
 

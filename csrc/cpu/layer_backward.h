@@ -80,13 +80,14 @@ void state_gradient(const StateGradientArgs& args, int64_t first_block, int64_t 
   const int64_t H = args.H, column = first_block * width;
   const int64_t columns = at_most(last_block * width, H) - column;
   T* grad_h = static_cast<T*>(args.grad_h) + column;
-  packed_product<S>(PackedProduct<S, T>{args.rows,
-                                        4 * H,
-                                        static_cast<const FactorType<S>*>(args.grad_gates),
-                                        static_cast<const FactorType<S>*>(args.packed),
-                                        {grad_h, H, columns, false},
-                                        width},
-                    last_block - first_block);
+  packed_product<S>(
+      PackedProduct<S, T, FactorType<S>>{args.rows,
+                                         4 * H,
+                                         static_cast<const FactorType<S>*>(args.grad_gates),
+                                         static_cast<const FactorType<S>*>(args.packed),
+                                         {grad_h, H, columns, false},
+                                         width},
+      last_block - first_block);
   for (int64_t r = 0; args.reset && r < args.rows; ++r)
     if (args.reset[r]) std::memset(grad_h + r * H, 0, columns * sizeof(T));
 }

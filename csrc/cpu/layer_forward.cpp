@@ -42,8 +42,8 @@ void start_states(const SharedSequence& sequence, const Tensor& hx, void* const 
   }
 }
 
-void forward_loop(const LayerInputs& in, const void* packed_before, const SharedSequence& sequence,
-                  const Kernels& kernels, LayerTensors& out) {
+void forward_loop(const LayerInputs& in, const PackedWeights& packed_before,
+                  const SharedSequence& sequence, const Kernels& kernels, LayerTensors& out) {
   const LayerKernels& layer = kernels.layer;
   const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1), I = in.input.size(-1);
   const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
@@ -59,15 +59,16 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Shared
 
   // One piece of memory for all: the allocator returns several large ones to the system each time,
   // and to get their pages anew takes as long as to fill them.
-  PackedGates ih(layer, dtype, I, H), hh(layer, dtype, H, H);
-  const bool pack = packed_before == nullptr, pack_by_block = pack && one_chunk;
+  const WeightKernels& weights = layer.weights[static_cast<int>(packed_before.type)];
+  PackedGates ih(layer, packed_before.type, I, H), hh(layer, packed_before.type, H, H);
+  const bool pack = packed_before.data == nullptr, pack_by_block = pack && one_chunk;
   const int64_t ih_bytes = pack_by_block ? cut.shares * ih.block_bytes() : pack ? ih.bytes() : 0;
   const int64_t hh_bytes = pack ? hh.bytes() : 0;
   const int64_t sums_bytes = chunk_steps * N * layer.sums_per_row(H) * computed.size;
   const int64_t h_bytes = N * factor_columns(kernels.product, H) * factor.size;
   const Tensor scratch = empty_large({ih_bytes + hh_bytes + sums_bytes + 2 * h_bytes}, at::kByte);
   void* memory = scratch.mutable_data_ptr();
-  void* packed = pack ? memory : const_cast<void*>(packed_before);  // then only read
+  void* packed = pack ? memory : const_cast<void*>(packed_before.data);  // then only read
   ih.lie_at(packed);
   hh.lie_at(advance(packed, pack ? ih_bytes : ih.bytes()));
   void* sums = advance(memory, ih_bytes + hh_bytes);
@@ -119,12 +120,12 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Shared
         product.packed = ih.at(block);
         product.sums = chunk;
         product.first_row = to;
-        if (!pack_by_block) return layer.gate_product(product, block, block_end);
+        if (!pack_by_block) return weights.gate_product(product, block, block_end);
         void* slot = ih.at(first);
         product.packed = slot;
         for (int64_t b = block; b < block_end; ++b) {
           ih.pack(w_ih.data(), b, b + 1, slot);
-          layer.gate_product(product, b, b + 1);
+          weights.gate_product(product, b, b + 1);
         }
       };
       if (alone)
@@ -165,7 +166,7 @@ void forward_loop(const LayerInputs& in, const void* packed_before, const Shared
           step.reset_next = reset_next ? reset_next + row : nullptr;
           zigzag(block, block_end, rows == 1 ? kSideBlocks : 1, s % 2, [&](int64_t b, int64_t e) {
             product.packed = hh.at(b);
-            layer.gate_product(product, b, e);
+            weights.gate_product(product, b, e);
             layer.step(step, b, e);
           });
         }
@@ -215,7 +216,7 @@ void forward_by_cells(const LayerInputs& in, const SharedSequence& sequence, con
 
 }  // namespace
 
-LayerTensors layer_forward(const LayerInputs& in, bool training, const void* packed) {
+LayerTensors layer_forward(const LayerInputs& in, bool training, const PackedWeights& packed) {
   check_sequence(in);
   const SharedSequence sequence(in);
   const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1);
@@ -234,7 +235,7 @@ LayerTensors layer_forward(const LayerInputs& in, bool training, const void* pac
   const Kernels& kernels = cpu::kernels(kernel_dtype(dtype));
   const bool plain = !defined(in.batch_sizes) && !defined(in.reset);
   constexpr int64_t kShort = 4;  // steps
-  if (!packed && plain && L < kShort && !kernels.cell.forward_packs(N))
+  if (packed.data == nullptr && plain && L < kShort && !kernels.cell.forward_packs(N))
     forward_by_cells(in, sequence, kernels, out);
   else
     forward_loop(in, packed, sequence, kernels, out);

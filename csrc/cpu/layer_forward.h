@@ -4,6 +4,7 @@
 #include "cpu/cell_finish.h"
 #include "cpu/layer_kernels.h"
 #include "cpu/panel.h"
+#include "cpu/weight_types.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -30,11 +31,12 @@ int64_t packed_gates(int64_t K, int64_t H) {
 }
 
 // A packed block as pack_transposed and pack_columns write it.
-template <class S>
-using PackedRows = FactorType<S> (*)[kPanelVectors][kWidthOf<S>];
+template <class S, class E = FactorType<S>>
+using PackedRows = E (*)[kPanelVectors][kWidthOf<S>];
 
-template <class S>
+template <class S, class W>
 void pack_gates(const void* w, int64_t K, int64_t H, void* packed, int64_t first, int64_t last) {
+  using Element = typename W::Element;
   const GateLayout layout = gate_layout<S>(H);
   for (int64_t block = first; block < last; ++block) {
     const int64_t unit = block * kWidthOf<S>;
@@ -43,8 +45,8 @@ void pack_gates(const void* w, int64_t K, int64_t H, void* packed, int64_t first
       lanes[v] = at_most(kWidthOf<S>, layout.dense ? kGates * H - v * kWidthOf<S> : H - unit);
     pack_transposed<S>(static_cast<const S*>(w) + unit * K, K, (layout.dense ? kWidthOf<S> : H) * K,
                        lanes, K,
-                       reinterpret_cast<PackedRows<S>>(static_cast<FactorType<S>*>(packed) +
-                                                       (block - first) * block_size<S>(K)));
+                       reinterpret_cast<PackedRows<S, Element>>(
+                           static_cast<Element*>(packed) + (block - first) * block_size<S>(K)));
   }
 }
 
@@ -55,8 +57,8 @@ void pack_gates(const void* w, int64_t K, int64_t H, void* packed, int64_t first
 constexpr int kSidePanels = LSTM_EXT_VECTOR_BYTES == 64 ? 4 : 2;
 static_assert(kSideBlocks % kSidePanels == 0);
 
-template <bool ByBlock, class F, class R>
-void side_panels(const F* a, const F* b, int64_t apart, int64_t depth, const Result<R>& result,
+template <bool ByBlock, class F, class E, class R>
+void side_panels(const F* a, const E* b, int64_t apart, int64_t depth, const Result<R>& result,
                  int64_t result_apart) {
   constexpr int width = Vector<F>::kWidth;
   using V = typename Vector<SumTypeOf<F>>::type;
@@ -82,18 +84,18 @@ void side_panels(const F* a, const F* b, int64_t apart, int64_t depth, const Res
 }
 
 // Several packed blocks and what multiplies them.
-template <class S, class R>
+template <class S, class R, class E>
 struct PackedProduct {
   int64_t rows, K;
   const FactorType<S>* a;  // [rows, K] as factors
-  const FactorType<S>* b;  // the first block
+  const E* b;              // the first block
   Result<R> result;        // of the first block; its columns are those of all blocks
   int64_t result_apart;    // from one block's result to the next one's
 };
 
 // A single row, as many blocks as lie side by side.
-template <class S, class R>
-LSTM_EXT_INLINE void row_product(const PackedProduct<S, R>& product) {
+template <class S, class R, class E>
+LSTM_EXT_INLINE void row_product(const PackedProduct<S, R, E>& product) {
   const int64_t factors = blocks(product.K, kDepthOfFactor<S>);
   Result<R> result = product.result;
   for (int64_t k = 0; k < factors; k += kPanelDepth) {
@@ -105,8 +107,8 @@ LSTM_EXT_INLINE void row_product(const PackedProduct<S, R>& product) {
 }
 
 // One block.
-template <class S, class R>
-LSTM_EXT_INLINE void block_product(const PackedProduct<S, R>& product) {
+template <class S, class R, class E>
+LSTM_EXT_INLINE void block_product(const PackedProduct<S, R, E>& product) {
   constexpr int64_t columns = Panel<FactorType<S>>::kColumns;
   const int64_t rows = product.rows, factors = blocks(product.K, kDepthOfFactor<S>);
   const int vectors =
@@ -132,8 +134,8 @@ LSTM_EXT_INLINE void block_product(const PackedProduct<S, R>& product) {
 }
 
 // The results of `count` blocks = or += a times each.
-template <class S, class R>
-LSTM_EXT_INLINE void packed_product(PackedProduct<S, R> product, int64_t count) {
+template <class S, class R, class E>
+LSTM_EXT_INLINE void packed_product(PackedProduct<S, R, E> product, int64_t count) {
   while (count > 0) {
     const bool side_by_side = product.rows == 1 && count >= kSidePanels;
     if (side_by_side)
@@ -153,20 +155,22 @@ LSTM_EXT_INLINE ComputeType<S>* block_sums_of(const GateSums& sums, int64_t bloc
   return static_cast<ComputeType<S>*>(sums.data) + (block * sums.rows + row) * kGates * kWidthOf<S>;
 }
 
-template <class S>
+template <class S, class W>
 void gate_product(const GateProductArgs& args, int64_t first_block, int64_t last_block) {
+  using Element = typename W::Element;
   constexpr int64_t stride = kGates * kWidthOf<S>;
   const int64_t count = last_block - first_block;
   // Fewer than the four vectors only where one block is all.
   const int64_t columns = (count - 1) * stride + gate_layout<S>(args.H).vectors * kWidthOf<S>;
   packed_product<S>(
-      PackedProduct<S, ComputeType<S>>{args.rows,
-                                       args.K,
-                                       static_cast<const FactorType<S>*>(args.x),
-                                       static_cast<const FactorType<S>*>(args.packed),
-                                       {block_sums_of<S>(args.sums, first_block, args.first_row),
-                                        stride, columns, args.accumulate},
-                                       args.sums.rows * stride},
+      PackedProduct<S, ComputeType<S>, Element>{
+          args.rows,
+          args.K,
+          static_cast<const FactorType<S>*>(args.x),
+          static_cast<const Element*>(args.packed),
+          {block_sums_of<S>(args.sums, first_block, args.first_row), stride, columns,
+           args.accumulate},
+          args.sums.rows * stride},
       count);
 }
 

@@ -69,6 +69,19 @@ struct StateGradientArgs {
   const bool* reset;
 };
 
+// How packed weights are stored (weight_types.h); the operators' argument `weights`.
+enum class WeightType { kWhole, kBFloat16 };
+inline constexpr int kWeightTypes = 2;
+
+// The weights of the gates, in blocks of packed_gates elements in all. Null functions where a type
+// is not for these activations.
+struct WeightKernels {
+  int64_t element_bytes;
+  void (*pack_gates)(const void* w, int64_t K, int64_t H, void* packed, int64_t first,
+                     int64_t last);
+  void (*gate_product)(const GateProductArgs&, int64_t first_block, int64_t last_block);
+};
+
 inline constexpr int64_t kUnitBlocks = 4;
 // Blocks that the product of a single row takes side by side, or a divisor of it.
 inline constexpr int64_t kSideBlocks = 4;
@@ -77,12 +90,10 @@ struct LayerKernels {
   int64_t (*unit_blocks)(int64_t H);
   int64_t (*column_blocks)(int64_t H);            // those of grad_h, kUnitBlocks unit blocks each
   int64_t (*sums_per_row)(int64_t H);             // elements
-  int64_t (*packed_gates)(int64_t K, int64_t H);  // elements of the compute type
+  int64_t (*packed_gates)(int64_t K, int64_t H);  // elements
   int64_t (*packed_columns)(int64_t H);
-  void (*pack_gates)(const void* w, int64_t K, int64_t H, void* packed, int64_t first,
-                     int64_t last);
   void (*pack_columns)(const void* w_hh, int64_t H, void* packed, int64_t first, int64_t last);
-  void (*gate_product)(const GateProductArgs&, int64_t first_block, int64_t last_block);
+  WeightKernels weights[kWeightTypes];
   void (*step)(const StepArgs&, int64_t first_block, int64_t last_block);
   void (*step_gradient)(const StepGradientArgs&, int64_t first_block, int64_t last_block);
   void (*state_gradient)(const StateGradientArgs&, int64_t first_block, int64_t last_block);

@@ -15,14 +15,20 @@ struct PackedLayer {
   PackedGates ih, hh;
   PackedHeader header;
 
-  PackedLayer(at::ScalarType dtype, int64_t I, int64_t H)
-      : ih(cpu::kernels(kernel_dtype(dtype)).layer, dtype, I, H),
-        hh(cpu::kernels(kernel_dtype(dtype)).layer, dtype, H, H),
-        header(dtype, I, H, ih.bytes() + hh.bytes()) {}
+  PackedLayer(at::ScalarType dtype, WeightType type, int64_t I, int64_t H)
+      : ih(cpu::kernels(kernel_dtype(dtype)).layer, type, I, H),
+        hh(cpu::kernels(kernel_dtype(dtype)).layer, type, H, H),
+        header(dtype, type, I, H, ih.bytes() + hh.bytes()) {}
   int64_t bytes() const { return static_cast<int64_t>(sizeof(header)) + header.bytes; }
 };
 
-PackedLayer packed_layer(const Tensor& w_ih, const Tensor& w_hh) {
+// Whether weights can be stored so for such activations.
+bool has_weights(at::ScalarType dtype, int64_t type) {
+  return type >= 0 && type < kWeightTypes &&
+         cpu::kernels(kernel_dtype(dtype)).layer.weights[type].pack_gates != nullptr;
+}
+
+PackedLayer packed_layer(const Tensor& w_ih, const Tensor& w_hh, int64_t weights) {
   const auto gates_of = [](const Tensor& w, int64_t H) {
     return w.dim() == 2 && w.size(0) == 4 * H;
   };
@@ -35,11 +41,13 @@ PackedLayer packed_layer(const Tensor& w_ih, const Tensor& w_hh) {
           w_hh.layout() == at::kStrided && w_hh.device() == w_ih.device() && fused_dtype(dtype),
       "lstm_layer_pack: w_ih and w_hh must be dense, on one device, and of one dtype out of "
       "float32, float64, bfloat16 and float16");
-  return {dtype, w_ih.size(1), w_hh.size(1)};
+  TORCH_CHECK(has_weights(dtype, weights), "lstm_layer_pack: there are no weights of type ",
+              weights, " for ", dtype);
+  return {dtype, static_cast<WeightType>(weights), w_ih.size(1), w_hh.size(1)};
 }
 
-Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh) {
-  PackedLayer layer = packed_layer(w_ih, w_hh);
+Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh, int64_t weights) {
+  PackedLayer layer = packed_layer(w_ih, w_hh, weights);
   check_all_allocated(w_ih, w_hh);
   const Tensor packed = empty({layer.bytes()}, kPackedType);
   std::memcpy(packed.mutable_data_ptr(), &layer.header, sizeof(layer.header));
@@ -56,8 +64,8 @@ Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh) {
 }
 
 // The result's size alone.
-Tensor lstm_layer_pack_meta(const Tensor& w_ih, const Tensor& w_hh) {
-  return w_ih.new_empty({packed_layer(w_ih, w_hh).bytes()}, at::dtype(kPackedType));
+Tensor lstm_layer_pack_meta(const Tensor& w_ih, const Tensor& w_hh, int64_t weights) {
+  return w_ih.new_empty({packed_layer(w_ih, w_hh, weights).bytes()}, at::dtype(kPackedType));
 }
 
 LayerOutputs lstm_layer_packed(const PackedLayerInputs& from) {
@@ -73,16 +81,19 @@ LayerOutputs lstm_layer_packed(const PackedLayerInputs& from) {
   log_cpu_path("lstm_layer_packed", in.input, in.hx);
   const at::ScalarType dtype = in.hx.scalar_type();
   const int64_t I = in.input.size(-1), H = in.hx.size(1);
-  PackedHeader found(dtype, I, H, 0);
+  PackedHeader found(dtype, WeightType::kWhole, I, H, 0);
   TORCH_CHECK(packed.scalar_type() == kPackedType && packed.dim() == 1 && packed.is_contiguous() &&
                   packed.nbytes() >= sizeof(found),
               "lstm_layer_packed: packed must be the result of lstm_layer_pack");
   std::memcpy(static_cast<void*>(&found), packed.const_data_ptr(), sizeof(found));
-  const PackedLayer wanted(dtype, I, H);
+  const WeightType type = has_weights(dtype, found.weights) ? static_cast<WeightType>(found.weights)
+                                                            : WeightType::kWhole;
+  const PackedLayer wanted(dtype, type, I, H);
   TORCH_CHECK(found == wanted.header && packed.numel() == wanted.bytes(),
               "lstm_layer_packed: the weights were packed for ", describe(found), ", not for ",
               describe(wanted.header), "; pack (freeze) them again");
-  LayerTensors out = layer_forward(in, false, advance(packed.const_data_ptr(), sizeof(found)));
+  const PackedWeights before = {advance(packed.const_data_ptr(), sizeof(found)), type};
+  LayerTensors out = layer_forward(in, false, before);
   return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
 }
 

@@ -12,26 +12,24 @@ namespace lstm_ext::cpu {
 // One of the two matrices, [4H, K].
 class PackedGates {
  public:
-  PackedGates(const LayerKernels& layer, at::ScalarType dtype, int64_t K, int64_t H)
-      : layer_(layer),
-        element_(compute_type(dtype)),
+  PackedGates(const LayerKernels& layer, WeightType type, int64_t K, int64_t H)
+      : weights_(layer.weights[static_cast<int>(type)]),
         K_(K),
         H_(H),
         blocks_(layer.unit_blocks(H)),
         block_elements_(layer.packed_gates(K, H) / std::max<int64_t>(1, blocks_)) {}
 
-  int64_t block_bytes() const { return block_elements_ * element_.size; }
+  int64_t block_bytes() const { return block_elements_ * weights_.element_bytes; }
   int64_t bytes() const { return blocks_ * block_bytes(); }
   void lie_at(void* data) { data_ = data; }
   void* at(int64_t block) const { return advance(data_, block * block_bytes()); }
   void pack(const void* w, int64_t first, int64_t last) const { pack(w, first, last, at(first)); }
   void pack(const void* w, int64_t first, int64_t last, void* to) const {
-    layer_.pack_gates(w, K_, H_, to, first, last);
+    weights_.pack_gates(w, K_, H_, to, first, last);
   }
 
  private:
-  const LayerKernels& layer_;
-  const Elements element_;
+  const WeightKernels& weights_;
   const int64_t K_, H_, blocks_, block_elements_;
   void* data_ = nullptr;
 };
@@ -39,12 +37,14 @@ class PackedGates {
 // What lstm_layer_pack returns: a header, then both matrices. The header says for which kernels
 // they were packed; other kernels would read them wrongly.
 struct PackedHeader {
-  char instruction_set[32];
-  int64_t dtype, I, H, bytes;
+  char instruction_set[24];
+  int64_t dtype, weights, I, H, bytes;
 
-  PackedHeader(at::ScalarType scalar_type, int64_t input_size, int64_t hidden_size, int64_t total)
+  PackedHeader(at::ScalarType scalar_type, WeightType type, int64_t input_size, int64_t hidden_size,
+               int64_t total)
       : instruction_set(),
         dtype(static_cast<int64_t>(scalar_type)),
+        weights(static_cast<int64_t>(type)),
         I(input_size),
         H(hidden_size),
         bytes(total) {
@@ -52,7 +52,8 @@ struct PackedHeader {
   }
   bool operator==(const PackedHeader& other) const {
     return std::strncmp(instruction_set, other.instruction_set, sizeof(instruction_set)) == 0 &&
-           dtype == other.dtype && I == other.I && H == other.H && bytes == other.bytes;
+           dtype == other.dtype && weights == other.weights && I == other.I && H == other.H &&
+           bytes == other.bytes;
   }
 };
 inline std::string describe(const PackedHeader& header) {

@@ -67,8 +67,9 @@ LSTM_EXT_INLINE Result<SumTypeOf<F>> panel_sums(Panel<F>& panel, bool first) {
 }
 
 // Vectors of the four that a tile computes: fewer for matrices of few columns, with more rows.
-template <int Rows, int Vectors, class F, class S>
-LSTM_EXT_INLINE void tile_product(const Broadcast<F>& a, const F* b, int64_t depth,
+// B is stored as factors, or as E, which load makes factors of (weight_types.h).
+template <int Rows, int Vectors, class F, class E, class S>
+LSTM_EXT_INLINE void tile_product(const Broadcast<F>& a, const E* b, int64_t depth,
                                   const Result<S>& result) {
   using V = typename Vector<F>::type;
   typename Vector<SumTypeOf<F>>::type sum[Rows][Vectors] = {};
@@ -97,8 +98,8 @@ LSTM_EXT_INLINE void tile_product(const Broadcast<F>& a, const F* b, int64_t dep
 }
 
 // Whole tiles first, then ever smaller ones for the rows left over.
-template <int Rows, int Vectors, class F, class S>
-LSTM_EXT_INLINE void tiles(int64_t rows, Broadcast<F> a, const F* b, int64_t depth,
+template <int Rows, int Vectors, class F, class E, class S>
+LSTM_EXT_INLINE void tiles(int64_t rows, Broadcast<F> a, const E* b, int64_t depth,
                            Result<S> result) {
   for (; rows >= Rows; rows -= Rows) {
     tile_product<Rows, Vectors>(a, b, depth, result);
@@ -111,8 +112,8 @@ LSTM_EXT_INLINE void tiles(int64_t rows, Broadcast<F> a, const F* b, int64_t dep
 
 // result [rows, 4 vectors] = or += A [rows, depth] * B [depth, 4 vectors], depth in factors. Only
 // the first `vectors` of the four are wanted.
-template <class F, class S>
-void panel_product(int64_t rows, const Broadcast<F>& a, const F* b, int64_t depth, int vectors,
+template <class F, class E, class S>
+void panel_product(int64_t rows, const Broadcast<F>& a, const E* b, int64_t depth, int vectors,
                    const Result<S>& result) {
   if (vectors == 1)
     tiles<4 * kTileRows, 1>(rows, a, b, depth, result);
@@ -140,10 +141,10 @@ LSTM_EXT_INLINE void transpose(V (&rows)[Width]) {
 
 // Panel of the transposed: b[k][v][lane] = w[v * vector_stride + lane * ldw + k] for the first
 // lanes_of[v] lanes, zero in the others. Returns its depth in factors.
-template <class S>
+template <class S, class E>
 int64_t pack_transposed(const S* w, int64_t ldw, int64_t vector_stride,
                         const int64_t (&lanes_of)[kPanelVectors], int64_t depth,
-                        FactorType<S> (*b)[kPanelVectors][kWidthOf<S>]) {
+                        E (*b)[kPanelVectors][kWidthOf<S>]) {
   constexpr int width = kWidthOf<S>, per_factor = kDepthOfFactor<S>;
   const int64_t factors = blocks(depth, per_factor);
   for (int v = 0; v < kPanelVectors; ++v, w += vector_stride) {

@@ -227,7 +227,8 @@ struct MmaTile {
     const T* rows[kColumns];
 #pragma unroll
     for (int column = 0; column < kColumns; ++column)
-      rows[column] = operand.rows + min(place.first_row + 8 * column + row, place.rows - 1) * K;
+      rows[column] =
+          operand.rows + int64_t{min(place.first_row + 8 * column + row, place.rows - 1)} * K;
     in_stages<kAhead, kColumns, Words>(
         place.slice * kChunk, place.split * kChunk, K,
         [&](int column, int chunk) {

@@ -105,9 +105,11 @@ struct lstm_layer_backward
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 };
 // Inference over weights packed before: w_ih and w_hh in the layout of this processor's kernels.
+// weights: how they are stored, 0 as the products take them, 1 in bfloat16 (for float32).
 struct lstm_layer_pack
-    : Operator<lstm_layer_pack, at::Tensor(const at::Tensor&, const at::Tensor&)> {
-  static constexpr char kSchema[] = "lstm_layer_pack(Tensor w_ih, Tensor w_hh) -> Tensor";
+    : Operator<lstm_layer_pack, at::Tensor(const at::Tensor&, const at::Tensor&, int64_t)> {
+  static constexpr char kSchema[] =
+      "lstm_layer_pack(Tensor w_ih, Tensor w_hh, int weights=0) -> Tensor";
 };
 struct lstm_layer_packed : Operator<lstm_layer_packed, LayerOutputs(const PackedLayerInputs&)> {
   static constexpr char kSchema[] =

@@ -183,12 +183,18 @@ PyObject* call_frozen_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize
   std::optional<at::Tensor> h, c;
   if (input.dim() != 2 || !unpack_states(args[2], h, c)) Py_RETURN_NONE;
   const std::optional<FrozenCell> cell = read_frozen_cell(args[0]);
-  if (!cell || !input.is_cpu() || cell->plain[1]->dim() != 2) Py_RETURN_NONE;
-  const int64_t N = input.sym_size(0).maybe_as_int().value_or(-1), H = cell->plain[1]->size(1);
-  if (N < 0) Py_RETURN_NONE;
+  if (!cell || !input.is_cpu()) Py_RETURN_NONE;
+  const bool has_plain = cell->plain[1].has_value();
+  if (has_plain && (cell->plain[0]->dim() != 2 || cell->plain[1]->dim() != 2)) Py_RETURN_NONE;
+  const std::optional<CellSizes> sizes =
+      has_plain ? CellSizes{cell->plain[0]->size(1), cell->plain[1]->size(1)}
+                : read_cell_sizes(args[0]);
+  const int64_t N = input.sym_size(0).maybe_as_int().value_or(-1);
+  if (N < 0 || !sizes) Py_RETURN_NONE;
+  const auto [I, H] = *sizes;
   zeros_if_none(h, c, {N, H}, input);
   const auto& [w_ih, w_hh, b_ih, b_hh] = cell->plain;
-  if (!packed_cell_is_faster(input, H)) {
+  if (has_plain && !packed_cell_is_faster(input, H)) {
     // Packed weights refuse to be differentiated through, in any size.
     if (h->dim() != 2 || c->dim() != 2 || input.scalar_type() != w_ih->scalar_type() ||
         torch::autograd::compute_requires_grad(input, *h, *c))
@@ -197,7 +203,7 @@ PyObject* call_frozen_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize
     auto [hy, cy] = without_lock(brief(in), [&] { return ops::lstm_cell::call(in); });
     return wrap(std::move(hy), std::move(cy));
   }
-  const int64_t I = w_ih->size(1), h_sizes[] = {N, H};
+  const int64_t h_sizes[] = {N, H};
   if (!usual(input, I, *h, *c, h_sizes)) Py_RETURN_NONE;
   const bool is_brief = N * 4 * H * (I + H) < kBriefWork;
   auto [output, h_n, c_n] = without_lock(is_brief, [&] {

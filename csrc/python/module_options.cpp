@@ -165,7 +165,8 @@ std::optional<OptionalTensors> read_packed_weights(PyObject* dict, const LSTMOpt
 
 std::optional<FrozenCell> read_frozen_cell(PyObject* dict) {
   std::array<std::optional<at::Tensor>, 5> t;
-  if (!read_buffers(dict, t.data(), t.size()) || !t[0] || !t[3] || !t[4]) return std::nullopt;
+  if (!read_buffers(dict, t.data(), t.size()) || !t[0] || t[3].has_value() != t[4].has_value())
+    return std::nullopt;
   return FrozenCell{std::move(*t[0]),
                     {std::move(t[3]), std::move(t[4]), std::move(t[1]), std::move(t[2])}};
 }

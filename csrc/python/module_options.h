@@ -38,7 +38,8 @@ std::optional<OptionalTensors> read_packed_weights(PyObject* module_dict,
 inline constexpr int kCellWeights = 4;  // w_ih, w_hh, b_ih, b_hh
 using CellParameters = std::array<std::optional<at::Tensor>, kCellWeights>;
 
-// The buffers of a frozen cell: packed weights, b_ih, b_hh, and the plain weights w_ih, w_hh.
+// The buffers of a frozen cell: packed weights, b_ih, b_hh, and the plain weights w_ih, w_hh, which
+// weights of fewer bits have not.
 struct FrozenCell {
   at::Tensor packed;
   CellParameters plain;

@@ -203,14 +203,15 @@ void check_step(const Table& table, const Step& step, double terms) {
   const auto& [N, I, H, x_factors, h_factors, c, w_ih, w_hh, b_ih, b_hh, hy, cy, gates] = step;
   const int64_t blocks = layer.unit_blocks(H);
   const bool pairs = table.kernels->product.pair_rows != nullptr;
+  const WeightKernels& weights = layer.weights[static_cast<int>(WeightType::kWhole)];
   Bytes packed_ih(layer.packed_gates(I, H) * size_of(compute)),
       packed_hh(layer.packed_gates(H, H) * size_of(compute));
-  layer.pack_gates(w_ih.data(), I, H, packed_ih.data(), 0, blocks);
-  layer.pack_gates(w_hh.data(), H, H, packed_hh.data(), 0, blocks);
+  weights.pack_gates(w_ih.data(), I, H, packed_ih.data(), 0, blocks);
+  weights.pack_gates(w_hh.data(), H, H, packed_hh.data(), 0, blocks);
   Bytes sums(N * layer.sums_per_row(H) * size_of(compute));
   const lstm_ext::cpu::GateSums chunk = {sums.data(), N};
-  layer.gate_product({N, H, H, h_factors.data(), packed_hh.data(), chunk, 0, false}, 0, blocks);
-  layer.gate_product({N, I, H, x_factors.data(), packed_ih.data(), chunk, 0, true}, 0, blocks);
+  weights.gate_product({N, H, H, h_factors.data(), packed_hh.data(), chunk, 0, false}, 0, blocks);
+  weights.gate_product({N, I, H, x_factors.data(), packed_ih.data(), chunk, 0, true}, 0, blocks);
   Bytes c_state = c, c_before(c.size()), output(c.size()), gates_bytes(4 * c.size());
   Bytes h_state(h_factors.size());
   // The last row starts again at the next step.
