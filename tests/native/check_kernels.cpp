@@ -149,6 +149,8 @@ Bytes padded_rows(Dtype dtype, const Values& m, int64_t rows, int64_t columns) {
   return pack(dtype, values);
 }
 
+constexpr lstm_ext::cpu::CellKind kPlain = {0, nullptr};  // torch's cell
+
 void check_product(const Table& table, const Values& grad_gates, bool transposed, int64_t N,
                    int64_t H, const Values& b, int64_t columns) {
   const ProductKernels& kernels = table.kernels->product;
@@ -203,7 +205,7 @@ void check_step(const Table& table, const Step& step, double terms) {
   const auto& [N, I, H, x_factors, h_factors, c, w_ih, w_hh, b_ih, b_hh, hy, cy, gates] = step;
   const int64_t blocks = layer.unit_blocks(H);
   const bool pairs = table.kernels->product.pair_rows != nullptr;
-  const WeightKernels& weights = layer.weights[static_cast<int>(WeightType::kWhole)];
+  const auto& weights = layer.weights[static_cast<int>(lstm_ext::cpu::WeightType::kWhole)];
   Bytes packed_ih(layer.packed_gates(I, H) * size_of(compute)),
       packed_hh(layer.packed_gates(H, H) * size_of(compute));
   weights.pack_gates(w_ih.data(), I, H, packed_ih.data(), 0, blocks);
@@ -217,7 +219,7 @@ void check_step(const Table& table, const Step& step, double terms) {
   // The last row starts again at the next step.
   const auto reset = std::make_unique<bool[]>(N);
   reset[N - 1] = true;
-  layer.step({N, H, chunk, 0, b_ih.data(), b_hh.data(), c_state.data(), h_state.data(),
+  layer.step({N, H, chunk, 0, b_ih.data(), b_hh.data(), kPlain, c_state.data(), h_state.data(),
               output.data(), gates_bytes.data(), c_before.data(), reset.get()},
              0, blocks);
   Values c_next = cy, h_next = hy;
@@ -294,6 +296,7 @@ void check(const Table& table, int64_t N, int64_t I, int64_t H) {
                                                   w_hh_bytes.data(),
                                                   b_ih_bytes.data(),
                                                   b_hh_bytes.data(),
+                                                  kPlain,
                                                   hy_bytes.data(),
                                                   cy_bytes.data(),
                                                   gates_bytes.data()};
@@ -341,6 +344,7 @@ void check(const Table& table, int64_t N, int64_t I, int64_t H) {
                                                      grad_cy_bytes.data(),
                                                      c_bytes.data(),
                                                      kept_bytes.data(),
+                                                     kPlain,
                                                      grad_gates_bytes.data(),
                                                      grad_cx_bytes.data(),
                                                      sums.data()};
@@ -359,7 +363,8 @@ void check(const Table& table, int64_t N, int64_t I, int64_t H) {
   Bytes step_factors(pairs ? N * 4 * H * size_of(dtype) : 0);
   table.kernels->layer.step_gradient(
       {N, H, grad_hy_bytes.data(), from_after.data(), step_grad_c.data(), kept_bytes.data(),
-       c_bytes.data(), step_gates.data(), pairs ? step_factors.data() : nullptr, reset.get()},
+       c_bytes.data(), kPlain, step_gates.data(), pairs ? step_factors.data() : nullptr,
+       reset.get()},
       0, table.kernels->layer.unit_blocks(H));
   compare(table, "step: gate gradients", N, I, H, compute, step_gates, grad_gates, 1);
   if (pairs) compare(table, "step: their factors", N, I, H, dtype, step_factors, grad_gates, 1);
