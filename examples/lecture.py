@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 import lstm_ext
-from lstm_ext import lecture, plot, reference
+from lstm_ext import plot, reference
+from lstm_ext.cli import lecture
 
 torch.set_printoptions(precision=4, sci_mode=False)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lstm_ext
-from lstm_ext import lecture
+from lstm_ext.cli import lecture
 
 SYMBOLS = 4  # to remember one of
 FORGET_BIAS = 3.0  # sigmoid(3) = 0.95: half of c is left after 14 steps

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from lstm_ext import _flops as _flops
 from lstm_ext import _vmap as _vmap
-from lstm_ext import plot, reference
+from lstm_ext import reference
 from lstm_ext._backend import cuda_backend, set_cuda_backend
 from lstm_ext._info import __version__, build_info
 from lstm_ext._onnx import onnx_translations
@@ -19,7 +19,8 @@ from lstm_ext.cell import LSTMCell
 from lstm_ext.convert import convert, revert
 from lstm_ext.frozen import freeze, unfreeze
 from lstm_ext.functional import LayerWeights, lstm, lstm_cell
-from lstm_ext.gates import GateTrace, trace_gates
+from lstm_ext.inspect import plot
+from lstm_ext.inspect.gates import GateTrace, trace_gates
 from lstm_ext.layer import LSTM
 
 __all__ = [

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import lstm_ext
-from lstm_ext import checkpoint, cli, lecture
+from lstm_ext import cli
+from lstm_ext.cli import checkpoint, lecture
 
 
 def run(capsys, *arguments):
@@ -98,7 +99,7 @@ def test_bench_leaves_the_threads_as_they_were(capsys):
 
 
 def test_demo_and_gates_of_its_model(capsys, tmp_path, monkeypatch):
-    from lstm_ext import bench
+    from lstm_ext.cli import bench
 
     monkeypatch.setattr(bench, "CELLS", [(1, 3, 2)])
     model, picture = tmp_path / "model.pt", tmp_path / "demo.png"

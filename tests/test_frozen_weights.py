@@ -64,7 +64,7 @@ def test_cell(N, peephole):
         torch.testing.assert_close(frozen(x, hx), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(frozen(x), rounded(cell)(x), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(frozen(x[0])[0], rounded(cell)(x[0])[0], rtol=1e-5, atol=1e-6)
-        with pytest.raises(RuntimeError, match="hidden|expected an input"):
+        with pytest.raises(RuntimeError, match=r"hidden|expected an input"):
             frozen(x, (hx[0][:, :3], hx[1]))
     with pytest.raises(RuntimeError, match="for inference"):
         frozen(x, (hx[0].requires_grad_(), hx[1]))

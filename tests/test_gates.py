@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 
 import lstm_ext
 from lstm_ext import reference
-from lstm_ext.gates import NAMES
+from lstm_ext.inspect.gates import NAMES
 
 L, N, I, H = 6, 4, 3, 5
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}

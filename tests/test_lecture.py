@@ -8,7 +8,8 @@ from limits import slow
 from torch import nn
 
 import lstm_ext
-from lstm_ext import lecture, reference
+from lstm_ext import reference
+from lstm_ext.cli import lecture
 
 
 def close(tensor, values, atol=5.01e-5):

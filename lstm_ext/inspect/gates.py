@@ -167,7 +167,7 @@ class GateTrace:
 
     def plot(self, **options: Any) -> Figure:
         """Draw the two heat maps of :func:`lstm_ext.plot.gates`, whose options these are."""
-        from lstm_ext import plot
+        from lstm_ext.inspect import plot
 
         return plot.gates(self, **options)
 
@@ -272,9 +272,8 @@ def _trace_cell(
     sequence = isinstance(input, Tensor) and input.dim() == 3
     if not sequence or len(input):
         # For its checks, and torch's own words.
-        (LSTMCell if isinstance(cell, LSTMCell) else nn.LSTMCell).forward(
-            cell, input[0] if sequence else input, hx
-        )
+        kind: Any = LSTMCell if isinstance(cell, LSTMCell) else nn.LSTMCell
+        kind.forward(cell, input[0] if sequence else input, hx)
     if not sequence:
         input = input.unsqueeze(0)
         reset = None if reset is None else reset.unsqueeze(0)

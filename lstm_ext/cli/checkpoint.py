@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lstm_ext import _variants
-from lstm_ext.gates import GateTrace, trace_gates
+from lstm_ext.inspect.gates import GateTrace, trace_gates
 from lstm_ext.layer import LSTM
 
 
@@ -215,7 +215,7 @@ def _build(tensors: Mapping[str, Tensor], prefix: str) -> LSTM:
 
 def lecture_model(model: nn.Module) -> CharacterModel:
     """Wrap the lecture's model of a layer."""
-    from lstm_ext import lecture
+    from lstm_ext.cli import lecture
 
     layer, linear = cast(Any, model).lstm, cast(Any, model).linear
     return CharacterModel(

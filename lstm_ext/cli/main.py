@@ -134,7 +134,7 @@ def _positive(text: str) -> int:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    from lstm_ext.bench import parse_shape
+    from lstm_ext.cli.bench import parse_shape
 
     return parse_shape(text)
 
@@ -177,7 +177,7 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
         if file is not None:
             _need_folder(file)
     _need("tqdm", "matplotlib")
-    from lstm_ext import demo
+    from lstm_ext.cli import demo
 
     found = demo.run(options.epochs, options.picture, options.save)
     return found, 0 if found["agreed"] else 1
@@ -186,7 +186,8 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
 def _gates(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     _need("matplotlib", "numpy")
     _need_folder(options.out)
-    from lstm_ext import checkpoint, lecture, plot
+    from lstm_ext.cli import checkpoint, lecture
+    from lstm_ext.inspect import plot
     from lstm_ext.layer import LSTM
 
     if options.checkpoint is None:
@@ -253,7 +254,7 @@ def _gates(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
 def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     import torch
 
-    from lstm_ext import bench
+    from lstm_ext.cli import bench
 
     before = torch.get_num_threads()
     try:
@@ -281,7 +282,7 @@ def _convert(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     import torch
     from torch import nn
 
-    from lstm_ext import checkpoint
+    from lstm_ext.cli import checkpoint
     from lstm_ext.convert import convert_and_tell
 
     if options.out is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lstm_ext
-from lstm_ext import bench, lecture
+from lstm_ext.cli import bench, lecture
 
 
 def run(epochs: int, picture: Path, save: Path | None = None) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def run(epochs: int, picture: Path, save: Path | None = None) -> dict[str, Any]:
 
     Returns:
         ``agreed``, whether every number did; ``losses`` after training by module; ``speed``, the
-        rows of :func:`lstm_ext.bench.measure`.
+        rows of :func:`lstm_ext.cli.bench.measure`.
 
     Raises:
         ImportError: if tqdm or matplotlib is missing (``pip install lstm_ext[demo]``).
@@ -102,7 +102,7 @@ def check_numbers() -> bool:
             states = [
                 ours(row, states[0]),
                 torchs(row, states[1]),
-                lstm_ext.reference.lstm_cell(row, states[2], *weights),
+                lstm_ext.reference.lstm_cell(row, states[2], *weights[:4]),
             ]
             if step in (0, len(x) - 1):
                 print(f"step {step + 1}: {show('h', states[0][0])}, {show('c', states[0][1])}")

@@ -7,7 +7,7 @@ or ``"gates.svg"`` writes it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from lstm_ext.gates import GateTrace
 
 COLUMNS = 128  # of a gate, beyond which units are drawn together
 CLASSES = 12  # of a prediction, beyond which the likeliest are drawn
@@ -32,6 +30,34 @@ MEANINGS = {
 }
 
 
+class Trace(Protocol):
+    """What is drawn: as :class:`lstm_ext.GateTrace` has it, and is documented there."""
+
+    @property
+    def i(self) -> Tensor:
+        """The input gate, and with it the sizes (K, L, N, H) of them all."""
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Of a packed sequence."""
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether every second of K reads from the end."""
+
+    def select(self, layer: int = 0, direction: int = 0) -> Trace:
+        """Return one layer in one direction."""
+
+    def valid(self) -> Tensor:
+        """Return which steps are not padding, (L, N)."""
+
+    def saturation(self, margin: float = 0.1) -> dict[str, float]:
+        """Count the share of gates that are nearly shut or open."""
+
+    def half_life(self) -> Tensor:
+        """Return after how many steps half is forgotten, (K, H)."""
+
+
 def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
@@ -43,7 +69,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def gates(
-    trace: GateTrace,
+    trace: Trace,
     *,
     layer: int = -1,
     direction: int = 0,
@@ -170,7 +196,7 @@ def pool(values: Tensor, columns: int, signed: bool) -> Tensor:
     )
 
 
-def histogram(trace: GateTrace, *, layer: int = -1, direction: int = 0) -> Figure:
+def histogram(trace: Trace, *, layer: int = -1, direction: int = 0) -> Figure:
     """Draw how the values of i, f, o, g, c and h spread, over all steps, samples and units.
 
     Args:
@@ -196,7 +222,7 @@ def histogram(trace: GateTrace, *, layer: int = -1, direction: int = 0) -> Figur
     return figure
 
 
-def saturation(trace: GateTrace, *, margin: float = 0.1) -> Figure:
+def saturation(trace: Trace, *, margin: float = 0.1) -> Figure:
     """Draw the shares of :meth:`lstm_ext.GateTrace.saturation`, a bar for each layer and direction.
 
     Args:
@@ -221,7 +247,7 @@ def saturation(trace: GateTrace, *, margin: float = 0.1) -> Figure:
     return figure
 
 
-def half_life(trace: GateTrace) -> Figure:
+def half_life(trace: Trace) -> Figure:
     """Draw how many steps each unit remembers: :meth:`lstm_ext.GateTrace.half_life`, sorted.
 
     Args:
@@ -250,7 +276,7 @@ def half_life(trace: GateTrace) -> Figure:
     return figure
 
 
-def _parts(trace: GateTrace) -> dict[str, GateTrace]:
+def _parts(trace: Trace) -> dict[str, Trace]:
     directions = 2 if trace.bidirectional else 1
     parts = {}
     for k in range(trace.i.shape[0]):

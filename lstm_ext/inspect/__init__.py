@@ -1,0 +1,1 @@
+"""Look inside an LSTM: its gates and states, step by step (``gates``), and pictures (``plot``)."""
