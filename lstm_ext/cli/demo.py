@@ -94,7 +94,7 @@ def check_numbers() -> bool:
     x, _ = lecture.data()
     ours = lecture.seeded_model(lstm_ext.LSTMCell).cell
     torchs = lecture.seeded_model(nn.LSTMCell).cell
-    weights = tuple(torchs.parameters())
+    w_ih, w_hh, b_ih, b_hh = torchs.parameters()
     agreed = True
     states = [(torch.zeros(1, 2), torch.zeros(1, 2))] * 3
     with torch.no_grad():
@@ -102,7 +102,7 @@ def check_numbers() -> bool:
             states = [
                 ours(row, states[0]),
                 torchs(row, states[1]),
-                lstm_ext.reference.lstm_cell(row, states[2], *weights[:4]),
+                lstm_ext.reference.lstm_cell(row, states[2], w_ih, w_hh, b_ih, b_hh),
             ]
             if step in (0, len(x) - 1):
                 print(f"step {step + 1}: {show('h', states[0][0])}, {show('c', states[0][1])}")
