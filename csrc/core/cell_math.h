@@ -52,9 +52,11 @@ struct PlainCell {
                                            V grad_h, V grad_c_next, V& grad_c) {
     const V tanh_c = M::tanh(next_cell_state(gate, c));
     const V grad_state = grad_c_next + grad_h * gate.o * (1 - tanh_c * tanh_c);
+    const Gates<V> grad = {
+        grad_state * gate.g * gate.i * (1 - gate.i), grad_state * c * gate.f * (1 - gate.f),
+        grad_state * gate.i * (1 - gate.g * gate.g), grad_h * tanh_c * gate.o * (1 - gate.o)};
     grad_c = grad_state * gate.f;
-    return {grad_state * gate.g * gate.i * (1 - gate.i), grad_state * c * gate.f * (1 - gate.f),
-            grad_state * gate.i * (1 - gate.g * gate.g), grad_h * tanh_c * gate.o * (1 - gate.o)};
+    return grad;
   }
 
   template <class V>

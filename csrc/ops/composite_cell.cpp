@@ -127,10 +127,9 @@ Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
   check_given(results.gates, "gates");
   check_backward_sizes(grads, in.hx, results);
   const TensorGates gates = quarters(results.gates);
-  const auto zero_if_none = [&](const std::optional<at::Tensor>& grad) {
-    return defined(grad) ? *grad : at::zeros_like(in.cx);
-  };
-  const at::Tensor grad_hy = zero_if_none(grads.hy), grad_cy = zero_if_none(grads.cy);
+  const at::Tensor grad_hy = defined(grads.hy) ? *grads.hy : at::zeros_like(in.cx);
+  // To add -0 changes nothing, the sign of a zero neither.
+  const at::Tensor grad_cy = defined(grads.cy) ? *grads.cy : at::zeros_like(in.cx).neg();
   const auto weights = rows_of(in.unit_weights);
   at::Tensor grad_cx, grad_gates;
   with_cell(in.variant, [&](auto cell) {
