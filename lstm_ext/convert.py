@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from lstm_ext import _rebind, _variants
 from lstm_ext.cell import LSTMCell
-from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell, plain_kind
+from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell
 from lstm_ext.layer import LSTM
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,7 +27,7 @@ _TORCHS: dict[Kind, Kind] = {ours: torchs for torchs, ours in _OURS.items()}
 _FORWARDS = {torchs.forward: ours.forward for torchs, ours in _OURS.items()}
 
 
-class Line(NamedTuple):
+class _Line(NamedTuple):
     """What became of a module: of the report."""
 
     name: str
@@ -62,29 +62,29 @@ def convert(model: Model, *, report: bool = False) -> Model:
 
         model = lstm_ext.convert(model)
     """
-    lines = convert_and_tell(model)
+    lines = _convert_and_tell(model)
     if report:
         _print("convert", lines)
     return model
 
 
-def convert_and_tell(model: nn.Module) -> list[Line]:
+def _convert_and_tell(model: nn.Module) -> list[_Line]:
     """Convert a model, and return a line for each LSTM in it; :func:`convert` is this."""
     lines, converted = [], []
     for name, module in list(model.named_modules()):
         if isinstance(module, (LSTM, LSTMCell)):
-            lines.append(Line(name, type(module).__name__, "is one of lstm_ext's already"))
+            lines.append(_Line(name, type(module).__name__, "is one of lstm_ext's already"))
             continue
         reason = _why_left(module)
         if reason is None:
             reason = _become_ours(module)
         if reason is not None:
             if reason:
-                lines.append(Line(name, type(module).__name__, f"left as it is: {reason}"))
+                lines.append(_Line(name, type(module).__name__, f"left as it is: {reason}"))
                 _warn(f"convert left {_where(name, module)} as it is: {reason}")
             continue
         converted.append((name, module))
-        lines.append(Line(name, type(module).__name__, "converted"))
+        lines.append(_Line(name, type(module).__name__, "converted"))
     lines += _rebind_forwards(model, converted)
     if not lines:
         _warn(
@@ -114,7 +114,7 @@ def revert(model: Model, *, report: bool = False) -> Model:
     """
     lines, reverted = [], []
     for name, module in list(model.named_modules()):
-        kind = plain_kind(module)
+        kind = _plain_kind(module)
         theirs = _TORCHS.get(kind) or vars(kind).get("_lstm_ext_joined_to")
         if theirs is not None and _variants.of_module(module) is _variants.PLAIN:
             if isinstance(module, LSTM):
@@ -126,7 +126,7 @@ def revert(model: Model, *, report: bool = False) -> Model:
                 vars(module).pop("checkpoint_every", None)
             _set_class(module, theirs)
             reverted.append(module)
-            lines.append(Line(name, type(module).__name__, "reverted"))
+            lines.append(_Line(name, type(module).__name__, "reverted"))
         elif isinstance(module, (LSTM, LSTMCell)):
             frozen = isinstance(module, (FrozenLSTM, FrozenLSTMCell))
             cell = _variants.of_module(module)
@@ -136,12 +136,18 @@ def revert(model: Model, *, report: bool = False) -> Model:
                 reason = f"torch's modules have no {cell.name}"
             else:
                 reason = "its class derives from lstm_ext's"
-            lines.append(Line(name, type(module).__name__, f"left as it is: {reason}"))
+            lines.append(_Line(name, type(module).__name__, f"left as it is: {reason}"))
             _warn(f"revert left {_where(name, module)} as it is: {reason}")
     _rebind.rebind(model, reverted, {ours: torchs for torchs, ours in _FORWARDS.items()})
     if report:
         _print("revert", lines)
     return model
+
+
+def _plain_kind(module: nn.Module) -> type[nn.Module]:
+    """Return the module's class, or the one that a parametrization was put over."""
+    kind = type(module)
+    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
 
 
 def _why_left(module: nn.Module) -> str | None:
@@ -230,7 +236,7 @@ def _codes(function: Any) -> Iterator[CodeType]:
 
 def _become_ours(module: nn.Module) -> str | None:
     """Give a module one of our classes; say why if that cannot be."""
-    kind = plain_kind(module)
+    kind = _plain_kind(module)
     base = nn.LSTM if isinstance(module, nn.LSTM) else nn.LSTMCell
     try:
         _set_class(module, _OURS[base] if kind is base else _joined(kind, _OURS[base]))
@@ -280,7 +286,7 @@ def _new_joined(theirs: Kind, ours: Kind) -> nn.Module:
     return kind.__new__(kind)
 
 
-def _rebind_forwards(model: nn.Module, converted: list[tuple[str, nn.Module]]) -> Iterable[Line]:
+def _rebind_forwards(model: nn.Module, converted: list[tuple[str, nn.Module]]) -> Iterable[_Line]:
     """Put our forward where torch's was kept; warn of one on an instance that keeps none."""
     lines = []
     found = _rebind.rebind(model, [module for _, module in converted], _FORWARDS)
@@ -290,7 +296,7 @@ def _rebind_forwards(model: nn.Module, converted: list[tuple[str, nn.Module]]) -
                 "it has a forward of its own as an attribute, which may not call that of its "
                 "class; convert the model before that is put there"
             )
-            lines.append(Line(name, type(module).__name__, f"may not run: {reason}"))
+            lines.append(_Line(name, type(module).__name__, f"may not run: {reason}"))
             _warn(f"convert: {_where(name, module)} may not run lstm_ext's forward: {reason}")
     return lines
 
@@ -307,7 +313,7 @@ def _warn(message: str) -> None:
     warnings.warn(f"lstm_ext.{message}", stacklevel=depth)
 
 
-def _print(function: str, lines: Iterable[Line]) -> None:
+def _print(function: str, lines: Iterable[_Line]) -> None:
     print(f"lstm_ext.{function}:")
     for line in lines:
         print(f"  {line.name or '(the model itself)'}: {line.kind}: {line.result}")

@@ -9,7 +9,6 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -108,12 +107,6 @@ def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> 
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
     return replacements.get(module, module)
-
-
-def plain_kind(module: nn.Module) -> type[nn.Module]:
-    """Return the module's class, or the one that a parametrization was put over."""
-    kind = type(module)
-    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
 
 
 def _freeze_one(module: nn.Module, name: str, weights: str | None) -> _Frozen:

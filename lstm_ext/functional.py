@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lstm_ext import _backend, _onnx, _ops, _variants
-from lstm_ext.reference import CELLS, pre_activations
-
-Kept = TypeVar("Kept")
+from lstm_ext._steps import Steps, layer_in_steps, run_layers
 
 
 def lstm_cell(
@@ -202,44 +200,9 @@ def lstm(
     return output, torch.stack(h_n), torch.stack(c_n)
 
 
-def run_layers(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor],
-    weights: Sequence[LayerWeights],
-    bidirectional: bool,
-    dropout: float,
-    run: Callable[[Tensor, Tensor, Tensor, LayerWeights, bool], tuple[Tensor, Kept]],
-) -> tuple[Tensor, list[Kept]]:
-    """Run layers and directions one after the other (csrc/ops/lstm.cpp does the same).
-
-    ``run(input, h, c, weights, reverse)`` runs one, and returns its output and whatever else is to
-    be kept of it. Returns the last output, and what was kept of each.
-    """
-    (h, c), directions = hx, 2 if bidirectional else 1
-    kept: list[Kept] = []
-    for k in range(0, len(weights), directions):
-        if k > 0 and dropout > 0:
-            input = torch.dropout(input, dropout, True)
-        outputs = []
-        for d in range(directions):
-            output, of_this = run(input, h[k + d], c[k + d], weights[k + d], d == 1)
-            outputs.append(output)
-            kept.append(of_this)
-        input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-    return input, kept
-
-
 def _is_transformed() -> bool:
     """Whether torch.func is at work: torch's own LSTM has no rule for vmap."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-class Steps(NamedTuple):
-    """Which steps a layer goes through, and in which order: as in :func:`lstm`."""
-
-    batch_sizes: Tensor | None
-    reset: Tensor | None
-    reverse: bool
 
 
 def _layer(
@@ -294,46 +257,6 @@ def _checkpointed_layer(
         outputs.append(output)
         h, c = torch.cat([h_n, h[n:]]), torch.cat([c_n, c[n:]])
     return torch.cat(outputs[::-1] if reverse else outputs), h, c
-
-
-def layer_in_steps(
-    input: Tensor,
-    h: Tensor,
-    c: Tensor,
-    w: LayerWeights,
-    cell: _variants.Variant,
-    order: Steps,
-    keep: Callable[[int, tuple[Tensor, ...]], None] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one layer in tensor operations, projections included: h' = W_hr (o * tanh(c')).
-
-    (Sak, Senior & Beaufays 2014.) What a step makes, ``keep`` is told: t and (i, f, g, o, c', h').
-    """
-    batch_sizes, reset, reverse = order
-    L = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    sizes = [h.shape[0]] * L if batch_sizes is None else batch_sizes.tolist()
-    if reset is not None and reset.shape != (L, h.shape[0]):
-        raise RuntimeError(
-            f"reset must be a bool tensor of shape (L, N) = ({L}, {h.shape[0]}), "
-            f"got shape {list(reset.shape)}"
-        )
-    steps = list(torch.split(input.reshape(-1, input.shape[-1]), sizes))
-    for t in reversed(range(L)) if reverse else range(L):
-        n = sizes[t]
-        h_t, c_t = h[:n], c[:n]
-        if reset is not None:
-            zero = reset[t, :n].unsqueeze(1)
-            h_t, c_t = h_t.masked_fill(zero, 0), c_t.masked_fill(zero, 0)
-        pre = pre_activations(steps[t], h_t, *w[:4])
-        activated, h_t, c_t = CELLS[cell.number].forward(pre, c_t, w.unit_weights)
-        if w.w_hr is not None:
-            h_t = torch.nn.functional.linear(h_t, w.w_hr)
-        if keep is not None:
-            keep(t, (*activated, c_t, h_t))
-        steps[t] = h_t
-        # Sequences that have ended, or in reverse not begun, keep their states.
-        h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])
-    return torch.cat(steps).reshape(*input.shape[:-1], h.shape[1]), h, c
 
 
 def _torch_lstm(

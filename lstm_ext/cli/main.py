@@ -283,7 +283,7 @@ def _convert(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from torch import nn
 
     from lstm_ext.cli import checkpoint
-    from lstm_ext.convert import convert_and_tell
+    from lstm_ext.convert import _convert_and_tell
 
     if options.out is not None:
         _need_folder(options.out)
@@ -297,7 +297,7 @@ def _convert(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if isinstance(content, nn.Module):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the lines say it
-            lines = [line._asdict() for line in convert_and_tell(content)]
+            lines = [line._asdict() for line in _convert_and_tell(content)]
         if options.out is not None:
             torch.save(content, options.out)
     elif options.out is not None:
