@@ -93,6 +93,18 @@ GRID = [
     for H in (256, 128, 512, 1024, 64, 192, 384, 768)
     for N in (16, 1, 64, 128, 32)
     for dtype in ("default", "bfloat16", "float16")
+] + [
+    # Small ones in all dtypes, at sizes that are no multiple of anything, and for many rows; and
+    # both directions at once, which cuDNN overlaps.
+    Case(kind, (50, N, H, H), dtype)
+    for kind, hidden, rows, dtypes in (
+        ("layer", (64, 128, 33, 100), (16, 1, 64, 256), ("float32",)),
+        ("layer", (64, 128, 33, 100), (256, 17), ("default", "bfloat16", "float16")),
+        ("bidirectional layer", (64, 128, 256, 512), (16, 64), ("default", "bfloat16", "float16")),
+    )
+    for H in hidden
+    for N in rows
+    for dtype in dtypes
 ]
 QUICK = [Case("cell", (3, 4, 5), "float32"), Case("layer", (4, 3, 2, 5), "float32"),
          Case("packed layer", (4, 3, 2, 5), "bfloat16")]  # fmt: skip
