@@ -51,48 +51,54 @@ class Elements {
   __device__ Elements(const LayerForward<T>& layer, int64_t first_row, const Place& place)
       : layer_(layer), H_(layer.H) {
     const DeviceSequence& sequence = layer.sequence;
-    const int64_t first = sequence.reverse ? (sequence.L - 1) * sequence.N : 0;
-    row_step_ = sequence.reverse ? -sequence.N : sequence.N;
+    const auto origin = place(0);
+    of_state_ = (first_row + origin.row) * H_ + origin.unit;
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
-      const auto [in_block, unit, own] = place(e);
-      const int64_t row = first_row + in_block;
-      own_[e] = own && unit < H_ && row < sequence.N;
-      row_[e] = in_block, unit_[e] = unit;
-      c_[e] = own_[e] ? widen(layer.cx[row * H_ + unit]) : 0;
+      const auto [row, unit, own] = place(e);
+      own_[e] = own && unit < H_ && first_row + row < sequence.N;
+      row_[e] = row - origin.row, unit_[e] = unit - origin.unit;
+      c_[e] = own_[e] ? widen(layer.cx[in_state(e)]) : 0;
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate)
         bias_[e][gate] = unit < H_ ? sum_of_biases(layer.b_ih, layer.b_hh, gate * H_ + unit) : 0;
     }
-    rows_before_read_ = rows_before_store_ = first;
-    first_row_ = first_row;
-#pragma unroll
-    for (int set = 0; set < 2; ++set) read(set, set < sequence.L);
+    const int64_t time = sequence.reverse ? sequence.L - 1 : 0;
+    a_step_ = (sequence.reverse ? -sequence.N : sequence.N) * H_;
+    const int64_t state = time * sequence.N * H_ + of_state_;
+    const int64_t gates = (time * sequence.N + first_row + origin.row) * kGates * H_ + origin.unit;
+    products_ = layer.products + gates;
+    output_ = layer.output + state;
+    if constexpr (kTrain) gates_ = layer.gates + gates, c_before_ = layer.c_before + state;
+    read(0, true);
+    read(1, sequence.L > 1);
   }
-
-  __device__ bool own(int e) const { return own_[e]; }
 
   // The next of the steps that have not been read, into a set.
   __device__ void read(int set, bool there) {
 #pragma unroll
     for (int e = 0; e < kElements; ++e)
       if (own_[e] && there) {
-        const T* const products =
-            layer_.products + (rows_before_read_ + first_row_ + row_[e]) * kGates * H_ + unit_[e];
+        const T* const products = products_ + in_gates(e);
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate) ahead_[set][e][gate] = products[gate * H_];
       } else {
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate) ahead_[set][e][gate] = narrow<T>(0);
       }
-    rows_before_read_ += row_step_;
+    products_ += kGates * a_step_;
   }
 
-  __device__ float known(int set, int e, int gate) const {
-    return widen(ahead_[set][e][gate]) + bias_[e][gate];
+  // What a set has, which may then be read anew.
+  __device__ void take(int set, float (&known)[kElements][kGates]) const {
+#pragma unroll
+    for (int e = 0; e < kElements; ++e)
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate)
+        known[e][gate] = widen(ahead_[set][e][gate]) + bias_[e][gate];
   }
 
-  // From sums of products with h, and what is known besides: h.
+  // h, from the pre-activations.
   __device__ T advance(int e, const float (&pre)[kGates]) {
     float c, h;
     const Gates<float> gates =
@@ -107,21 +113,21 @@ class Elements {
     return late_h_[e] = narrow<T>(h);
   }
 
-  // The step before.
+  // What the last advance made.
   __device__ void store() {
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       if (!own_[e]) continue;
-      const int64_t row = rows_before_store_ + first_row_ + row_[e];
-      layer_.output[row * H_ + unit_[e]] = late_h_[e];
+      output_[offset(e)] = late_h_[e];
       if constexpr (kTrain) {
-        layer_.c_before[row * H_ + unit_[e]] = late_c_[e];
+        c_before_[offset(e)] = late_c_[e];
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate)
-          layer_.gates[(row * kGates + gate) * H_ + unit_[e]] = late_gates_[e][gate];
+          gates_[in_gates(e) + gate * H_] = late_gates_[e][gate];
       }
     }
-    rows_before_store_ += row_step_;
+    output_ += a_step_;
+    if constexpr (kTrain) c_before_ += a_step_, gates_ += kGates * a_step_;
   }
 
   __device__ void store_last() {
@@ -129,16 +135,22 @@ class Elements {
 #pragma unroll
     for (int e = 0; e < kElements; ++e)
       if (own_[e]) {
-        const int64_t at = (first_row_ + row_[e]) * H_ + unit_[e];
-        layer_.hy[at] = late_h_[e];
-        layer_.cy[at] = narrow<T>(c_[e]);
+        layer_.hy[in_state(e)] = late_h_[e];
+        layer_.cy[in_state(e)] = narrow<T>(c_[e]);
       }
   }
 
  private:
+  // From the first element.
+  __device__ int offset(int e) const { return row_[e] * H_ + unit_[e]; }
+  __device__ int in_gates(int e) const { return row_[e] * kGates * H_ + unit_[e]; }
+  __device__ int64_t in_state(int e) const { return of_state_ + offset(e); }
+
   const LayerForward<T>& layer_;
   int H_;
-  int64_t row_step_, rows_before_read_, rows_before_store_, first_row_;
+  int64_t a_step_, of_state_;
+  const T* products_;
+  T *output_, *gates_ = nullptr, *c_before_ = nullptr;
   bool own_[kElements];
   int row_[kElements], unit_[kElements];
   float c_[kElements], bias_[kElements][kGates];
@@ -189,7 +201,7 @@ __global__ void __launch_bounds__(kMostWarps * kWarpSize, 1)
     small_mma_kernel(LayerForward<T> layer) {
   constexpr int kStep = kFullVector<T>, kChunk = 4 * kStep;
   constexpr int kStride = (kChunks | 1) * kChunk;  // rows begin in the banks' other half
-  constexpr int kElements = kRows == 8 ? 4 : kRows == 4 ? 2 : 1;
+  constexpr int kElements = kRows == 8 ? 4 : kRows == 4 ? 2 : 1, kFar = kChunks - kKept;
   static_assert(kRows == 8 || kRows == 4 || kRows == 2);
   using Numbers = Vector<T, kStep>;
   LSTM_EXT_DYNAMIC_SHARED(unsigned char, shared);
@@ -265,38 +277,64 @@ __global__ void __launch_bounds__(kMostWarps * kWarpSize, 1)
   const int64_t L = layer.sequence.L;
   const auto advance = [&](auto parity, int64_t step) {
     constexpr int kSet = decltype(parity)::value;
-    Numbers x[kChunks];
+    const T* const h_now = h_read + kSet * kRows * kStride;
+    float sums[kGates][4] = {}, known[kElements][kGates];
+    // Here, where the tensor cores have something to do.
+    const auto meanwhile = [&] {
+      if (step > 0) elements.store();
+      elements.take(kSet, known);
+      elements.read(kSet, step + 2 < L);
+    };
+    if constexpr (kFar == 0) {
+      Numbers x[kChunks];
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk)
-      x[chunk] = *reinterpret_cast<const Numbers*>(h_read + kSet * kRows * kStride + chunk * kChunk);
-    if (step > 0) elements.store();
-    float sums[kGates][4] = {};
+      for (int chunk = 0; chunk < kChunks; ++chunk)
+        x[chunk] = *reinterpret_cast<const Numbers*>(h_now + chunk * kChunk);
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      uint32_t words[4];
-      memcpy(words, &x[chunk], sizeof(words));
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        uint32_t words[4];
+        memcpy(words, &x[chunk], sizeof(words));
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        const uint32_t b[2] = {words[2 * part], words[2 * part + 1]};
+        for (int part = 0; part < 2; ++part) {
+          const uint32_t b[2] = {words[2 * part], words[2 * part + 1]};
+#pragma unroll
+          for (int gate = 0; gate < kGates; ++gate)
+            mma_of<T>(sums[gate], near_weights[chunk][part][gate], b);
+        }
+        if (chunk == 0) meanwhile();
+      }
+    } else {
+      const auto half_of = [&](int half, uint32_t (&b)[2]) {
+        memcpy(b, h_now + half * kChunk / 2 + (half % 2 != 0 ? -kChunk / 2 + kStep / 2 : 0),
+               sizeof(b));
+      };
+      // In turns: shared memory is as busy as the tensor cores.
+#pragma unroll
+      for (int far = 0; far < 2 * kFar; ++far) {
+        uint4 words[kGates];
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate)
+          words[gate] = far_weights[(far * kGates + gate) * threads + thread];
+        uint32_t b[2];
+#pragma unroll
+        for (int half = 0; half < 2 * kKept; ++half) {
+          if (half * kFar / kKept != far) continue;
+          half_of(half, b);
+#pragma unroll
+          for (int gate = 0; gate < kGates; ++gate)
+            mma_of<T>(sums[gate], near_weights[half / 2][half % 2][gate], b);
+        }
+        half_of(2 * kKept + far, b);
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate) {
-          if (chunk < kKept) {
-            mma_of<T>(sums[gate], near_weights[chunk < kKept ? chunk : 0][part][gate], b);
-          } else {
-            const uint4 far =
-                far_weights[(((chunk - kKept) * 2 + part) * kGates + gate) * threads + thread];
-            const uint32_t a[4] = {far.x, far.y, far.z, far.w};
-            mma_of<T>(sums[gate], a, b);
-          }
+          const uint32_t a[4] = {words[gate].x, words[gate].y, words[gate].z, words[gate].w};
+          mma_of<T>(sums[gate], a, b);
         }
+        if (far == 2 * kFar - 1) meanwhile();
+        // Else the compiler reads all of it first, into more registers than there are.
+        __syncwarp();
       }
     }
-    float known[kElements][kGates];
-#pragma unroll
-    for (int e = 0; e < kElements; ++e)
-#pragma unroll
-      for (int gate = 0; gate < kGates; ++gate) known[e][gate] = elements.known(kSet, e, gate);
-    elements.read(kSet, step + 2 < L);
     T* const h_next = h_own + (1 - kSet) * kRows * kStride;
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
@@ -351,7 +389,7 @@ template <int kRows, int kSplit, int kVectors, int kKept, int kThreads_, bool kT
 __global__ void __launch_bounds__(kThreads_, 1) small_fma_kernel(LayerForward<float> layer) {
   constexpr int K = kSplit * kVectors * 4, kElements = kRows > kSplit ? kRows / kSplit : 1;
   // Lanes that have the same element.
-  constexpr int kSame = kRows < kSplit ? kSplit / kRows : 1;
+  constexpr int kSame = kRows < kSplit ? kSplit / kRows : 1, kFar = kVectors - kKept;
   using Numbers = Vector<float, 4>;
   LSTM_EXT_DYNAMIC_SHARED(float, h);                            // [2][kRows][K]
   Numbers* const far_weights = reinterpret_cast<Numbers*>(h + 2 * kRows * K);  // [..][gate][thread]
@@ -388,36 +426,49 @@ __global__ void __launch_bounds__(kThreads_, 1) small_fma_kernel(LayerForward<fl
   const auto advance = [&](auto parity, int64_t step) {
     constexpr int kSet = decltype(parity)::value;
     const float* const h_read = h + kSet * kRows * K + slice * 4;
-    float sums[kRows][kGates] = {};
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      Numbers x[kRows], far[kGates];
+    float sums[kRows][kGates] = {}, known[kElements][kGates];
+    const auto add = [&](int v, const Numbers (&weights)[kGates]) {
+      Numbers x[kRows];
 #pragma unroll
       for (int row = 0; row < kRows; ++row)
         x[row] = *reinterpret_cast<const Numbers*>(h_read + row * K + v * kSplit * 4);
-      if (v >= kKept)
-#pragma unroll
-        for (int gate = 0; gate < kGates; ++gate)
-          far[gate] = far_weights[((v - kKept) * kGates + gate) * threads + thread];
 #pragma unroll
       for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int row = 0; row < kRows; ++row)
 #pragma unroll
           for (int gate = 0; gate < kGates; ++gate)
-            sums[row][gate] += (v < kKept ? near_weights[v < kKept ? v : 0][gate].at[j]
-                                          : far[gate].at[j]) *
-                               x[row].at[j];
-      // Between the products, which wait for h at first.
-      if (v == 0 && step > 0) elements.store();
+            sums[row][gate] += weights[gate].at[j] * x[row].at[j];
+    };
+    const auto meanwhile = [&] {
+      if (step > 0) elements.store();
+      elements.take(kSet, known);
+      elements.read(kSet, step + 2 < L);
+    };
+    if constexpr (kFar == 0) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        add(v, near_weights[v]);
+        if (v == 0) meanwhile();
+      }
+    } else {
+      // In turns: shared memory is as busy as the multiply-adds.
+#pragma unroll
+      for (int far = 0; far < kFar; ++far) {
+        Numbers weights[kGates];
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate)
+          weights[gate] = far_weights[(far * kGates + gate) * threads + thread];
+#pragma unroll
+        for (int v = 0; v < kKept; ++v)
+          if (v * kFar / kKept == far) add(v, near_weights[v]);
+        add(kKept + far, weights);
+        if (far == kFar - 1) meanwhile();
+        // Else the compiler reads all of it first, into more registers than there are.
+        __syncwarp();
+      }
     }
     sum_over_split<kSplit / 2, kRows>(sums, slice);
-    float known[kElements][kGates];
-#pragma unroll
-    for (int e = 0; e < kElements; ++e)
-#pragma unroll
-      for (int gate = 0; gate < kGates; ++gate) known[e][gate] = elements.known(kSet, e, gate);
-    elements.read(kSet, step + 2 < L);
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       float pre[kGates];
@@ -437,8 +488,6 @@ __global__ void __launch_bounds__(kThreads_, 1) small_fma_kernel(LayerForward<fl
 }
 
 // The launchers. rows: of a block; 0: as few as leave no block without a multiprocessor.
-template <class T>
-constexpr int kMostSmallH = 128;
 
 inline int rows_a_block(int64_t N, int multiprocessors, int rows, int least, int most) {
   if (rows > 0) return rows < least ? least : rows > most ? most : rows;
@@ -451,10 +500,18 @@ unsigned blocks_of(const LayerForward<T>& layer) {
   return static_cast<unsigned>((layer.sequence.N + kRows - 1) / kRows);
 }
 
+// With more rows and more weights, a thread has not registers enough for TF32.
+template <class T>
+constexpr int most_rows(int H) {
+  return std::is_same_v<T, float> && H > 64 ? 4 : 8;
+}
+
 template <class T, int kRows, int kChunks, bool kTrain>
 cudaError_t launch_small_mma(const LayerForward<T>& layer, cudaStream_t stream) {
   // A thread may have 255 registers in all; a chunk is 32 of them.
-  constexpr int kMost = !std::is_same_v<T, float> ? 4 : kRows == 8 ? 3 : kRows == 4 ? 4 : 5;
+  constexpr int kMost = !std::is_same_v<T, float> ? 4
+                        : kRows == 8              ? 3
+                                     : (kRows == 4 ? 4 : 5) - (kTrain && kChunks == 8 ? 1 : 0);
   constexpr int kKept = kChunks < kMost ? kChunks : kMost;
   constexpr int kStride = (kChunks | 1) * 4 * kFullVector<T>;
   const unsigned threads = (layer.H + 15) / 16 * kWarpSize;
@@ -469,8 +526,11 @@ cudaError_t small_mma_of_rows(const LayerForward<T>& layer, cudaStream_t stream)
   constexpr int kEach = 32 / (4 * kFullVector<T>);  // chunks of 32 units
   if (layer.H <= 32) return launch_small_mma<T, kRows, kEach, kTrain>(layer, stream);
   if (layer.H <= 64) return launch_small_mma<T, kRows, 2 * kEach, kTrain>(layer, stream);
-  if (layer.H <= 96) return launch_small_mma<T, kRows, 3 * kEach, kTrain>(layer, stream);
-  return launch_small_mma<T, kRows, 4 * kEach, kTrain>(layer, stream);
+  if constexpr (kRows <= most_rows<T>(128)) {
+    if (layer.H <= 96) return launch_small_mma<T, kRows, 3 * kEach, kTrain>(layer, stream);
+    return launch_small_mma<T, kRows, 4 * kEach, kTrain>(layer, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 template <int kRows, int kSplit, int kVectors, int kKept, int kThreads_, bool kTrain>
@@ -488,7 +548,7 @@ cudaError_t small_fma_of_rows(const LayerForward<float>& layer, cudaStream_t str
   if (layer.H <= 48) return launch_small_fma<kRows, 4, 3, 3, 192, kTrain>(layer, stream);
   if (layer.H <= 64) return launch_small_fma<kRows, 4, 4, 4, 256, kTrain>(layer, stream);
   // A thread may have 255 registers in all; four numbers along k are 16 of them.
-  constexpr int kMost = kRows == 4 ? 8 : kRows == 2 ? 10 : 11;
+  constexpr int kMost = kRows == 4 ? 6 : kTrain ? 8 : kRows == 2 ? 9 : 10;
   if (layer.H <= 96) return launch_small_fma<kRows, 2, 12, kMost, 192, kTrain>(layer, stream);
   return launch_small_fma<kRows, 2, 16, kMost, 256, kTrain>(layer, stream);
 }
@@ -511,7 +571,7 @@ cudaError_t small_layer_forward(const LayerForward<T>& layer, const Device& devi
       return train ? with(std::true_type()) : with(std::false_type());
     }
   }
-  rows = rows_a_block(N, device.multiprocessors, rows, 2, 8);
+  rows = rows_a_block(N, device.multiprocessors, rows, 2, most_rows<T>(layer.H));
   const auto with = [&](auto train) {
     constexpr bool kTrain = decltype(train)::value;
     if (rows == 2) return small_mma_of_rows<T, 2, kTrain>(layer, stream);
