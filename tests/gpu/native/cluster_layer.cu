@@ -1,10 +1,12 @@
 // Kernels of a whole layer for Hopper: are they right, and how long do they take? A line a case.
 //
 // A: few hidden units, all in one block (small_layer.cuh).
+// B: more of them, in a cluster of blocks (cluster_kernel.cuh).
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 
+#include "cluster_kernel.cuh"
 #include "layer_cases.h"
 #include "small_layer.cuh"
 
@@ -191,19 +193,152 @@ bool all_of_small(Totals& totals, bool few) {
 #endif
 }
 
+// What the kernels of B say when they give up waiting.
+unsigned* failures_of_waits() {
+#if defined(LSTM_EXT_CUDA_EMU)
+  static unsigned failures = 0;
+  return &failures;
+#else
+  static unsigned* failures = nullptr;
+  if (failures == nullptr) {
+    native::must(cudaMalloc(&failures, sizeof(*failures)), "cudaMalloc");
+    native::must(cudaMemset(failures, 0, sizeof(*failures)), "cudaMemset");
+  }
+  return failures;
+#endif
+}
+
+bool waits_came() {
+  unsigned failures = 0;
+#if defined(LSTM_EXT_CUDA_EMU)
+  failures = *failures_of_waits();
+#else
+  native::must(cudaMemcpy(&failures, failures_of_waits(), sizeof(failures), cudaMemcpyDefault),
+               "cudaMemcpy");
+#endif
+  if (failures != 0) std::printf("a wait for another block was given up\n");
+  return failures == 0;
+}
+
+template <class T>
+Variant<T> in_clusters(const Kind<T>& kind, int blocks, int rows) {
+  unsigned* const failures = failures_of_waits();
+  return {"B", kind.name, kind.tolerance, [=](const LayerForward<T>& layer) {
+            return rows == 8 ? cluster_layer_forward<T, 1>(layer, blocks, failures, nullptr, nullptr)
+                             : cluster_layer_forward<T, 2>(layer, blocks, failures, nullptr, nullptr);
+          }};
+}
+
+std::string cluster_name(int blocks, int rows) {
+  return "blocks " + std::to_string(blocks) + " rows " + std::to_string(rows);
+}
+
+template <class T>
+bool check_clusters(const Kind<T>& kind, bool few, Totals& totals) {
+  const auto one = [&](int blocks, int rows, const Shape& shape, const Options& options) {
+    return check(in_clusters(kind, blocks, rows), cluster_name(blocks, rows), shape, options,
+                 totals) &&
+           waits_came();
+  };
+  Options inference, reverse, plain, shifted;
+  inference.train = false;
+  reverse.reverse = true;
+  plain.biases = false;
+  shifted.shift = sizeof(T);
+  const bool wide = std::is_same_v<T, float>;
+  for (const int rows : {8, 16}) {
+    if (!wide) {
+      if (!one(4, rows, {5, 17, 256}, {}) || !one(4, rows, {1, 1, 40}, plain) ||
+          !one(4, rows, {2, 3, 250}, reverse) || !one(4, rows, {6, 8, 136}, inference))
+        return false;
+    }
+    if (few && rows == 16) continue;
+    if (!one(8, rows, {5, 3, 256}, {}) || !one(8, rows, {4, 17, 200}, inference)) return false;
+    if (few && !std::is_same_v<T, __half> && !wide) continue;
+    if (!wide && !one(8, rows, {4, 3, 512}, {})) return false;
+    if (!one(16, rows, {4, 3, 512}, {})) return false;
+    if (!wide && rows == 8 && !one(16, rows, {4, 3, 768}, {})) return false;
+    if (few) continue;
+    if (!wide && !one(8, rows, {3, 16, 384}, shifted)) return false;
+    if (!wide && rows == 8 &&
+        (!one(16, rows, {3, 17, 768}, inference) || !one(16, rows, {2, 1, 648}, reverse)))
+      return false;
+    if (!one(16, rows, {3, 17, 500}, inference) || !one(8, rows, {200, 33, 256}, {}) ||
+        !one(16, rows, {60, 40, 512}, {}))
+      return false;
+  }
+  return true;
+}
+
+#if !defined(LSTM_EXT_CUDA_EMU)
+template <class T>
+bool bench_clusters(const Kind<T>& kind, int blocks, int rows, const Shape& shape, bool train,
+                    double cudnn, double ours_now) {
+  return bench(in_clusters(kind, blocks, rows), cluster_name(blocks, rows), shape, train, cudnn,
+               ours_now) &&
+         waits_came();
+}
+
+bool bench_all_clusters() {
+  const Shape long_one = {1024, 16, 768}, wide = {50, 64, 512}, two_ways = {50, 32, 256};
+  return bench_clusters(kHalf, 16, 8, long_one, false, 2118, 4299) &&
+         bench_clusters(kHalf, 16, 8, long_one, true, 6703 / 3.0, 11260 / 3.0) &&
+         bench_clusters(kBfloat16, 4, 8, two_ways, false, 311, 329) &&
+         bench_clusters(kBfloat16, 4, 16, two_ways, false, 311, 329) &&
+         bench_clusters(kBfloat16, 8, 8, two_ways, false, 311, 329) &&
+         bench_clusters(kBfloat16, 8, 16, two_ways, false, 311, 329) &&
+         bench_clusters(kBfloat16, 8, 8, two_ways, true, 0, 0) &&
+         bench_clusters(kBfloat16, 8, 8, wide, false, 326, 226) &&
+         bench_clusters(kBfloat16, 8, 16, wide, false, 326, 226) &&
+         bench_clusters(kBfloat16, 16, 8, wide, false, 326, 226) &&
+         bench_clusters(kBfloat16, 16, 16, wide, false, 326, 226) &&
+         bench_clusters(kTf32, 16, 8, wide, false, 469, 291) &&
+         bench_clusters(kTf32, 16, 16, wide, false, 469, 291) &&
+         bench_clusters(kTf32, 8, 8, {100, 1, 256}, false, 492, 299) &&
+         bench_clusters(kHalf, 4, 8, {100, 1, 256}, false, 0, 0) &&
+         bench_clusters(kHalf, 8, 8, {100, 1, 256}, false, 0, 0) &&
+         bench_clusters(kHalf, 4, 8, {50, 256, 256}, false, 0, 0) &&
+         bench_clusters(kHalf, 4, 16, {50, 256, 256}, false, 0, 0);
+}
+#endif
+
+bool all_of_clusters(Totals& totals, bool few) {
+  const Totals before = totals;
+#if !defined(LSTM_EXT_CUDA_EMU)
+  if (native::attribute(cudaDevAttrComputeCapabilityMajor) < 9) {
+    std::printf("B: no clusters on this GPU\n");
+    return true;
+  }
+#endif
+  if (!check_clusters(kHalf, few, totals) || !check_clusters(kTf32, few, totals) ||
+      !check_clusters(kBfloat16, few, totals))
+    return false;
+  std::printf("checks of B: %d, failures: %d\n", totals.cases - before.cases,
+              totals.failures - before.failures);
+  std::fflush(stdout);
+#if !defined(LSTM_EXT_CUDA_EMU)
+  return bench_all_clusters();
+#else
+  return true;
+#endif
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   int seconds = 40;
   bool few = machine::kEmulated;
+  std::string family;
   for (int k = 1; k < count; ++k) {
     const std::string word = arguments[k];
     if (word == "--seconds" && k + 1 < count) {
       seconds = std::atoi(arguments[++k]);
+    } else if (word == "A" || word == "B") {
+      family = word;
     } else if (word == "all") {
       few = false;
     } else {
-      std::printf("Checks and times of a layer's kernels for Hopper.\n\nusage: %s [--seconds N]\n",
+      std::printf("Checks and times of a layer's kernels for Hopper.\n\nusage: %s [--seconds N] [A | B] [all]\n",
                   arguments[0]);
       return word == "--help" ? 0 : 2;
     }
@@ -216,7 +351,8 @@ int main(int count, char** arguments) {
     machine::watch_seconds = static_cast<unsigned>(seconds);
 #endif
     if (const int status = machine::start(false); status != 0) return status;
-    went_on = all_of_small(totals, few);
+    went_on = (family == "B" || all_of_small(totals, few)) &&
+              (family == "A" || all_of_clusters(totals, few));
   } catch (const std::exception& error) {
     std::printf("stopped: %s\n", error.what());
     went_on = false;
