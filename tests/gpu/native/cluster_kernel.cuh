@@ -133,40 +133,46 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   // A thread's elements: the same unit and row in every step.
-  bool there[kElements], own[kElements];
-  int local[kElements], in_sums[kElements], unit_of[kElements];
-  int64_t state_at[kElements];
+  // Kept as one number each: registers are what is short.
+  int places[kElements] = {};  // row of the cluster, unit of the block, and whether it is there
   float c[kElements];
   T last_h[kElements], ahead[kElements][kGates];
-  const int64_t first_time = sequence.reverse ? L - 1 : 0;
   const int64_t rows_a_step = sequence.reverse ? -sequence.N : sequence.N;
+  int64_t rows_before = (sequence.reverse ? L - 1 : 0) * sequence.N + first_row;
+  constexpr int kOwn = 1 << 20;
+  struct Place {
+    int row, unit;
+    bool own;
+  };
+  const auto place_of = [&](int e) {
+    return Place{places[e] >> 8 & 0xff, places[e] & 0xff, places[e] >= kOwn};
+  };
+  const auto there = [&](int e) {  // of a whole warp
+    return (e + 1) * kThreads <= kUnits * kRows || e * kThreads + thread < kUnits * kRows;
+  };
+  const auto in_state = [&](const Place& place) {
+    return (first_row + place.row) * H + first_unit + place.unit;
+  };
 #pragma unroll
   for (int e = 0; e < kElements; ++e) {
     const int at = e * kThreads + thread, row = at / kUnits, unit = at % kUnits;
-    there[e] = (e + 1) * kThreads <= kUnits * kRows || at < kUnits * kRows;  // of a whole warp
-    own[e] = there[e] && first_row + row < sequence.N && first_unit + unit < H;
-    in_sums[e] = row * kSumStride + unit, unit_of[e] = unit;
-    local[e] = row * kStride + first_unit + unit;
-    state_at[e] = (first_row + row) * H + first_unit + unit;
-    c[e] = own[e] ? widen(layer.cx[state_at[e]]) : 0;
+    const bool own = there(e) && first_row + row < sequence.N && first_unit + unit < H;
+    places[e] = row << 8 | unit | (own ? kOwn : 0);
+    c[e] = own ? widen(layer.cx[in_state(place_of(e))]) : 0;
     last_h[e] = narrow<T>(0);
   }
-  int64_t rows_before = first_time * sequence.N;
-  const auto gates_at = [&](int e, int64_t before) {
-    // (before + row) * 4H + unit, where state_at is row * H + unit.
-    const int64_t unit = first_unit + unit_of[e];
-    return (before * H + state_at[e] - unit) * kGates + unit;
-  };
-  const auto read = [&](int64_t before, bool wanted) {
+  const auto read = [&](bool wanted) {
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
-      const T* const products = layer.products + (own[e] ? gates_at(e, before) : 0);
+      const Place place = place_of(e);
+      const T* const products = layer.products + (rows_before + place.row) * kGates * H +
+                                first_unit + place.unit;
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate)
-        ahead[e][gate] = own[e] && wanted ? products[gate * H] : narrow<T>(0);
+        ahead[e][gate] = place.own && wanted ? products[gate * H] : narrow<T>(0);
     }
   };
-  read(rows_before, true);
+  read(true);
 
   // To whom this lane sends: the lanes that have the same 16 bytes share the blocks.
   constexpr int kSends = (kBlocks + kStep - 1) / kStep;
@@ -235,27 +241,31 @@ __global__ void __launch_bounds__(kThreads, 1)
       // In turns: shared memory is as busy as the tensor cores.
 #pragma unroll
       for (int far = 0; far < 2 * kFar; ++far) {
-        uint4 words[kTiles];
+        uint32_t far_b[kColumns][2];
+        load_half(2 * kKept + far, far_b);
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile)
-          words[tile] = far_weights[(far * kTiles + tile) * kThreads + thread];
-        uint32_t b[kColumns][2];
+        for (int tile = 0; tile < kTiles; tile += 2) {
+          uint4 words[2];
 #pragma unroll
-        for (int half = 0; half < 2 * kKept; ++half) {
-          if (half * kFar / kKept != far) continue;
-          load_half(half, b);
+          for (int j = 0; j < 2; ++j)
+            words[j] = far_weights[(far * kTiles + tile + j) * kThreads + thread];
 #pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile)
-            multiply(tile, near_weights[half / 2][half % 2][tile], b);
+          for (int half = 0; half < 2 * kKept; ++half) {
+            if (half * (kFar * kTiles) / (2 * kKept) != far * (kTiles / 2) + tile / 2) continue;
+            uint32_t b[kColumns][2];
+            load_half(half, b);
+#pragma unroll
+            for (int near = 0; near < kTiles; ++near)
+              multiply(near, near_weights[half / 2][half % 2][near], b);
+          }
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const uint32_t a[4] = {words[j].x, words[j].y, words[j].z, words[j].w};
+            multiply(tile + j, a, far_b);
+          }
+          // Else the compiler reads all of it first, into more registers than there are.
+          __syncwarp();
         }
-        load_half(2 * kKept + far, b);
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          const uint32_t a[4] = {words[tile].x, words[tile].y, words[tile].z, words[tile].w};
-          multiply(tile, a, b);
-        }
-        // Else the compiler reads all of it first, into more registers than there are.
-        __syncwarp();
       }
     }
     float* const own_sums = sums_of_all + slice * kGates * kRows * kSumStride +
@@ -270,59 +280,79 @@ __global__ void __launch_bounds__(kThreads, 1)
                    tile / 2 * 8] = sums[tile][column][part];
     __syncthreads();
 
+#if !defined(LSTM_EXT_CUDA_EMU)
+    // So that what follows from them is computed here, and not kept.
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) asm volatile("" : "+r"(places[e]));
+#endif
     T late_c[kElements] = {}, late_gates[kElements][kGates] = {};
+    // Elements side by side: one waits while another computes.
+    const auto advance = [&](auto many) {
+      constexpr int kMany = decltype(many)::value;
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      if (!there[e]) continue;
-      float pre[kGates];
+      for (int e = 0; e < kMany; ++e) {
+        const Place place = place_of(e);
+        float pre[kGates];
 #pragma unroll
-      for (int gate = 0; gate < kGates; ++gate) {
-        pre[gate] = widen(ahead[e][gate]) + biases[gate * kUnits + unit_of[e]];
+        for (int gate = 0; gate < kGates; ++gate) {
+          pre[gate] = widen(ahead[e][gate]) + biases[gate * kUnits + place.unit];
 #pragma unroll
-        for (int other = 0; other < Shape::kSplit; ++other)
-          pre[gate] += sums_of_all[(other * kGates + gate) * kRows * kSumStride + in_sums[e]];
+          for (int other = 0; other < Shape::kSplit; ++other)
+            pre[gate] += sums_of_all[((other * kGates + gate) * kRows + place.row) * kSumStride +
+                                     place.unit];
+        }
+        float c_next, h_next;
+        const Gates<float> gates = lstm_ext::cell_forward<QuickMath>(
+            Gates<float>{pre[0], pre[1], pre[2], pre[3]}, c[e], c_next, h_next);
+        if constexpr (kTrain) {
+          late_c[e] = narrow<T>(c[e]);
+          late_gates[e][0] = narrow<T>(gates.i), late_gates[e][1] = narrow<T>(gates.f);
+          late_gates[e][2] = narrow<T>(gates.g), late_gates[e][3] = narrow<T>(gates.o);
+        }
+        // As the cell rounds its c from step to step.
+        c[e] = widen(narrow<T>(c_next));
+        last_h[e] = narrow<T>(h_next);
       }
-      float c_next, h_next;
-      const Gates<float> gates = lstm_ext::cell_forward<QuickMath>(
-          Gates<float>{pre[0], pre[1], pre[2], pre[3]}, c[e], c_next, h_next);
-      if constexpr (kTrain) {
-        late_c[e] = narrow<T>(c[e]);
-        late_gates[e][0] = narrow<T>(gates.i), late_gates[e][1] = narrow<T>(gates.f);
-        late_gates[e][2] = narrow<T>(gates.g), late_gates[e][3] = narrow<T>(gates.o);
-      }
-      // As the cell rounds its c from step to step.
-      c[e] = widen(narrow<T>(c_next));
-      last_h[e] = narrow<T>(h_next);
-      if (step + 1 < L) {
+      if (step + 1 >= L) return;
+      const unsigned barrier =
+          static_cast<unsigned>(Shape::kBarriersAt + (1 - set) * sizeof(uint64_t));
+#pragma unroll
+      for (int e = 0; e < kMany; ++e) {
+        const Place place = place_of(e);
         const uint4 words = side_by_side(last_h[e], lane);
         const unsigned at = static_cast<unsigned>(
-            ((1 - set) * kRows * kStride + local[e] - lane % kStep) * static_cast<int>(sizeof(T)));
-        const unsigned barrier =
-            static_cast<unsigned>(Shape::kBarriersAt + (1 - set) * sizeof(uint64_t));
+            (((1 - set) * kRows + place.row) * kStride + first_unit + place.unit - lane % kStep) *
+            static_cast<int>(sizeof(T)));
         if (sends)
 #pragma unroll
           for (int k = 0; k < kSends; ++k) cluster::send(to[k] + at, words, to[k] + barrier);
       }
-    }
+    };
+    if (there(kElements - 1))
+      advance(std::integral_constant<int, kElements>());
+    else
+      advance(std::integral_constant<int, kElements - 1>());
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
-      if (!own[e]) continue;
-      layer.output[rows_before * H + state_at[e]] = last_h[e];
+      const Place place = place_of(e);
+      if (!place.own) continue;
+      const int64_t row = rows_before + place.row, unit = first_unit + place.unit;
+      layer.output[row * H + unit] = last_h[e];
       if constexpr (kTrain) {
-        layer.c_before[rows_before * H + state_at[e]] = late_c[e];
-        T* const gates = layer.gates + gates_at(e, rows_before);
+        layer.c_before[row * H + unit] = late_c[e];
+        T* const gates = layer.gates + row * kGates * H + unit;
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate) gates[gate * H] = late_gates[e][gate];
       }
     }
     rows_before += rows_a_step;
-    read(rows_before, step + 1 < L);
+    read(step + 1 < L);
   }
 #pragma unroll
   for (int e = 0; e < kElements; ++e)
-    if (own[e]) {
-      layer.hy[state_at[e]] = last_h[e];
-      layer.cy[state_at[e]] = narrow<T>(c[e]);
+    if (const Place place = place_of(e); place.own) {
+      layer.hy[in_state(place)] = last_h[e];
+      layer.cy[in_state(place)] = narrow<T>(c[e]);
     }
   // No block leaves while another may still write to it.
   cluster::sync();
@@ -343,10 +373,11 @@ cudaError_t launch_cluster(const LayerForward<typename Shape::T>& layer, unsigne
                                layer, failures);
 }
 
-// blocks a cluster, rows a cluster: those that are made for this size; else an error.
+// blocks a cluster, rows a cluster: those that are made for this size; else an error. few_kept: of
+// the largest, with fewer weights in registers.
 template <class T, int kColumns>
-cudaError_t cluster_layer_forward(const LayerForward<T>& layer, int blocks, unsigned* failures,
-                                  int* active, cudaStream_t stream) {
+cudaError_t cluster_layer_forward(const LayerForward<T>& layer, int blocks, bool few_kept,
+                                  unsigned* failures, int* active, cudaStream_t stream) {
   const int H = layer.H;
   constexpr bool kOne = kColumns == 1;
   if constexpr (std::is_same_v<T, float>) {
@@ -371,7 +402,9 @@ cudaError_t cluster_layer_forward(const LayerForward<T>& layer, int blocks, unsi
                                                                        stream);
     if constexpr (kOne)
       if (H <= 768 && blocks == 16)
-        return launch_cluster<ClusterShape<T, 6, 4, 6, 4, kColumns>, 16>(layer, failures, active,
+        return few_kept ? launch_cluster<ClusterShape<T, 6, 4, 6, 3, kColumns>, 16>(
+                              layer, failures, active, stream)
+                        : launch_cluster<ClusterShape<T, 6, 4, 6, 4, kColumns>, 16>(layer, failures, active,
                                                                          stream);
   }
   return cudaErrorInvalidValue;

@@ -55,11 +55,13 @@ __device__ inline void send(unsigned to, const uint4& words, unsigned barrier) {
       "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(barrier)
       : "memory");
 }
+// Of the block's scope, though others send: what they send goes to this block's shared memory, and a
+// wait of the cluster's scope would empty the first-level cache too.
 __device__ inline bool has_come(uint64_t* barrier, unsigned parity) {
   unsigned done;
   asm volatile(
       "{\n.reg .pred p;\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p;\n}\n"
       : "=r"(done)
       : "r"(shared_address(barrier)), "r"(parity)

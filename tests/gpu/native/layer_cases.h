@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -150,6 +151,22 @@ struct Totals {
   int cases = 0, failures = 0;
 };
 
+// When the whole program has to be done. false: it is now, and nothing else is begun.
+inline std::chrono::steady_clock::time_point deadline;
+inline bool begin_case(const char* where) {
+#if !defined(LSTM_EXT_CUDA_EMU)
+  const auto left = std::chrono::duration_cast<std::chrono::seconds>(
+      deadline - std::chrono::steady_clock::now());
+  if (left.count() < 1) {
+    std::printf("%s: not begun, no time left\n", where);
+    return false;
+  }
+  machine::watch_seconds = static_cast<unsigned>(std::min<long long>(left.count(), 8));
+#endif
+  machine::watch(where);
+  return true;
+}
+
 struct Options {
   bool train = true, biases = true, reverse = false;
   size_t shift = 0;  // bytes by which matrices lie off their alignment
@@ -166,7 +183,7 @@ bool check(const Variant<T>& variant, const std::string& how, const Shape& shape
                 variant.dtype, how.c_str(), L, N, H, options.train ? " train" : "",
                 options.biases ? "" : " no biases", options.reverse ? " reverse" : "",
                 shift != 0 ? " shifted" : "");
-  machine::watch(where);
+  if (!begin_case(where)) return false;
   std::mt19937 random(static_cast<unsigned>(L * 7919 + N * 131 + H));
   const double scale = 1 / std::sqrt(static_cast<double>(H));
   Inputs in;
