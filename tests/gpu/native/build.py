@@ -68,6 +68,7 @@ def programs() -> dict[str, Program]:
         Program("check_cell", [CHECKS / "check_cell.cpp", *cell], lines=True),
         Program("check_layer", [CHECKS / "check_layer.cpp", *layer, copy], lines=True),
         Program("micro", [HERE / "micro.cu"]),
+        Program("cluster_layer", [HERE / "cluster_layer.cu"]),
     ]
     for variant, switches in variants().items():
         macros = [f"LSTM_EXT_{switch}={value}" for switch, value in switches.items()]
