@@ -20,7 +20,7 @@ from limits import HUNG, slow, slow_but
 
 CSRC = ROOT / "csrc"
 EMULATOR = ROOT / "tests" / "cuda_emu"
-CHECKS = [EMULATOR / "check_cell.cpp", EMULATOR / "check_layer.cpp"]
+CHECKS = [EMULATOR / f"check_{name}.cpp" for name in ("cell", "layer", "layer_ways")]
 LAUNCHES = ROOT / "tests" / "cuda_launches.txt"
 SANITIZERS = {
     "none": [],

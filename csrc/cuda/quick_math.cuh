@@ -4,23 +4,13 @@
 
 #include <cmath>
 
-#include "cuda/numbers.cuh"
+#include "cuda/platform.cuh"
 
 namespace lstm_ext::cuda {
 
 struct QuickMath {
-  // 1 / (1 + 2^x)
-  __device__ static float below(float x) {
-#if defined(LSTM_EXT_CUDA_EMU)
-    return 1 / (1 + std::exp2(x));
-#else
-    float power, inverse;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + power));
-    return inverse;
-#endif
-  }
   __device__ static float sigmoid(float x) { return below(-1.44269504f * x); }
+
   // As the toolkit's tanhf, but both ways are gone and one is taken.
   __device__ static float tanh(float x) {
     const float far = 1 - 2 * below(2.88539008f * x);
@@ -31,6 +21,19 @@ struct QuickMath {
     sum = sum * square - 3.33327681e-1f;
     const float near = sum * square * x + x;
     return fabsf(x) < 0.55f ? near : far;
+  }
+
+ private:
+  // 1 / (1 + 2^x)
+  __device__ static float below(float x) {
+#if defined(LSTM_EXT_CUDA_EMU)
+    return 1 / (1 + std::exp2(x));
+#else
+    float power, inverse;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + power));
+    return inverse;
+#endif
   }
 };
 

@@ -6,24 +6,24 @@
 // counts at a barrier. A block that has all of a step's h goes on. Nothing else keeps them apart:
 // whoever sends h of step t + 1 has had h of step t from all, who have thus read that of t - 1,
 // which lay where t + 1 goes.
-#pragma once
-
-#include "cluster_parts.cuh"
-#include "small_layer.cuh"
+#include "cuda/cluster.cuh"
+#include "cuda/quick_math.cuh"
+#include "cuda/register_weights.cuh"
 
 namespace lstm_ext::cuda {
+namespace {
 
-// kTiles: of a warp, 16 gates each; kSplit: warps that share a sum, kChunks chunks of k each, of
-// which kKept lie in registers; kColumns: eight rows of the batch each.
-template <class T_, int kTiles_, int kSplit_, int kChunks_, int kKept_, int kColumns_>
+// kBlocks: of a cluster. kTiles: of a warp, 16 gates each; kSplit: warps that share a sum, kChunks
+// chunks of k each, of which kKept lie in registers; kColumns: eight rows of the batch each.
+template <class T_, int kBlocks_, int kTiles_, int kSplit_, int kChunks_, int kKept_, int kColumns_>
 struct ClusterShape {
   using T = T_;
-  static constexpr int kTiles = kTiles_, kSplit = kSplit_, kChunks = kChunks_, kKept = kKept_;
+  static constexpr int kBlocks = kBlocks_, kTiles = kTiles_, kSplit = kSplit_;
+  static constexpr int kChunks = kChunks_, kKept = kKept_;
   static constexpr int kColumns = kColumns_, kRows = 8 * kColumns, kFar = kChunks - kKept;
   static constexpr int kStep = kFullVector<T>, kChunk = 4 * kStep, kK = kChunks * kChunk * kSplit;
   static constexpr int kGroups = kWarps / kSplit, kUnitsOfWarp = 4 * kTiles;
   static constexpr int kUnits = kGroups * kUnitsOfWarp;
-  static constexpr int kElements = (kUnits * kRows + kThreads - 1) / kThreads;  // of a thread
   // Rows begin where other rows' lanes find other banks.
   static constexpr int kStride = (kChunks * kSplit | 1) * kChunk;
   static constexpr int kSumStride = (kUnits + 11) / 16 * 16 + 4;
@@ -36,7 +36,8 @@ struct ClusterShape {
   static constexpr size_t kBiasesAt =
       kSumsAt + size_t{kSplit} * kGates * kRows * kSumStride * sizeof(float);
   static constexpr size_t kBarriersAt = kBiasesAt + size_t{kGates} * kUnits * sizeof(float);
-  static constexpr size_t kShared = kBarriersAt + 2 * sizeof(uint64_t) + 16;
+  static constexpr size_t kShared = kBarriersAt + 2 * sizeof(uint64_t);
+  static_assert(kK <= kBlocks * kUnits);
   static_assert(kWeightsAt % 16 == 0 && kSumsAt % 16 == 0 && kBarriersAt % 8 == 0);
   static_assert(kShared <= 227 * 1024);
 };
@@ -52,7 +53,7 @@ __device__ inline uint4 side_by_side(T h, int lane) {
     return lane & 2 ? uint4{low2, high2, low, high} : uint4{low, high, low2, high2};
   } else {
     uint16_t bits;
-    memcpy(&bits, &h, sizeof(bits));
+    std::memcpy(&bits, &h, sizeof(bits));
     const uint32_t mine = bits, other = __shfl_xor_sync(kAllLanes, mine, 1);
     const uint32_t two = lane & 1 ? mine << 16 | other : other << 16 | mine;
     const uint32_t two2 = __shfl_xor_sync(kAllLanes, two, 2);
@@ -63,15 +64,17 @@ __device__ inline uint4 side_by_side(T h, int lane) {
   }
 }
 
-// *failures: set if a wait was given up; the results are then wrong.
-template <class Shape, int kBlocks, bool kTrain>
+template <class Shape>
 __global__ void __launch_bounds__(kThreads, 1)
-    cluster_layer_kernel(LayerForward<typename Shape::T> layer, unsigned* failures) {
+    layer_cluster_kernel(LayerForward<typename Shape::T> layer) {
+#if LSTM_EXT_HAS_CLUSTERS
   using T = typename Shape::T;
+  constexpr int kBlocks = Shape::kBlocks;
   constexpr int kTiles = Shape::kTiles, kChunks = Shape::kChunks, kKept = Shape::kKept;
   constexpr int kColumns = Shape::kColumns, kRows = Shape::kRows, kUnits = Shape::kUnits;
   constexpr int kStep = Shape::kStep, kChunk = Shape::kChunk, kStride = Shape::kStride;
-  constexpr int kSumStride = Shape::kSumStride, kFar = Shape::kFar, kElements = Shape::kElements;
+  constexpr int kSumStride = Shape::kSumStride, kFar = Shape::kFar;
+  constexpr int kElements = (kUnits * kRows + kThreads - 1) / kThreads;  // of a thread
   using Numbers = Vector<T, kStep>;
   LSTM_EXT_DYNAMIC_SHARED(unsigned char, shared);
   T* const h = reinterpret_cast<T*>(shared);  // [2][kRows][kStride]
@@ -81,9 +84,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* const sums_of_all = reinterpret_cast<float*>(shared + Shape::kSumsAt);
   float* const biases = reinterpret_cast<float*>(shared + Shape::kBiasesAt);  // [gate][unit]
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + Shape::kBarriersAt);
-  volatile unsigned* const given_up = reinterpret_cast<unsigned*>(barriers + 2);
 
   const DeviceSequence& sequence = layer.sequence;
+  // Asked when it runs: the same code, and the same bits, either way.
+  const bool keeps = layer.gates != nullptr;
   const int H = layer.H, thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
   const int r = lane / 4, t = lane % 4, warp = thread / kWarpSize;
   const int group = warp % Shape::kGroups, slice = warp / Shape::kGroups;
@@ -91,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t first_row = static_cast<int64_t>(blockIdx.x / kBlocks) * kRows, L = sequence.L;
 
   // Tiles in pairs: gates i and f of eight units, then g and o.
-  uint32_t near_weights[kKept][2][kTiles][4];
+  uint32_t near_weights[kKept][kTiles][2][4];
   const int aligned = alignment_of(layer.w_hh, H);
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk)
@@ -108,25 +112,24 @@ __global__ void __launch_bounds__(kThreads, 1)
                                      aligned),
                    words[half]);
         }
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        const uint32_t a[4] = {words[0][2 * part], words[1][2 * part], words[0][2 * part + 1],
-                               words[1][2 * part + 1]};
-        if (chunk < kKept) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) near_weights[chunk < kKept ? chunk : 0][part][tile][j] = a[j];
-        } else {
-          far_weights[(((chunk - kKept) * 2 + part) * kTiles + tile) * kThreads + thread] =
-              uint4{a[0], a[1], a[2], a[3]};
-        }
+      if (chunk < kKept) {
+        operands_of(words[0], words[1], near_weights[chunk < kKept ? chunk : 0][tile]);
+        continue;
       }
+      uint32_t a[2][4];
+      operands_of(words[0], words[1], a);
+#pragma unroll
+      for (int part = 0; part < 2; ++part)
+        far_weights[(((chunk - kKept) * 2 + part) * kTiles + tile) * kThreads + thread] =
+            uint4{a[part][0], a[part][1], a[part][2], a[part][3]};
     }
-  begin_h<kRows>(layer, first_row, h, kStride);
-  if constexpr (std::is_same_v<T, float>)
-    for (int at = thread; at < kRows * kStride; at += kThreads) {  // as begin_h goes over them
-      const uint32_t rounded = to_tf32(h[at]);
-      memcpy(&h[at], &rounded, sizeof(rounded));
+  begin_h<kRows>(layer, first_row, h, kStride, [](T number) {
+    if constexpr (std::is_same_v<T, float>) {
+      const uint32_t rounded = to_tf32(number);
+      std::memcpy(&number, &rounded, sizeof(rounded));
     }
+    return number;
+  });
   for (int at = thread; at < kGates * kUnits; at += kThreads) {
     const int gate = at / kUnits, unit = first_unit + at % kUnits;
     biases[at] = unit < H ? sum_of_biases(layer.b_ih, layer.b_hh, gate * H + unit) : 0;
@@ -165,8 +168,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       const Place place = place_of(e);
-      const T* const products = layer.products + (rows_before + place.row) * kGates * H +
-                                first_unit + place.unit;
+      const T* const products =
+          layer.products + (rows_before + place.row) * kGates * H + first_unit + place.unit;
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate)
         ahead[e][gate] = place.own && wanted ? products[gate * H] : narrow<T>(0);
@@ -186,7 +189,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool sends = kBlocks >= kStep || lane % kStep < kBlocks;
   constexpr unsigned kBytes = static_cast<unsigned>(kBlocks * kUnits * kRows * sizeof(T));
   if (thread == 0) {
-    *given_up = 0;
     cluster::init(&barriers[0]);
     cluster::init(&barriers[1]);
     cluster::show_barriers();
@@ -199,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int64_t step = 0; step < L; ++step) {
     const int set = static_cast<int>(step % 2);
     if (step > 0) {
-      cluster::wait(&barriers[set], static_cast<unsigned>((step - 1) / 2 % 2), given_up);
+      cluster::wait(&barriers[set], static_cast<unsigned>((step - 1) / 2 % 2));
       if (thread == 0 && step + 2 < L) cluster::expect(&barriers[set], kBytes);
     }
     const T* const h_now = h + (set * kRows + r) * kStride + slice * kChunks * kChunk + t * kStep;
@@ -207,13 +209,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto load_half = [&](int half, uint32_t (&b)[kColumns][2]) {
 #pragma unroll
       for (int column = 0; column < kColumns; ++column)
-        memcpy(b[column], h_now + column * 8 * kStride + half / 2 * kChunk + half % 2 * (kStep / 2),
-               sizeof(b[column]));
+        std::memcpy(b[column],
+                    h_now + column * 8 * kStride + half / 2 * kChunk + half % 2 * (kStep / 2),
+                    sizeof(b[column]));
     };
     const auto multiply = [&](int tile, const uint32_t (&a)[4], const uint32_t (&b)[kColumns][2]) {
 #pragma unroll
-      for (int column = 0; column < kColumns; ++column)
-        mma_of<T>(sums[tile][column], a, b[column]);
+      for (int column = 0; column < kColumns; ++column) mma_of<T>(sums[tile][column], a, b[column]);
     };
     const auto near_chunk = [&](int chunk) {
       uint32_t words[kColumns][4];
@@ -221,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int column = 0; column < kColumns; ++column) {
         const Numbers x =
             *reinterpret_cast<const Numbers*>(h_now + column * 8 * kStride + chunk * kChunk);
-        memcpy(words[column], &x, sizeof(x));
+        std::memcpy(words[column], &x, sizeof(x));
       }
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
@@ -231,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           b[column][0] = words[column][2 * part], b[column][1] = words[column][2 * part + 1];
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)
-          multiply(tile, near_weights[chunk][part][tile], b);
+          multiply(tile, near_weights[chunk][tile][part], b);
       }
     };
     if constexpr (kFar == 0) {
@@ -256,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             load_half(half, b);
 #pragma unroll
             for (int near = 0; near < kTiles; ++near)
-              multiply(near, near_weights[half / 2][half % 2][near], b);
+              multiply(near, near_weights[half / 2][near][half % 2], b);
           }
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
@@ -268,8 +270,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     }
-    float* const own_sums = sums_of_all + slice * kGates * kRows * kSumStride +
-                            2 * t * kSumStride + group * Shape::kUnitsOfWarp + r;
+    float* const own_sums = sums_of_all + slice * kGates * kRows * kSumStride + 2 * t * kSumStride +
+                            group * Shape::kUnitsOfWarp + r;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
@@ -301,14 +303,13 @@ __global__ void __launch_bounds__(kThreads, 1)
             pre[gate] += sums_of_all[((other * kGates + gate) * kRows + place.row) * kSumStride +
                                      place.unit];
         }
+        constexpr const float* no_weights = nullptr;
         float c_next, h_next;
-        const Gates<float> gates = lstm_ext::cell_forward<QuickMath>(
-            Gates<float>{pre[0], pre[1], pre[2], pre[3]}, c[e], c_next, h_next);
-        if constexpr (kTrain) {
-          late_c[e] = narrow<T>(c[e]);
-          late_gates[e][0] = narrow<T>(gates.i), late_gates[e][1] = narrow<T>(gates.f);
-          late_gates[e][2] = narrow<T>(gates.g), late_gates[e][3] = narrow<T>(gates.o);
-        }
+        const Gates<float> gates = PlainCell::forward<QuickMath>(
+            Gates<float>{pre[0], pre[1], pre[2], pre[3]}, c[e], no_weights, c_next, h_next);
+        late_c[e] = narrow<T>(c[e]);
+        late_gates[e][0] = narrow<T>(gates.i), late_gates[e][1] = narrow<T>(gates.f);
+        late_gates[e][2] = narrow<T>(gates.g), late_gates[e][3] = narrow<T>(gates.o);
         // As the cell rounds its c from step to step.
         c[e] = widen(narrow<T>(c_next));
         last_h[e] = narrow<T>(h_next);
@@ -338,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (!place.own) continue;
       const int64_t row = rows_before + place.row, unit = first_unit + place.unit;
       layer.output[row * H + unit] = last_h[e];
-      if constexpr (kTrain) {
+      if (keeps) {
         layer.c_before[row * H + unit] = late_c[e];
         T* const gates = layer.gates + row * kGates * H + unit;
 #pragma unroll
@@ -356,58 +357,90 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   // No block leaves while another may still write to it.
   cluster::sync();
-  if (thread == 0 && *given_up != 0) *failures = 1;
+#endif
 }
 
-template <class Shape, int kBlocks>
-cudaError_t launch_cluster(const LayerForward<typename Shape::T>& layer, unsigned* failures,
-                           int* active, cudaStream_t stream) {
-  if (layer.H > kBlocks * Shape::kUnits || layer.H > Shape::kK) return cudaErrorInvalidValue;
-  const auto clusters =
-      static_cast<unsigned>((layer.sequence.N + Shape::kRows - 1) / Shape::kRows);
-  const Launch how = {dim3(clusters * kBlocks), dim3(kThreads), Shape::kShared, false, stream};
-  return layer.gates != nullptr
-             ? cluster::launch(how, kBlocks, active, cluster_layer_kernel<Shape, kBlocks, true>,
-                               layer, failures)
-             : cluster::launch(how, kBlocks, active, cluster_layer_kernel<Shape, kBlocks, false>,
-                               layer, failures);
+template <class Shape>
+cudaError_t launch_shape(const LayerForward<typename Shape::T>& layer, cudaStream_t stream) {
+  Launch how = {};
+  how.cluster = Shape::kBlocks;
+  how.grid = dim3(static_cast<unsigned>((layer.sequence.N + Shape::kRows - 1) / Shape::kRows) *
+                  how.cluster);
+  how.block = dim3(kThreads);
+  how.shared = Shape::kShared;
+  how.stream = stream;
+  return launch(how, layer_cluster_kernel<Shape>, layer);
 }
 
-// blocks a cluster, rows a cluster: those that are made for this size; else an error. few_kept: of
-// the largest, with fewer weights in registers.
-template <class T, int kColumns>
-cudaError_t cluster_layer_forward(const LayerForward<T>& layer, int blocks, bool few_kept,
-                                  unsigned* failures, int* active, cudaStream_t stream) {
+// How many clusters surely run at once: one fewer than the multiprocessors would do for, which lie
+// in groups that a cluster cannot cross. (132 of an H100: 15 of 8 blocks, 7 of 16.)
+inline int clusters_at_once(int blocks, const Device& device) {
+  const int all = device.multiprocessors / blocks;
+  return all > 1 ? all - 1 : all;
+}
+
+template <class Shape>
+int64_t turns_of(int64_t N, const Device& device) {
+  const int64_t clusters = (N + Shape::kRows - 1) / Shape::kRows;
+  const int at_once = clusters_at_once(Shape::kBlocks, device);
+  return at_once > 0 ? (clusters + at_once - 1) / at_once : 0;
+}
+
+// body(shape) for the shape of a layer, none(); those compiled are the fastest ones measured. With
+// H of 512, us a step on an H100, 16-bit: 16 blocks take eight rows in 1.5, eight blocks in 2.2,
+// but of those more run at once; TF32: eight rows in 2.4, 16 in 3.6. With H of 768, more chunks in
+// registers are slower: 2.6 us instead of 2.3.
+template <class T, class Body, class None>
+auto with_shape(const LayerForward<T>& layer, const Device& device, const Body& body,
+                const None& none) {
   const int H = layer.H;
-  constexpr bool kOne = kColumns == 1;
+  const int64_t N = layer.sequence.N;
   if constexpr (std::is_same_v<T, float>) {
-    if (H <= 256 && blocks == 8)
-      return launch_cluster<ClusterShape<T, 2, 2, 8, 8, kColumns>, 8>(layer, failures, active,
-                                                                      stream);
-    if (H <= 512 && blocks == 16)
-      return launch_cluster<ClusterShape<T, 4, 4, 8, 5, kColumns>, 16>(layer, failures, active,
-                                                                       stream);
+    using Eight = ClusterShape<T, 16, 4, 4, 8, 5, 1>;
+    if (!device.tf32) return none();
+    if (H <= 256) return body(ClusterShape<T, 8, 2, 2, 8, 8, 1>());
+    if (H <= 512 && turns_of<Eight>(N, device) == 1) return body(Eight());
+    if (H <= 512) return body(ClusterShape<T, 16, 4, 4, 8, 5, 2>());
   } else {
-    if (H <= 256 && blocks == 4)
-      return launch_cluster<ClusterShape<T, 4, 2, 4, 4, kColumns>, 4>(layer, failures, active,
-                                                                      stream);
-    if (H <= 256 && blocks == 8)
-      return launch_cluster<ClusterShape<T, 2, 2, 4, 4, kColumns>, 8>(layer, failures, active,
-                                                                      stream);
-    if (H <= 512 && blocks == 8)
-      return launch_cluster<ClusterShape<T, 4, 2, 8, kOne ? 6 : 5, kColumns>, 8>(
-          layer, failures, active, stream);
-    if (H <= 512 && blocks == 16)
-      return launch_cluster<ClusterShape<T, 4, 4, 4, 4, kColumns>, 16>(layer, failures, active,
-                                                                       stream);
-    if constexpr (kOne)
-      if (H <= 768 && blocks == 16)
-        return few_kept ? launch_cluster<ClusterShape<T, 6, 4, 6, 3, kColumns>, 16>(
-                              layer, failures, active, stream)
-                        : launch_cluster<ClusterShape<T, 6, 4, 6, 4, kColumns>, 16>(layer, failures, active,
-                                                                         stream);
+    using Wide = ClusterShape<T, 16, 4, 4, 4, 4, 1>;
+    if (H <= 256) return body(ClusterShape<T, 8, 2, 2, 4, 4, 1>());
+    if (H <= 512 && turns_of<Wide>(N, device) == 1) return body(Wide());
+    if (H <= 512) return body(ClusterShape<T, 8, 4, 2, 8, 6, 1>());
+    if (H <= 768) return body(ClusterShape<T, 16, 6, 4, 6, 3, 1>());
   }
-  return cudaErrorInvalidValue;
+  return none();
 }
+
+}  // namespace
+
+template <class T>
+int64_t layer_forward_cluster_turns(const LayerForward<T>& layer, const Device& device) {
+  if (!device.clusters) return 0;
+  return with_shape(
+      layer, device,
+      [&](auto shape) {
+        using Shape = decltype(shape);
+        const bool fits = Shape::kShared <= static_cast<size_t>(device.shared_per_block);
+        return fits ? turns_of<Shape>(layer.sequence.N, device) : 0;
+      },
+      [] { return int64_t{0}; });
+}
+
+template <class T>
+cudaError_t layer_forward_cluster(const LayerForward<T>& layer, const Device& device,
+                                  cudaStream_t stream) {
+  return with_shape(
+      layer, device, [&](auto shape) { return launch_shape<decltype(shape)>(layer, stream); },
+      [] { return cudaErrorNotSupported; });
+}
+
+#define LSTM_EXT_INSTANTIATE(T)                                                           \
+  template int64_t layer_forward_cluster_turns<T>(const LayerForward<T>&, const Device&); \
+  template cudaError_t layer_forward_cluster<T>(const LayerForward<T>&, const Device&,    \
+                                                cudaStream_t);
+LSTM_EXT_INSTANTIATE(float)
+LSTM_EXT_INSTANTIATE(__half)
+LSTM_EXT_INSTANTIATE(__nv_bfloat16)
+#undef LSTM_EXT_INSTANTIATE
 
 }  // namespace lstm_ext::cuda
