@@ -111,9 +111,7 @@ cudaError_t layer_forward(const LayerForward<T>& layer, const Device& device, La
 // The ways one by one. The first two are made for float and the 16-bit types, the plain cell, all
 // rows at every step and no resets.
 
-// The most rows of a block; H up to 128.
-template <class T>
-constexpr int kSmallRows = std::is_same_v<T, float> ? 4 : 8;
+// H up to 128.
 template <class T>
 bool layer_forward_small_fits(const LayerForward<T>& layer, const Device& device);
 template <class T>

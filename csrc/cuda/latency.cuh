@@ -23,6 +23,9 @@
 #if !defined(LSTM_EXT_SPREAD_BACKWARD)
 #define LSTM_EXT_SPREAD_BACKWARD 1
 #endif
+#if !defined(LSTM_EXT_QUICK_FLOAT)
+#define LSTM_EXT_QUICK_FLOAT 0
+#endif
 #if !defined(LSTM_EXT_REGISTER_WAYS)
 #define LSTM_EXT_REGISTER_WAYS 1
 #endif
@@ -49,5 +52,8 @@ constexpr bool kSmallTiles = LSTM_EXT_SMALL_TILES != 0;
 constexpr bool kSpreadBackward = LSTM_EXT_SPREAD_BACKWARD != 0;
 // Forward: the ways that keep w_hh in registers, for layers that they are made for.
 constexpr bool kRegisterWays = LSTM_EXT_REGISTER_WAYS != 0;
+// Small layers in float32 by the activations of the 16-bit types (quick_math.cuh): off, for over
+// 100 steps their error would be some twice that of exact ones.
+constexpr bool kQuickFloat = LSTM_EXT_QUICK_FLOAT != 0;
 
 }  // namespace lstm_ext::cuda::latency

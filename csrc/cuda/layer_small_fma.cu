@@ -1,10 +1,13 @@
 // A layer of few hidden units (layer_small.cuh) in float32, by multiply-adds. TF32 would be no
 // faster: it was tried, and eight columns of a tile are more rows than a block has.
+#include "cuda/latency.cuh"
 #include "cuda/layer_small.cuh"
 #include "cuda/quick_math.cuh"
 
 namespace lstm_ext::cuda {
 namespace {
+
+using Activations = std::conditional_t<latency::kQuickFloat, QuickMath, Math>;
 
 // Sums over the kSplit lanes of a unit: each lane ends up with those of its rows, from first on.
 template <int kBit, int kCount, int kRows>
@@ -70,7 +73,7 @@ __global__ void __launch_bounds__(Shape::kMostThreads, 1)
   begin_h<kRows>(layer, first_row, h, K, [](float number) { return number; });
   const int first_own = slice / kSame * kElements;
   const bool owns = slice % kSame == 0;
-  Elements<float, QuickMath, kElements> elements(
+  Elements<float, Activations, kElements> elements(
       layer, first_row, [&](int e) { return Place{first_own + e, unit, owns}; });
 
   __syncthreads();
@@ -145,35 +148,34 @@ Launch launch_of(const LayerForward<float>& layer) {
   return how;
 }
 
-// body(shape)
+constexpr int kMostUnits = 128, kFewUnits = 64;
+
+// With more of either, a thread had not registers enough.
+int most_rows(int H) { return H <= kFewUnits ? 4 : 2; }
+
 template <int kRows, class Body>
-auto with_shape_of(const LayerForward<float>& layer, const Body& body) {
-  if (layer.H <= 32) return body(FmaShape<kRows, 4, 2, 2>());
-  if (layer.H <= 48) return body(FmaShape<kRows, 4, 3, 3>());
-  if (layer.H <= 64) return body(FmaShape<kRows, 4, 4, 4>());
-  // A thread may have 255 registers in all; four numbers along k are 16 of them.
-  return body(FmaShape<kRows, 2, 16, kRows == 4 ? 4 : 8>());
+auto with_few_units(int H, const Body& body) {
+  if (H <= 32) return body(FmaShape<kRows, 4, 2, 2>());
+  if (H <= 48) return body(FmaShape<kRows, 4, 3, 3>());
+  return body(FmaShape<kRows, 4, 4, 4>());
 }
 
+// body(shape)
 template <class Body>
 auto with_shape(const LayerForward<float>& layer, const Device& device, const Body& body) {
-  switch (rows_a_block(layer.sequence.N, device, 1, kSmallRows<float>)) {
-    case 1:
-      return with_shape_of<1>(layer, body);
-    case 2:
-      return with_shape_of<2>(layer, body);
-    default:
-      return with_shape_of<4>(layer, body);
-  }
+  const int H = layer.H, rows = rows_a_block(layer.sequence.N, device, 1, most_rows(H));
+  // A thread may have 255 registers in all; four numbers along k are 16 of them.
+  if (H > kFewUnits)
+    return rows == 1 ? body(FmaShape<1, 2, 16, 8>()) : body(FmaShape<2, 2, 16, 7>());
+  if (rows == 1) return with_few_units<1>(H, body);
+  return rows == 2 ? with_few_units<2>(H, body) : with_few_units<4>(H, body);
 }
-
-constexpr int kMostUnits = 128;
 
 }  // namespace
 
 template <>
 bool layer_forward_small_fits<float>(const LayerForward<float>& layer, const Device& device) {
-  return layer.H <= kMostUnits && few_turns(layer.sequence.N, device, kSmallRows<float>) &&
+  return layer.H <= kMostUnits && few_turns(layer.sequence.N, device, most_rows(layer.H)) &&
          with_shape(layer, device, [&](auto shape) {
            return launch_of<decltype(shape)>(layer).shared <=
                   static_cast<size_t>(device.shared_per_block);

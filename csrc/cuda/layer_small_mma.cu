@@ -5,7 +5,7 @@
 namespace lstm_ext::cuda {
 namespace {
 
-constexpr int kUnitsOfWarp = 16, kMostUnits = 128;
+constexpr int kUnitsOfWarp = 16, kMostUnits = 128, kMostRows = 8;
 constexpr int kMostThreads = kMostUnits / kUnitsOfWarp * kWarpSize;
 
 constexpr int kChunk = 32;
@@ -125,16 +125,16 @@ cudaError_t launch_rows(const LayerForward<T>& layer, cudaStream_t stream) {
 
 template <class T>
 bool layer_forward_small_fits(const LayerForward<T>& layer, const Device& device) {
-  constexpr int kMostShared = sizeof(T) * 2 * kSmallRows<T> * kRowOfH<kMostUnits / kChunk>;
+  constexpr int kMostShared = sizeof(T) * 2 * kMostRows * kRowOfH<kMostUnits / kChunk>;
   return layer.H <= kMostUnits && kMostShared <= device.shared_per_block &&
-         few_turns(layer.sequence.N, device, kSmallRows<T>);
+         few_turns(layer.sequence.N, device, kMostRows);
 }
 
 template <class T>
 cudaError_t layer_forward_small(const LayerForward<T>& layer, const Device& device,
                                 cudaStream_t stream) {
   if (layer.H > kMostUnits) return cudaErrorInvalidValue;
-  switch (rows_a_block(layer.sequence.N, device, 2, kSmallRows<T>)) {
+  switch (rows_a_block(layer.sequence.N, device, 2, kMostRows)) {
     case 2:
       return launch_rows<T, 2>(layer, stream);
     case 4:

@@ -33,8 +33,8 @@ void check_cluster(const Case& test, bool all_at_once, bool tf32 = false) {
 // block has, and more; one step, an even number and an odd one.
 template <class T>
 void check_all_small(check::Amount amount) {
-  constexpr int kLeast = std::is_same_v<T, float> ? 1 : 2;
-  for (int rows = kLeast; rows <= kSmallRows<T>; rows *= 2) {
+  constexpr bool kWide = std::is_same_v<T, float>;
+  for (int rows = kWide ? 1 : 2; rows <= (kWide ? 4 : 8); rows *= 2) {
     check_small<T>({3, 2 * rows + 1, 33, false, false, false, true, false}, rows);
     check_small<T>({2, rows, 72, false, true, false, true, true}, rows);
     if (amount == check::Amount::kFewest) continue;
@@ -119,7 +119,9 @@ void check_ways() {
   report.that(way_of<__half>(16, 776, h100) == kShared, "half of 776 units");
   report.that(way_of<__half>(16, 256, a100) == kShared, "no clusters");
   report.that(way_of<__half>(16, 64, a100) == kSmall, "small without clusters");
-  report.that(way_of<float>(500, 128, a100) == kNone, "more than an A100's shared memory");
+  report.that(way_of<float>(1056, 128, h100) == kSmall, "1,056 rows of float");
+  report.that(way_of<float>(1057, 128, h100) == kNone, "1,057 rows of float");
+  report.that(way_of<float>(500, 128, a100) == kSmall, "float on an A100");
   report.that(way_of<float>(1, 64, tiny) == kNone, "no shared memory to speak of");
   report.that(way_of<__half>(1, 64, tiny) == kNone, "the same in half");
   report.that(way_of<float>(3, 64, h100, kPlainCell + 1) == kShared, "another cell");
