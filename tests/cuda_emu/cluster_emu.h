@@ -1,8 +1,6 @@
 // What csrc/cuda/cluster.cuh has, in the emulator.
 #pragma once
 
-#include <sched.h>
-
 #include <chrono>
 
 #include "cuda_emu.h"
@@ -34,18 +32,23 @@ template <class Done>
 void wait_until(const char* what, const Done& done) {
   using Clock = std::chrono::steady_clock;
   constexpr auto kLong = std::chrono::seconds(30);
+  thread_local unsigned long seen = 0;  // events, by any thread of this block
   unsigned long events = 0;
   Clock::time_point last = Clock::now();
   for (;;) {
+    bool idle = false;
     {
       const Lock lock(clusters.mutex);
       if (done()) return;
       if (clusters.events != events) events = clusters.events, last = Clock::now();
+      idle = seen == clusters.events;
+      seen = clusters.events;
     }
     if (Clock::now() - last > kLong) ClusterState::fail(what);
     ++::cuda_emu::block->progress;  // of others, for all that this block knows
     ::cuda_emu::yield_to_scheduler();
-    sched_yield();
+    // Others have the processor meanwhile.
+    if (idle) std::this_thread::sleep_for(std::chrono::microseconds(100));
   }
 }
 
