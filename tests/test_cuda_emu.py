@@ -20,7 +20,7 @@ from limits import HUNG, slow, slow_but
 
 CSRC = ROOT / "csrc"
 EMULATOR = ROOT / "tests" / "cuda_emu"
-CHECKS = [EMULATOR / "check_cell.cpp", EMULATOR / "check_layer.cpp"]
+CHECKS = [EMULATOR / f"check_{name}.cpp" for name in ("cell", "layer", "layer_ways")]
 LAUNCHES = ROOT / "tests" / "cuda_launches.txt"
 SANITIZERS = {
     "none": [],
@@ -362,6 +362,99 @@ MUTATIONS = {
     ),
 }
 
+MUTATIONS |= {
+    "no barrier between a small layer's steps": (
+        "layer_small_mma.cu",
+        "    __syncthreads();\n  });",
+        "  });",
+        "thread",
+    ),
+    "the same by multiply-adds": (
+        "layer_small_fma.cu",
+        "    __syncthreads();\n  });",
+        "  });",
+        "thread",
+    ),
+    "one copy of a small layer's h": (
+        "layer_small_mma.cu",
+        "h_own + (1 - kSet) * kRows",
+        "h_own + kSet * kRows",
+        "none",
+    ),
+    "rows that change places": (
+        "layer_small_fma.cu",
+        "upper ? low : high, kBit",
+        "upper ? high : low, kBit",
+        "none",
+    ),
+    "a row beyond the last": (
+        "layer_small.cuh",
+        "own && unit < H_ && first_row + row < sequence.N",
+        "own && unit < H_",
+        "address",
+    ),
+    "a unit beyond the last": (
+        "layer_small.cuh",
+        "own && unit < H_ && first_row + row < sequence.N",
+        "own && first_row + row < sequence.N",
+        "none",
+    ),
+    "the last products not read": (
+        "layer_small_mma.cu",
+        "step + 2 < L",
+        "step + 3 < L",
+        "none",
+    ),
+    "weights beyond a row": (
+        "register_weights.cuh",
+        "while (K % aligned != 0 || ",
+        "while (",
+        "none",
+    ),
+    "one thread that waits for messages": (
+        "layer_cluster.cu",
+        "      cluster::wait(&barriers[set]",
+        "      if (thread == 0) cluster::wait(&barriers[set]",
+        "none",
+    ),
+    "more bytes expected than come": (
+        "layer_cluster.cu",
+        "static_cast<unsigned>(kBlocks * kUnits * kRows * sizeof(T))",
+        "static_cast<unsigned>((kBlocks + 1) * kUnits * kRows * sizeof(T))",
+        "bytes that never come",
+    ),
+    "expected once only": (
+        "layer_cluster.cu",
+        "    if (L > 2) cluster::expect(&barriers[0], kBytes);\n",
+        "",
+        "bytes that never come",
+    ),
+    "no barrier before a cluster's sums": (
+        "layer_cluster.cu",
+        "    __syncthreads();\n\n#if",
+        "\n#if",
+        "none",
+    ),
+    "a cluster's row beyond the last": (
+        "layer_cluster.cu",
+        "there(e) && first_row + row < sequence.N && first_unit + unit < H",
+        "there(e) && first_unit + unit < H",
+        "address",
+    ),
+    "a cluster's unit beyond the last": (
+        "layer_cluster.cu",
+        "there(e) && first_row + row < sequence.N && first_unit + unit < H",
+        "there(e) && first_row + row < sequence.N",
+        "none",
+    ),
+    "sent to the wrong copy": (
+        "layer_cluster.cu",
+        "(((1 - set) * kRows + place.row)",
+        "((set * kRows + place.row)",
+        "none",
+    ),
+}
+
 
 FEW = ("gates in another order",)
 
@@ -382,8 +475,11 @@ def test_broken_kernels_are_found(mutation, build, tmp_path):
     # With a broken header all kernels are broken.
     broken = [k.name for k in KERNELS if file == k.name or source.suffix == ".cuh"]
     kernels = [csrc / "cuda" / k.name if k.name in broken else k for k in KERNELS]
+    cell, layer, ways = CHECKS
     # The layer's kernels stage what they multiply, the cell's do not.
-    check = CHECKS["layer" in file or "chunk" in mutation]
+    check = layer if "layer" in file or "chunk" in mutation else cell
+    if file.startswith(("layer_small", "layer_cluster", "register_weights")):
+        check = ways
     program = build([*kernels, check], finder if finder in SANITIZERS else "none")
     result = run(program, "few")
     assert result.returncode != 0

@@ -46,6 +46,7 @@ struct Device {
   int multiprocessors;
   int shared_per_block;  // bytes of shared memory that a block may ask for
   bool tf32;             // float products may round their factors to TF32
+  bool clusters;         // blocks may send to each other's shared memory: compute capability 9.x
 };
 
 // Products, activations and states in one launch.
@@ -90,13 +91,46 @@ struct LayerForward {
   const T* unit_weights;
 };
 
-// Whether w_hh fits on the chip, so that layer_forward can be called.
-template <class T>
-bool layer_forward_fits(const LayerForward<T>& layer, const Device& device);
+// How a layer makes all steps in one launch, w_hh read once; what is faster comes first.
+enum class LayerWay {
+  kSmall,    // w_hh in the registers of each block, which takes some rows (layer_small.cuh)
+  kCluster,  // in registers and shared memory of a cluster of blocks (layer_cluster.cu)
+  kShared,   // in shared memory, of each block or of all together (layer_forward.cu)
+  kNone      // it does not fit: step by step
+};
 
-// All steps in one launch, w_hh read once. L and N positive.
+// The way that is estimated to be the fastest for a layer.
 template <class T>
-cudaError_t layer_forward(const LayerForward<T>& layer, const Device& device, cudaStream_t stream);
+LayerWay layer_forward_way(const LayerForward<T>& layer, const Device& device);
+
+// All steps by that way. L and N positive.
+template <class T>
+cudaError_t layer_forward(const LayerForward<T>& layer, const Device& device, LayerWay way,
+                          cudaStream_t stream);
+
+// The ways one by one. The first two are made for float and the 16-bit types, the plain cell, all
+// rows at every step and no resets.
+
+// H up to 128.
+template <class T>
+bool layer_forward_small_fits(const LayerForward<T>& layer, const Device& device);
+template <class T>
+cudaError_t layer_forward_small(const LayerForward<T>& layer, const Device& device,
+                                cudaStream_t stream);
+
+// In how many turns clusters take all rows, if not all run at once; 0: none is made for that.
+// cudaErrorNotSupported: the device runs no such clusters as it is; nothing was launched.
+template <class T>
+int64_t layer_forward_cluster_turns(const LayerForward<T>& layer, const Device& device);
+template <class T>
+cudaError_t layer_forward_cluster(const LayerForward<T>& layer, const Device& device,
+                                  cudaStream_t stream);
+
+template <class T>
+bool layer_forward_shared_fits(const LayerForward<T>& layer, const Device& device);
+template <class T>
+cudaError_t layer_forward_shared(const LayerForward<T>& layer, const Device& device,
+                                 cudaStream_t stream);
 
 template <class T>
 struct LayerBackward {

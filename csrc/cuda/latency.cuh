@@ -23,6 +23,12 @@
 #if !defined(LSTM_EXT_SPREAD_BACKWARD)
 #define LSTM_EXT_SPREAD_BACKWARD 1
 #endif
+#if !defined(LSTM_EXT_QUICK_FLOAT)
+#define LSTM_EXT_QUICK_FLOAT 0
+#endif
+#if !defined(LSTM_EXT_REGISTER_WAYS)
+#define LSTM_EXT_REGISTER_WAYS 1
+#endif
 
 namespace lstm_ext::cuda::latency {
 
@@ -44,5 +50,10 @@ constexpr bool kWideFill = LSTM_EXT_WIDE_FILL != 0;
 constexpr bool kSmallTiles = LSTM_EXT_SMALL_TILES != 0;
 // Backward: the same, and fewer units.
 constexpr bool kSpreadBackward = LSTM_EXT_SPREAD_BACKWARD != 0;
+// Forward: the ways that keep w_hh in registers, for layers that they are made for.
+constexpr bool kRegisterWays = LSTM_EXT_REGISTER_WAYS != 0;
+// Small layers in float32 by the activations of the 16-bit types (quick_math.cuh): off, for over
+// 100 steps their error would be some twice that of exact ones.
+constexpr bool kQuickFloat = LSTM_EXT_QUICK_FLOAT != 0;
 
 }  // namespace lstm_ext::cuda::latency

@@ -113,18 +113,18 @@ Results forward(const LayerInputs& in, bool keeps) {
   const Tensor hx = dense(in.hx), cx = dense(in.cx), b_ih = dense(in.b_ih), b_hh = dense(in.b_hh),
                unit_weights = dense(in.unit_weights);
   const Tensor h_buffers = empty({2, N, H}, hx);
+  const SequenceOnDevice on_device(in, steps);
   const Device device = describe_device(hx, at::Float32Op::RNN);
   const Way way = with_type(hx.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     LayerForward<T> layer = {};
-    layer.sequence.N = N;
+    layer.sequence = on_device.sequence;
     layer.H = static_cast<int>(H);
     layer.variant = static_cast<int>(in.variant);
-    if (!layer_forward_fits(layer, device)) return Way::kDoesNotFit;
-    const SequenceOnDevice on_device(in, steps);
+    LayerWay kernels = layer_forward_way(layer, device);
+    if (kernels == LayerWay::kNone) return Way::kDoesNotFit;
     out.hy = empty({N, H}, hx);
     out.cy = empty({N, H}, hx);
-    layer.sequence = on_device.sequence;
     layer.products = read<T>(products);
     layer.hx = read<T>(hx);
     layer.cx = read<T>(cx);
@@ -138,8 +138,16 @@ Results forward(const LayerInputs& in, bool keeps) {
     layer.gates = write<T>(out.gates);
     layer.c_before = write<T>(out.c_before);
     layer.h_buffers = write<T>(h_buffers);
-    const bool ran = check_cooperative_launch(layer_forward(layer, device, current_stream()));
-    return ran ? Way::kOneLaunch : Way::kRefused;
+    const auto runs = [&] {
+      return check_cooperative_launch(layer_forward(layer, device, kernels, current_stream()));
+    };
+    if (runs()) return Way::kOneLaunch;
+    // A cluster that the device refuses may still do without.
+    if (kernels == LayerWay::kCluster && layer_forward_shared_fits(layer, device)) {
+      kernels = LayerWay::kShared;
+      if (runs()) return Way::kOneLaunch;
+    }
+    return Way::kRefused;
   });
   log_way(keeps ? "lstm_layer_forward" : "lstm_layer", in, way);
   if (way != Way::kOneLaunch) run_steps(in, steps, products, w_hh, out);

@@ -1,4 +1,4 @@
-// A whole layer in one launch (layer_blocks.cuh).
+// A whole layer in one launch, w_hh in shared memory (layer_blocks.cuh).
 //
 // Blocks exchange h. Two copies of it take turns: a block writes the next while another may still
 // read the last.
@@ -224,12 +224,13 @@ cudaError_t launch_plan(const LayerForward<typename Tile::T>& layer, const Plan&
 }  // namespace
 
 template <class T>
-bool layer_forward_fits(const LayerForward<T>& layer, const Device& device) {
+bool layer_forward_shared_fits(const LayerForward<T>& layer, const Device& device) {
   return choice_for(layer, device).plan.units > 0;
 }
 
 template <class T>
-cudaError_t layer_forward(const LayerForward<T>& layer, const Device& device, cudaStream_t stream) {
+cudaError_t layer_forward_shared(const LayerForward<T>& layer, const Device& device,
+                                 cudaStream_t stream) {
   const Choice choice = choice_for(layer, device);
   return with_tile<T>(choice.tile_rows, device.tf32, [&](auto tile) {
     return with_cell_of<T>(layer.variant, [&](auto policy) {
@@ -238,9 +239,9 @@ cudaError_t layer_forward(const LayerForward<T>& layer, const Device& device, cu
   });
 }
 
-#define LSTM_EXT_INSTANTIATE(T)                                               \
-  template bool layer_forward_fits<T>(const LayerForward<T>&, const Device&); \
-  template cudaError_t layer_forward<T>(const LayerForward<T>&, const Device&, cudaStream_t);
+#define LSTM_EXT_INSTANTIATE(T)                                                      \
+  template bool layer_forward_shared_fits<T>(const LayerForward<T>&, const Device&); \
+  template cudaError_t layer_forward_shared<T>(const LayerForward<T>&, const Device&, cudaStream_t);
 LSTM_EXT_EACH_TYPE(LSTM_EXT_INSTANTIATE)
 #undef LSTM_EXT_INSTANTIATE
 

@@ -29,6 +29,7 @@ struct Launch {
   size_t shared = 0;         // bytes of dynamic shared memory
   bool cooperative = false;  // blocks may wait for each other
   cudaStream_t stream = nullptr;
+  unsigned cluster = 1;  // blocks that run side by side and reach each other's shared memory
 };
 
 #if !defined(LSTM_EXT_CUDA_EMU)
@@ -47,12 +48,30 @@ cudaError_t all_blocks_run_at_once(const Launch& how, Kernel kernel) {
   return int64_t{how.grid.x} * how.grid.y * how.grid.z <= most ? cudaSuccess
                                                                : cudaErrorCooperativeLaunchTooLarge;
 }
+
+// The same of clusters: whether there is code for them, compiled for compute capability 9.0 at
+// least, and whether one fits on the device as it is. Shared memory has been allowed.
+template <class Kernel>
+bool clusters_run(const cudaLaunchConfig_t& config, unsigned cluster, Kernel kernel) {
+  constexpr unsigned kAlwaysAllowed = 8;
+  cudaFuncAttributes code = {};
+  int at_once = 0;
+  cudaError_t error = cudaFuncGetAttributes(&code, kernel);
+  if (error == cudaSuccess && code.ptxVersion < 90) return false;
+  if (error == cudaSuccess && cluster > kAlwaysAllowed)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&at_once, kernel, &config);
+  if (error == cudaSuccess) return at_once > 0;
+  static_cast<void>(cudaGetLastError());  // so that no later call is blamed for it
+  return false;
+}
 #endif
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const Launch& how, void (*kernel)(Parameters...), Arguments... arguments) {
 #if defined(LSTM_EXT_CUDA_EMU)
-  return cuda_emu::launch(kernel, how.grid, how.block, how.shared, how.cooperative, arguments...);
+  return cuda_emu::launch(kernel, how.grid, how.block, how.shared, how.cooperative, how.cluster,
+                          arguments...);
 #else
   constexpr size_t kAlwaysAllowed = 48 * 1024;
   if (how.shared > kAlwaysAllowed) {
@@ -64,16 +83,22 @@ cudaError_t launch(const Launch& how, void (*kernel)(Parameters...), Arguments..
     const cudaError_t error = all_blocks_run_at_once(how, kernel);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+  cudaLaunchAttribute attribute = {};
+  if (how.cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {how.cluster, 1, 1};
+  } else {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = how.cooperative;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = how.grid;
   config.blockDim = how.block;
   config.dynamicSmemBytes = how.shared;
   config.stream = how.stream;
   config.attrs = &attribute;
-  config.numAttrs = how.cooperative ? 1 : 0;
+  config.numAttrs = how.cooperative || how.cluster > 1 ? 1 : 0;
+  if (how.cluster > 1 && !clusters_run(config, how.cluster, kernel)) return cudaErrorNotSupported;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 #endif
 }

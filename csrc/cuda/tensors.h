@@ -101,7 +101,8 @@ inline void check_launch(cudaError_t error) {
 
 inline Device describe_device(const Tensor& tensor, at::Float32Op operation) {
   const char* const shared = std::getenv("LSTM_EXT_EMU_SHARED");
-  return {132, shared != nullptr ? std::atoi(shared) : 227 * 1024, may_round(tensor, operation)};
+  return {132, shared != nullptr ? std::atoi(shared) : 227 * 1024, may_round(tensor, operation),
+          true};
 }
 
 inline void forget_error() {}
@@ -127,6 +128,10 @@ inline Device describe_device(const Tensor& tensor, at::Float32Op operation) {
   C10_CUDA_CHECK(cudaDeviceGetAttribute(
       &device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, tensor.get_device()));
   device.tf32 = may_round(tensor, operation);
+  int major = 0;
+  C10_CUDA_CHECK(
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device()));
+  device.clusters = major == 9;
   return device;
 }
 
@@ -145,7 +150,8 @@ inline bool launchers_know(const CellInputs& in) {
 
 // Whether a launch of blocks that wait for each other ran. It may be refused where the device does
 // not have all its multiprocessors for this process (MPS, green contexts, another such kernel's
-// share): the caller then goes another way. Any other error is raised.
+// share), or where clusters do not run: the caller then goes another way. Any other error is
+// raised.
 inline bool check_cooperative_launch(cudaError_t error) {
   switch (error) {
     case cudaErrorCooperativeLaunchTooLarge:

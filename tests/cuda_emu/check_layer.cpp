@@ -1,71 +1,22 @@
-// The CUDA kernels of a whole layer, against plain loops in double precision: on the CPU as built
-// by tests/test_cuda_emu.py, on a GPU as built by tests/gpu/native/build.py. "few" as argument: few
-// cases, for a sanitizer that takes its time. Exit status 0 if all agree.
-#include <string>
-
-#include "buffer.h"
-#include "cuda/kernels.h"
+// The CUDA kernels of a whole layer that keep w_hh in shared memory, against plain loops in double
+// precision: on the CPU as built by tests/test_cuda_emu.py, on a GPU as built by
+// tests/gpu/native/build.py. "few" as argument: few cases, for a sanitizer that takes its time.
+// Exit status 0 if all agree.
+#include "layer_cases.h"
 
 namespace {
 
 using namespace lstm_ext::cuda;
 using check::Buffer;
+using check::Case;
 using check::draw;
 using check::sigmoid;
+using check::Steps;
+using check::tolerance;
 using check::Values;
 
 check::Report report;
 bool few = false, fewest = false;
-
-struct Case {
-  int L, N, H;
-  bool packed, reverse, reset, bias, off;
-};
-
-struct Outputs {
-  Values output, hy, cy, gates, c_before;
-};
-
-// Rounds to T what the kernel rounds from step to step.
-template <class T>
-Outputs expect(const Case& test, const std::vector<int64_t>& offsets, const Values& products,
-               const Values& w_hh, const Values& b_ih, const Values& b_hh,
-               const std::vector<char>& reset, Values h, Values c) {
-  const int H = test.H;
-  const size_t S = offsets.back();
-  Outputs out = {Values(S * H), {}, {}, Values(S * 4 * H), Values(S * H)};
-  for (int step = 0; step < test.L; ++step) {
-    const int t = test.reverse ? test.L - 1 - step : step;
-    check::for_rows(offsets[t + 1] - offsets[t], 4.0 * H * H, [&](int64_t n) {
-      const size_t row = offsets[t] + n;
-      if (test.reset && reset[t * test.N + n])
-        for (int u = 0; u < H; ++u) h[n * H + u] = c[n * H + u] = 0;
-      Values next(H);
-      for (int u = 0; u < H; ++u) {
-        double gate[4];
-        for (int q = 0; q < 4; ++q) {
-          gate[q] = products[row * 4 * H + q * H + u];
-          if (test.bias) gate[q] += b_ih[q * H + u] + b_hh[q * H + u];
-        }
-        for (int k = 0; k < H; ++k)
-          for (int q = 0; q < 4; ++q) gate[q] += w_hh[(size_t(q) * H + u) * H + k] * h[n * H + k];
-        for (int q = 0; q < 4; ++q) {
-          gate[q] = q == 2 ? std::tanh(gate[q]) : sigmoid(gate[q]);
-          out.gates[row * 4 * H + q * H + u] = gate[q];
-        }
-        double& state = c[n * H + u];
-        out.c_before[row * H + u] = state;
-        const double exact = gate[1] * state + gate[0] * gate[2];
-        state = static_cast<double>(T(exact));
-        next[u] = static_cast<double>(T(gate[3] * std::tanh(exact)));
-      }
-      for (int u = 0; u < H; ++u) h[n * H + u] = out.output[row * H + u] = next[u];
-    });
-  }
-  out.hy = h;
-  out.cy = c;
-  return out;
-}
 
 struct Gradients {
   Values gates, hx, cx;
@@ -130,58 +81,11 @@ Device device_for(Shared shared, bool tf32, const Fits& fits) {
   return device;
 }
 
-void name_case(const char* type, const Case& test, const Device& device, const char* more = "") {
-  report.begin(std::string(type) + " " + std::to_string(test.L) + "x" + std::to_string(test.N) +
-               "x" + std::to_string(test.H) + (test.packed ? " packed" : "") +
-               (test.reverse ? " reverse" : "") + (test.reset ? " reset" : "") +
-               (test.off ? " off" : "") + (device.tf32 ? " tf32" : "") + " shared " +
-               std::to_string(device.shared_per_block) + " of " +
-               std::to_string(device.multiprocessors) + more);
-}
-
-std::vector<int64_t> offsets_of(const Case& test) {
-  std::vector<int64_t> offsets = {0};
-  for (int t = 0; t < test.L; ++t) {
-    const int rows = test.packed ? std::max(1, test.N - t * test.N / test.L) : test.N;
-    offsets.push_back(offsets.back() + rows);
-  }
-  return offsets;
-}
-
-std::vector<char> draw_resets(const Case& test, std::mt19937& random) {
-  std::vector<char> reset(static_cast<size_t>(test.L) * test.N);
-  for (char& flag : reset) flag = random() % 4 == 0;
-  return reset;
-}
-
-// Steps of a case, and where they lie: for the host, and for the kernels.
-struct Steps {
-  Steps(const Case& test, std::mt19937& random)
-      : offsets(offsets_of(test)),
-        reset(draw_resets(test, random)),
-        offsets_there(Values(offsets.begin(), offsets.end())),
-        reset_there(Values(reset.begin(), reset.end())),
-        sequence{test.packed ? offsets_there.at() : nullptr,
-                 test.reset ? reset_there.at() : nullptr, test.L, test.N, test.reverse} {}
-
-  const std::vector<int64_t> offsets;
-  const std::vector<char> reset;
-  Buffer<int64_t> offsets_there;
-  Buffer<bool> reset_there;
-  const DeviceSequence sequence;
-};
-
-// Errors of one step go into the next, but fade.
-template <class T>
-double tolerance(const Device& device) {
-  return device.tf32 ? 1e-2 : (sizeof(T) >= 4 ? 256 : 4) * check::spacing<T>();
-}
-
 template <class T>
 bool forward_fits(const Case& test, const Device& device) {
   LayerForward<T> sizes = {};
   sizes.sequence.N = test.N, sizes.H = test.H;
-  return layer_forward_fits(sizes, device);
+  return layer_forward_shared_fits(sizes, device);
 }
 
 template <class T>
@@ -193,59 +97,9 @@ bool backward_fits(const Case& test, const Device& device) {
 
 template <class T>
 void check_forward(const Case& test, Shared shared, bool tf32 = false) {
-  const auto [L, N, H, packed, reverse, with_reset, bias, off] = test;
   const Device device =
       device_for(shared, tf32, [&](const Device& device) { return forward_fits<T>(test, device); });
-  name_case(check::name<T>(), test, device);
-  std::mt19937 random(L * 7 + N * 31 + H);
-  const Steps steps(test, random);
-  const size_t S = steps.offsets.back(), states = static_cast<size_t>(N) * H;
-  const double scale = 1 / std::sqrt(H);
-  const Values products = draw<T>(S * 4 * H, 1, random), hx = draw<T>(states, 1, random),
-               cx = draw<T>(states, 1, random), w_hh = draw<T>(size_t{4} * H * H, scale, random),
-               b_ih = draw<T>(4 * H, scale, random), b_hh = draw<T>(4 * H, scale, random);
-  const Outputs expected =
-      expect<T>(test, steps.offsets, products, w_hh, b_ih, b_hh, steps.reset, hx, cx);
-  const double allowed = tolerance<T>(device);
-
-  Buffer<T> products_(products, off), hx_(hx, off), cx_(cx, off), w_hh_(w_hh, off);
-  Buffer<T> b_ih_(b_ih, off), b_hh_(b_hh, off);
-  Buffer<T> first(S * H);
-  for (unsigned order = 0; order < machine::orders(); ++order) {
-    machine::use_order(order);
-    const bool keeps = order == 0;
-    Buffer<T> output(S * H, off), hy(states, off), cy(states, off), gates(4 * S * H, off);
-    Buffer<T> c_before(S * H, off), h_buffers(2 * states, off);
-    const LayerForward<T> call = {steps.sequence,
-                                  products_.at(),
-                                  hx_.at(),
-                                  cx_.at(),
-                                  w_hh_.at(),
-                                  bias ? b_ih_.at() : nullptr,
-                                  bias ? b_hh_.at() : nullptr,
-                                  output.at(),
-                                  hy.at(),
-                                  cy.at(),
-                                  keeps ? gates.at() : nullptr,
-                                  keeps ? c_before.at() : nullptr,
-                                  h_buffers.at(),
-                                  H};
-    report.that(layer_forward_fits(call, device), "it fits");
-    const machine::Launches launches;
-    report.ran(layer_forward(call, device, nullptr));
-    report.launched(launches, 1, "in one launch");
-    report.that(launches.blocks_together() <= device.multiprocessors, "one block on each");
-    report.close(output.values(), expected.output, allowed, "output");
-    report.close(hy.values(), expected.hy, allowed, "h_n");
-    report.close(cy.values(), expected.cy, allowed, "c_n");
-    if (keeps) {
-      report.close(gates.values(), expected.gates, allowed, "gates");
-      report.close(c_before.values(), expected.c_before, allowed, "c before");
-      first.take_bits(output);
-    } else {
-      report.that(first.same_bits(output), machine::kSameBits);
-    }
-  }
+  check::check_forward<T>(report, test, device, LayerWay::kShared);
 }
 
 template <class T>
@@ -253,7 +107,7 @@ void check_backward(const Case& test, Shared shared, bool tf32 = false) {
   const auto [L, N, H, packed, reverse, with_reset, all, off] = test;
   const Device device = device_for(
       shared, tf32, [&](const Device& device) { return backward_fits<T>(test, device); });
-  name_case(check::name<T>(), test, device, " backward");
+  check::name_case<T>(report, test, device, " backward");
   std::mt19937 random(L * 5 + N * 37 + H);
   const Steps steps(test, random);
   const size_t S = steps.offsets.back(), states = static_cast<size_t>(N) * H;
@@ -375,14 +229,15 @@ void check_fits() {
   report.begin("fits");
   LayerForward<float> sizes = {};
   sizes.sequence.N = 2, sizes.H = 64;
-  report.that(!layer_forward_fits(sizes, {132, 1024, false}), "not in a KiB");
+  report.that(!layer_forward_shared_fits(sizes, {132, 1024, false}), "not in a KiB");
   sizes.H = 512;
-  report.that(layer_forward_fits(sizes, {132, 227 * 1024, false}), "512 units on an H100");
-  report.that(!layer_forward_fits(sizes, {8, 227 * 1024, false}), "not on 8 multiprocessors");
+  report.that(layer_forward_shared_fits(sizes, {132, 227 * 1024, false}), "512 units on an H100");
+  report.that(!layer_forward_shared_fits(sizes, {8, 227 * 1024, false}),
+              "not on 8 multiprocessors");
   sizes.sequence.N = 1000;
-  report.that(!layer_forward_fits(sizes, {132, 227 * 1024, false}), "not with 1000 rows");
+  report.that(!layer_forward_shared_fits(sizes, {132, 227 * 1024, false}), "not with 1000 rows");
   sizes.H = 64;
-  report.that(layer_forward_fits(sizes, {132, 227 * 1024, false}), "1000 rows of 64 units");
+  report.that(layer_forward_shared_fits(sizes, {132, 227 * 1024, false}), "1000 rows of 64 units");
   // Backward has four times the columns, and tiles that are not full.
   LayerBackward<__half> back = {};
   back.sequence.N = 8, back.H = 1024;

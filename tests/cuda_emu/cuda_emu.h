@@ -6,6 +6,7 @@
 // them, so that it names both lines of a race. Dynamic shared memory starts as NaN.
 //
 // A grid's barrier in two parts orders what is done before the first and after the second, no more.
+// Blocks of a cluster run at once, one cluster after another (cluster_emu.h).
 //
 // Found and reported: threads that miss a barrier or leave before it, or do the parts of a barrier
 // out of turn, warp functions whose mask names absent lanes, launches beyond the hardware's limits.
@@ -40,6 +41,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#include "cluster_state.h"
 #include "stacks.h"
 
 #undef __launch_bounds__
@@ -55,6 +57,7 @@ struct Limits {
   unsigned threads_per_multiprocessor = 2048;
   size_t shared_per_multiprocessor = 228 * 1024;
   unsigned blocks_per_multiprocessor = 32;
+  unsigned blocks_per_cluster = 16;
 };
 inline Limits limits;
 // LSTM_EXT_EMU_MULTIPROCESSORS: fewer than the launchers are told of, so that launches are refused.
@@ -71,6 +74,7 @@ struct Asked {
   dim3 grid, block;
   size_t shared;
   bool cooperative;
+  unsigned cluster;
 };
 inline Asked asked;
 // Whether launches are run, or only looked at.
@@ -424,7 +428,7 @@ inline unsigned resident_blocks(unsigned threads, size_t shared) {
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared,
-                   bool cooperative, Arguments... arguments) {
+                   bool cooperative, unsigned cluster, Arguments... arguments) {
   const size_t count = size_t{threads.x} * threads.y * threads.z;
   const size_t blocks = size_t{grid.x} * grid.y * grid.z;
   if (count == 0 || count > limits.threads_per_block || threads.z > 64 || blocks == 0 ||
@@ -435,24 +439,31 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_
   if (cooperative && (blocks > limits.multiprocessors ||
                       blocks > resident_blocks(static_cast<unsigned>(count), shared)))
     return cudaErrorCooperativeLaunchTooLarge;
+  if (grid.x % cluster != 0) return cudaErrorInvalidConfiguration;
+  if (cluster > limits.blocks_per_cluster || cluster > limits.multiprocessors)
+    return cudaErrorNotSupported;
   ++launches;
-  asked = {grid, threads, shared, cooperative};
+  asked = {grid, threads, shared, cooperative, cluster};
   if (!runs) return cudaSuccess;
   Grid run{grid, threads, shared, cooperative, seed, [=] { kernel(arguments...); }};
   run.blocks = static_cast<unsigned>(blocks);
   // Blocks that wait for each other need a thread each; of others some at a time are enough, in an
   // order of their own.
-  const size_t together = cooperative ? blocks : std::min<size_t>(blocks, 4);
+  const size_t together = cooperative   ? blocks
+                          : cluster > 1 ? cluster
+                                        : std::min<size_t>(blocks, 4);
   std::vector<unsigned> numbers(blocks);
   for (size_t k = 0; k < blocks; ++k) numbers[k] = static_cast<unsigned>(k);
   std::mt19937 random(seed);
-  if (seed != 0) std::shuffle(numbers.begin(), numbers.end(), random);
+  if (seed != 0 && cluster == 1) std::shuffle(numbers.begin(), numbers.end(), random);
+  clusters.begin(cluster, seed);
   std::vector<std::thread> workers;
   for (size_t worker = 0; worker < together; ++worker)
     workers.emplace_back([&run, &numbers, worker, together] {
       for (size_t k = worker; k < numbers.size(); k += together) run_block(run, numbers[k]);
     });
   for (std::thread& worker : workers) worker.join();
+  clusters.end();
   return cudaSuccess;
 }
 

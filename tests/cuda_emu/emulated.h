@@ -21,6 +21,7 @@ inline void use_order(unsigned order) { cuda_emu::seed = order; }
 
 inline int multiprocessors() { return 132; }
 inline int shared_per_block() { return 227 * 1024; }
+inline bool has_clusters() { return true; }
 
 // Memory of the kernels: exactly so many bytes for a sanitizer to watch, all of them NaN at first.
 // Its first byte lies `shift` bytes beyond where memory usually begins.

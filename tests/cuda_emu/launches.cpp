@@ -9,19 +9,22 @@ namespace {
 
 using namespace lstm_ext::cuda;
 
-constexpr Device kH100 = {132, 227 * 1024, false};
+constexpr Device kH100 = {132, 227 * 1024, false, true};
 
 template <class T>
 void say(const char* what, int64_t N, int H, cudaError_t error) {
-  const auto& [grid, block, shared, cooperative] = cuda_emu::asked;
+  const auto& [grid, block, shared, cooperative, cluster] = cuda_emu::asked;
   const unsigned threads = block.x * block.y;
   std::printf("%-14s %-8s N %-5ld H %-5d", what, check::name<T>(), static_cast<long>(N), H);
   if (error != cudaSuccess)
     std::printf(" error %d\n", static_cast<int>(error));
   else
-    std::printf(" %4u x %-3u blocks of %4u, %6zu bytes, resident %5u%s\n", grid.x, grid.y, threads,
-                shared, cuda_emu::resident_blocks(threads, shared),
-                cooperative ? ", waiting for each other" : "");
+    std::printf(" %4u x %-3u blocks of %4u, %6zu bytes, resident %5u%s%s\n", grid.x, grid.y,
+                threads, shared, cuda_emu::resident_blocks(threads, shared),
+                cooperative ? ", waiting for each other" : "",
+                cluster == 1   ? ""
+                : cluster == 8 ? ", in clusters of 8"
+                               : ", in clusters of 16");
 }
 
 template <class T>
@@ -48,9 +51,12 @@ void say_all() {
       say<T>("cell_backward", N, H, cell_backward(backward, nullptr));
       LayerForward<T> layer = {};
       layer.sequence.L = 1, layer.sequence.N = N, layer.H = H;
-      const bool fits = layer_forward_fits(layer, kH100);
+      const LayerWay way = layer_forward_way(layer, kH100);
+      const bool fits = way != LayerWay::kNone;
       say_layer<T>("layer_forward", N, H, fits,
-                   fits ? layer_forward(layer, kH100, nullptr) : cudaSuccess);
+                   fits ? layer_forward(layer, kH100, way, nullptr) : cudaSuccess);
+      if (fits && way != LayerWay::kShared && layer_forward_shared_fits(layer, kH100))
+        say<T>(" the other way", N, H, layer_forward(layer, kH100, LayerWay::kShared, nullptr));
       LayerBackward<T> back = {};
       back.sequence = layer.sequence, back.H = H;
       const bool back_fits = layer_backward_fits(back, kH100);

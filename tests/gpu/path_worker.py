@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from path_list import FMA, LIBRARY, ONE, SPREAD, STEPS, TENSOR_CORES
+from path_list import CLUSTERS, FMA, LIBRARY, ONE, SMALL, SPREAD, STEPS, TENSOR_CORES
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -43,6 +43,9 @@ WAYS = {
     ONE: ["layer_forward_kernel", "layer_backward_kernel"],
     SPREAD: ["layer_forward_kernel", "layer_backward_kernel"],
     STEPS: ["cell_finish", "cell_backward"],
+    # Backward in whatever way fits.
+    SMALL: ["layer_small_"],
+    CLUSTERS: ["layer_cluster_kernel"],
 }
 
 
@@ -85,6 +88,8 @@ class Numbers:
             lengths[0] = L
             self.sizes = pack_padded_sequence(torch.zeros(L, N, 1), lengths).batch_sizes.tolist()
         self.reset = torch.rand(L, N) < 0.3 if "reset" in self.options else None
+        if "unset" in self.options:
+            self.reset = torch.zeros(L, N, dtype=torch.bool)
         self.reverse = "reverse" in self.options
         bound = 1 / math.sqrt(H)
         shapes = [(4 * H, I), (4 * H, H), (4 * H,), (4 * H,)]
@@ -150,7 +155,8 @@ class Numbers:
     def run_torchs(self) -> list[list[Tensor]]:
         """Outputs and gradients of torch in the path's own dtype, in each of its ways."""
         found = [self._with_gradients(self._steps, self.dtype, self.device)]
-        if not self.is_cell and self.reset is None and not self.reverse:
+        resets = self.reset is not None and bool(self.reset.any())
+        if not self.is_cell and not resets and not self.reverse:
             found.append(self._with_gradients(self._whole, self.dtype, self.device))
         return found
 

@@ -117,7 +117,7 @@ void bench(const char* dtype, const Shape& shape, const Device& device) {
   const DeviceSequence sequence = {nullptr, nullptr, L, N, false};
   Array<T> gates(4 * all), c_before(all), output(all), w_hh(size_t{4} * H * H, scale);
   Array<T> hx(states), cx(states), hy(states), cy(states);
-  print_case("forward", dtype, shape, [&, H = H] {
+  const auto forward = [&, H = H](LayerWay way) {
     Array<T> products(4 * all), b_ih(size_t{4} * H, scale), b_hh(size_t{4} * H, scale);
     Array<T> h_buffers(2 * states);
     LayerForward<T> call = {};
@@ -127,9 +127,13 @@ void bench(const char* dtype, const Shape& shape, const Device& device) {
     call.output = output.at(), call.hy = hy.at(), call.cy = cy.at();
     call.gates = gates.at(), call.c_before = c_before.at(), call.h_buffers = h_buffers.at();
     call.H = H;
-    if (!layer_forward_fits(call, device)) throw std::runtime_error("does not fit");
-    return microseconds([&] { return layer_forward(call, device, nullptr); });
-  });
+    if (way == LayerWay::kNone) way = layer_forward_way(call, device);
+    if (way == LayerWay::kNone) throw std::runtime_error("does not fit");
+    return microseconds([&] { return layer_forward(call, device, way, nullptr); });
+  };
+  // By the way that such a layer takes, and by the one that the switches of latency.cuh change.
+  print_case("forward", dtype, shape, [&] { return forward(LayerWay::kNone); });
+  print_case("shared", dtype, shape, [&] { return forward(LayerWay::kShared); });
   print_case("backward", dtype, shape, [&, H = H] {
     Array<T> grad_gates(4 * all), grad_hx(states), grad_cx(states);
     LayerBackward<T> call = {};
@@ -145,7 +149,8 @@ void bench(const char* dtype, const Shape& shape, const Device& device) {
 
 void bench_all() {
   Device device = {native::attribute(cudaDevAttrMultiProcessorCount),
-                   native::attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), false};
+                   native::attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), false,
+                   native::attribute(cudaDevAttrComputeCapabilityMajor) == 9};
   Device tf32 = device;
   tf32.tf32 = true;
   bench<__half>("half", {1024, 16, 768}, device);
@@ -158,6 +163,8 @@ void bench_all() {
   bench<__half>("half", {100, 256, 64}, device);
   bench<__half>("half", {50, 16, 128}, device);
   bench<float>("float", {50, 16, 128}, device);
+  bench<__nv_bfloat16>("bfloat16", {50, 32, 256}, device);
+  bench<float>("float", {35, 20, 33}, device);
   bench<__half>("half", {100, 1, 1024}, device);
   bench<__half>("half", {20, 128, 1024}, device);
 }

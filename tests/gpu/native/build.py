@@ -2,7 +2,7 @@
 
 python tests/gpu/native/build.py --out build/gpu/native
 
-check_cell, check_layer   the kernels against double precision (tests/cuda_emu/check_*.cpp)
+check_*                   the kernels against double precision (tests/cuda_emu/check_*.cpp)
 micro                     microbenchmarks of what a faster design depends on
 bench_layer-VARIANT       times of the layer's kernels, one program a variant
 
@@ -31,7 +31,7 @@ INCLUDES = [CSRC, HERE, CHECKS]
 # Parts of the layer's kernels that can be turned off (1 unless defined as 0).
 SWITCHES = [
     "LOADS_FIRST", "STAGE_NEXT", "PUBLISH_FIRST", "SKIP_LAST_MEETING", "WIDE_FILL", "SMALL_TILES",
-    "SPREAD_BACKWARD",
+    "SPREAD_BACKWARD", "REGISTER_WAYS",
 ]  # fmt: skip
 ALL_ON = "all_on"
 # Kernels as torch compiles extensions; the programs themselves use the half types' conversions.
@@ -46,7 +46,8 @@ def variants() -> dict[str, dict[str, int]]:
     """Return the switches that each variant sets: none, each by itself, all."""
     alone = {f"no_{switch.lower()}": {switch: 0} for switch in SWITCHES}
     all_off = dict.fromkeys(SWITCHES, 0)
-    return {ALL_ON: {}, **alone, "stage_16_bits": {"STAGE_NEXT": 2}, "all_off": all_off}
+    others = {"stage_16_bits": {"STAGE_NEXT": 2}, "quick_float": {"QUICK_FLOAT": 1}}
+    return {ALL_ON: {}, **alone, **others, "all_off": all_off}
 
 
 @dataclass
@@ -67,6 +68,7 @@ def programs() -> dict[str, Program]:
     found = [
         Program("check_cell", [CHECKS / "check_cell.cpp", *cell], lines=True),
         Program("check_layer", [CHECKS / "check_layer.cpp", *layer, copy], lines=True),
+        Program("check_layer_ways", [CHECKS / "check_layer_ways.cpp", *layer], lines=True),
         Program("micro", [HERE / "micro.cu"]),
     ]
     for variant, switches in variants().items():

@@ -31,6 +31,10 @@ inline int shared_per_block() {
   static const int bytes = native::attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return bytes;
 }
+inline bool has_clusters() {
+  static const int major = native::attribute(cudaDevAttrComputeCapabilityMajor);
+  return major == 9;
+}
 
 struct OnDevice {
   static void* allocate(size_t bytes) {
