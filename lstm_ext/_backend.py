@@ -35,6 +35,7 @@ class LayerCall(NamedTuple):
     packed: bool
     projects: bool  # h is projected, which our kernels do not do
     needs_ours: bool  # an option is used that torch's kernels do not have
+    trains: bool = True  # something requires a gradient
 
 
 # Where one layer in one direction by our kernels is faster than by cuDNN's, forward alone and with

@@ -168,6 +168,7 @@ def lstm(
             or cell is not _variants.PLAIN
             or _is_transformed()
         ),
+        trains=_requires_grad(input, h, c, *(t for w in weights for t in w)),
     )
     reason = _backend.why_layer_by_torch(input, call)
     if reason is not None and _onnx.exporting():
@@ -198,6 +199,10 @@ def lstm(
     output, last = run_layers(input, hx, weights, bidirectional, dropout, run)
     h_n, c_n = zip(*last, strict=True)
     return output, torch.stack(h_n), torch.stack(c_n)
+
+
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _is_transformed() -> bool:

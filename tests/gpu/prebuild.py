@@ -86,9 +86,9 @@ def check_module(python: Path, folder: Path) -> dict[str, Any]:
     """Load the module with the package's Python files, away from the checkout, and compute."""
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch) / PACKAGE
-        package.mkdir()
-        for source in [*(ROOT / PACKAGE).glob("*.py"), *(folder / PACKAGE).iterdir()]:
-            shutil.copy2(source, package / source.name)
+        built = shutil.ignore_patterns("_C*", "_built_with.py", "__pycache__")
+        shutil.copytree(ROOT / PACKAGE, package, ignore=built)
+        shutil.copytree(folder / PACKAGE, package, dirs_exist_ok=True)
         egg_info = f"{PACKAGE}.egg-info"
         shutil.copytree(folder / egg_info, Path(scratch) / egg_info)
         done = subprocess.run(
