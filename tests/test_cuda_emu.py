@@ -397,7 +397,7 @@ MUTATIONS |= {
         "layer_small.cuh",
         "own && unit < H_ && first_row + row < sequence.N",
         "own && first_row + row < sequence.N",
-        "none",
+        "address",
     ),
     "the last products not read": (
         "layer_small_mma.cu",
@@ -445,7 +445,7 @@ MUTATIONS |= {
         "layer_cluster.cu",
         "there(e) && first_row + row < sequence.N && first_unit + unit < H",
         "there(e) && first_row + row < sequence.N",
-        "none",
+        "address",
     ),
     "sent to the wrong copy": (
         "layer_cluster.cu",
