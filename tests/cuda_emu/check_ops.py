@@ -165,4 +165,5 @@ layer(4, 3, 5, 8, torch.float16, False, False, False, peephole=True)
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for N, I, H in ((1, 3, 2), (5, 8, 16), (600, 8, 4)):
         peepholes(N, I, H, dtype)
+layer(3, 3, 5, 136, torch.bfloat16, False, True, False)  # in a cluster, where one fits
 print(f"{checks} comparisons agree")
