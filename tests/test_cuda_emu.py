@@ -132,10 +132,10 @@ def operators(build, tmp_path_factory):
 
 
 # Shared memory: all of w_hh on the chip; some units a block; none, and step by step. And blocks
-# that would wait for each other, but may not all run at once.
+# that would wait for each other, or make up a cluster, but may not all run at once.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shared", "multiprocessors"), [(227 * 1024, 132), (2048, 132), (64, 132), (2048, 1)]
+    ("shared", "multiprocessors"), [(227 * 1024, 132), (2048, 132), (64, 132), (2048, 1), (227 * 1024, 1)]
 )
 def test_operators(shared, multiprocessors, operators):
     sizes = {"LSTM_EXT_EMU_SHARED": shared, "LSTM_EXT_EMU_MULTIPROCESSORS": multiprocessors}
@@ -397,7 +397,7 @@ MUTATIONS |= {
         "layer_small.cuh",
         "own && unit < H_ && first_row + row < sequence.N",
         "own && first_row + row < sequence.N",
-        "none",
+        "address",
     ),
     "the last products not read": (
         "layer_small_mma.cu",
@@ -445,7 +445,7 @@ MUTATIONS |= {
         "layer_cluster.cu",
         "there(e) && first_row + row < sequence.N && first_unit + unit < H",
         "there(e) && first_row + row < sequence.N",
-        "none",
+        "address",
     ),
     "sent to the wrong copy": (
         "layer_cluster.cu",
