@@ -31,39 +31,81 @@ class LayerCall(NamedTuple):
 
     rows: int  # of the batch
     hidden: int
-    single: bool  # one layer, one direction
+    layers: int
+    directions: int
     packed: bool
     projects: bool  # h is projected, which our kernels do not do
     needs_ours: bool  # an option is used that torch's kernels do not have
     trains: bool = True  # something requires a gradient
 
 
-# Where one layer in one direction by our kernels is faster than by cuDNN's, forward alone and with
-# backward, both replayed from CUDA graphs: measured by benchmarks/bench_cuda.py --grid on an H200
-# and an H100 (docs/gpu.md). Of each dtype: from which hidden size on, and up to which, how many
-# rows at most.
+# Where a layer by our kernels is faster than by cuDNN's, both replayed from CUDA graphs: measured
+# by benchmarks/bench_cuda.py --grid on an H100 (docs/gpu.md). "trains": with backward.
 _MEASURED_CAPABILITY = (9, 0)
-_FASTER = {
-    torch.float32: (192, {256: 128, 512: 64, 1024: 16}),
-    torch.bfloat16: (64, {256: 128, 512: 64, 1024: 32}),
-    torch.float16: (192, {256: 128, 512: 64, 1024: 32}),
+
+
+class _Sizes(NamedTuple):
+    """From which hidden size on, and up to which, how many rows at most."""
+
+    least_hidden: int
+    most_rows: dict[int, int]
+
+    def have(self, call: LayerCall) -> bool:
+        """Whether a layer is among them."""
+        most = next((n for hidden, n in self.most_rows.items() if call.hidden <= hidden), 0)
+        return call.hidden >= self.least_hidden and call.rows <= most
+
+
+_PACKED = {
+    torch.float32: _Sizes(192, {256: 128, 512: 64, 1024: 16}),
+    torch.bfloat16: _Sizes(64, {256: 128, 512: 64, 1024: 32}),
+    torch.float16: _Sizes(192, {256: 128, 512: 64, 1024: 32}),
+}
+_ONE_DIRECTION = {  # by dtype and whether it trains
+    (torch.float32, False): _Sizes(100, {128: 256, 256: 128, 512: 64, 1024: 16}),
+    (torch.float32, True): _Sizes(192, {256: 128, 512: 64, 1024: 16}),
+    (torch.bfloat16, False): _Sizes(33, {128: 256, 512: 128, 1024: 64}),
+    (torch.bfloat16, True): _Sizes(33, {128: 256, 512: 128, 1024: 64}),
+    (torch.float16, False): _Sizes(33, {128: 256, 256: 128, 512: 64, 1024: 32}),
+    (torch.float16, True): _Sizes(100, {128: 64, 256: 128, 512: 64, 1024: 32}),
+}
+# float16 where cuDNN keeps the weights on the chip too (H a multiple of 128, N of 8): of each
+# hidden size up to these, from how many rows on, and up to how many.
+_HALF_ON_CHIP = {
+    False: {128: (1, 256), 256: (1, 128), 512: (32, 128), 768: (64, 128)},
+    True: {128: (16, 128), 256: (16, 128), 512: (32, 128), 1024: (64, 128)},
+}
+# Both directions of one layer, which cuDNN runs at once, for 16 to 64 rows: from which hidden size
+# on, and up to which.
+_TWO_DIRECTIONS = {
+    (torch.float32, False): (128, 256),
+    (torch.float32, True): (256, 256),
+    (torch.bfloat16, False): (64, 512),
+    (torch.bfloat16, True): (64, 512),
+    (torch.float16, False): (64, 512),
+    (torch.float16, True): (256, 512),
 }
 
 
 def _is_measured_faster(input: Tensor, call: LayerCall) -> bool:
     card = torch.cuda.get_device_properties(input.device)
-    if (card.major, card.minor) != _MEASURED_CAPABILITY or input.dtype not in _FASTER:
+    if (card.major, card.minor) != _MEASURED_CAPABILITY or input.dtype not in _PACKED:
         return False
-    least_hidden, most_rows = _FASTER[input.dtype]
-    if not call.single or call.hidden < least_hidden or call.hidden % 8 != 0:
+    if call.layers != 1 or (call.hidden > 128 and call.hidden % 8 != 0):
         return False
-    plain_half = input.dtype == torch.float16 and not call.packed
-    if plain_half and call.hidden % 128 == 0 and call.rows % 8 == 0:
-        # cuDNN has a kernel of its own for these, which is slower with many rows.
-        return call.hidden <= 512 and 64 <= call.rows <= 128
-    return (
-        next((rows for hidden, rows in most_rows.items() if call.hidden <= hidden), 0) >= call.rows
-    )
+    key = input.dtype, call.trains
+    if call.directions == 2:
+        least, most = _TWO_DIRECTIONS[key]
+        return least <= call.hidden <= most and 16 <= call.rows <= 64 and not call.packed
+    if call.packed:
+        return call.hidden % 8 == 0 and _PACKED[input.dtype].have(call)
+    if input.dtype == torch.float16 and call.hidden % 128 == 0 and call.rows % 8 == 0:
+        sizes = _HALF_ON_CHIP[call.trains]
+        least, most = next(
+            (rows for hidden, rows in sizes.items() if call.hidden <= hidden), (1, 0)
+        )
+        return least <= call.rows <= most
+    return _ONE_DIRECTION[key].have(call)
 
 
 _mode = _from_environment()

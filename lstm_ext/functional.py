@@ -159,7 +159,8 @@ def lstm(
     call = _backend.LayerCall(
         rows=h.shape[1],
         hidden=first.w_hh.shape[0] // 4,
-        single=len(weights) == 1,
+        layers=len(weights) // (2 if bidirectional else 1),
+        directions=2 if bidirectional else 1,
         packed=batch_sizes is not None,
         projects=first.w_hr is not None,
         needs_ours=(

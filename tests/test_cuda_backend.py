@@ -1,9 +1,11 @@
 """Which kernels a CUDA device gets, ours or torch's, and the log that says so. Needs no GPU."""
 
+import json
 import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,33 +126,51 @@ def test_a_trace_goes_the_same_ways(mode, as_if_on_cuda):
     torch.testing.assert_close(trace.h[0], module(torch.ones(L, N, I))[0])
 
 
-def chosen(dtype, N, H, single=True, packed=False):
-    call = _backend.LayerCall(N, H, single, packed, projects=False, needs_ours=False)
+def chosen(dtype, N, H, layers=1, directions=1, packed=False, trains=True):
+    call = _backend.LayerCall(N, H, layers, directions, packed, False, False, trains)
     return _backend.why_layer_by_torch(cuda_input(dtype), call) is None
 
 
+GRID = Path(__file__).parent.parent / "benchmarks" / "results" / "cuda_h100_80gb_hbm3_grid.json"
+
+
 def test_auto_takes_ours_where_it_was_measured_to_be_faster(monkeypatch):
+    """In no row of the measurement the slower one, and in most the faster one."""
     pretend_card(monkeypatch, 9, 0)
-    for dtype in (torch.float32, torch.bfloat16):
-        assert chosen(dtype, 128, 256)
-        assert chosen(dtype, 64, 512)
-        assert chosen(dtype, 16, 1024)
-        assert not chosen(dtype, 128, 512)
-        assert not chosen(dtype, 64, 1024)
+    dtypes = {"default": torch.float32, "float32": torch.float32}
+    dtypes |= {name: getattr(torch, name) for name in ("bfloat16", "float16")}
+    taken = left = 0
+    for row in json.loads(GRID.read_text())["rows"]:
+        kind, how = row["mode"].split(", ")
+        if how != "graph":
+            continue
+        directions = 2 if kind.startswith("bidirectional") else 1
+        _, N, _, H = row["shape"]
+        ours = chosen(dtypes[row["dtype"]], N, H, 1, directions, trains=kind.endswith("training"))
+        assert row["ratio"] >= 1 or not ours, row
+        taken += ours
+        left += row["ratio"] > 1.1 and not ours
+    assert taken > 200
+    assert left < 0.15 * taken
+
+
+def test_auto_leaves_to_cudnn_what_was_not_measured(monkeypatch):
+    pretend_card(monkeypatch, 9, 0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert chosen(dtype, 24, 256, trains=False)
+        assert not chosen(dtype, 24, 256, layers=2)
+        assert not chosen(dtype, 24, 250)  # beyond 128, no multiple of 8
         assert not chosen(dtype, 16, 2048)
-        assert not chosen(dtype, 16, 250)
-        assert not chosen(dtype, 16, 256, single=False)
-    assert chosen(torch.bfloat16, 16, 64)
-    assert not chosen(torch.float32, 16, 128)  # cuDNN has a kernel for it, as for small halves
-    assert not chosen(torch.float16, 1, 128)
-    assert chosen(torch.float16, 16, 200)
-    assert chosen(torch.float16, 1, 256)
-    assert not chosen(torch.float16, 16, 256)  # cuDNN's persistent kernel
-    assert chosen(torch.float16, 16, 256, packed=True)  # which takes no packed sequences
-    assert chosen(torch.float16, 128, 512)  # and is slower with many rows
+        assert not chosen(dtype, 512, 128)
+        assert not chosen(dtype, 1, 256, directions=2)
+        assert not chosen(dtype, 32, 256, directions=2, packed=True)
+    assert chosen(torch.float16, 16, 256, packed=True)  # cuDNN's own kernel takes no packed ones
+    assert not chosen(torch.float32, 16, 128, packed=True)  # ours of small layers neither
+    assert chosen(torch.float32, 16, 128, trains=False)
+    assert not chosen(torch.float32, 16, 128, trains=True)
     assert not chosen(torch.float64, 16, 256)
     lstm_ext.set_cuda_backend("fused")
-    assert chosen(torch.float64, 16, 128, single=False)
+    assert chosen(torch.float64, 16, 128, layers=2)
     lstm_ext.set_cuda_backend("torch")
     assert not chosen(torch.bfloat16, 16, 256)
 

@@ -135,7 +135,8 @@ def operators(build, tmp_path_factory):
 # that would wait for each other, or make up a cluster, but may not all run at once.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shared", "multiprocessors"), [(227 * 1024, 132), (2048, 132), (64, 132), (2048, 1), (227 * 1024, 1)]
+    ("shared", "multiprocessors"),
+    [(227 * 1024, 132), (2048, 132), (64, 132), (2048, 1), (227 * 1024, 1)],
 )
 def test_operators(shared, multiprocessors, operators):
     sizes = {"LSTM_EXT_EMU_SHARED": shared, "LSTM_EXT_EMU_MULTIPROCESSORS": multiprocessors}

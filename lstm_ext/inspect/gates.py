@@ -310,7 +310,8 @@ class _Run:
         call = _backend.LayerCall(
             rows=h.shape[0],
             hidden=c.shape[1],
-            single=True,
+            layers=1,
+            directions=1,
             packed=self.batch_sizes is not None,
             projects=self.w.w_hr is not None,
             needs_ours=True,
