@@ -330,7 +330,7 @@ struct MmaTile {
     if constexpr (std::is_same_v<T, float>)
 #pragma unroll
       for (uint32_t& word : words.at) {
-        float number;
+        float number = 0;
         memcpy(&number, &word, sizeof(word));
         word = to_tf32(number);
       }

@@ -92,7 +92,7 @@ struct LayerForward {
 };
 
 // How a layer makes all steps in one launch, w_hh read once; what is faster comes first.
-enum class LayerWay {
+enum class LayerWay : uint8_t {
   kSmall,    // w_hh in the registers of each block, which takes some rows (layer_small.cuh)
   kCluster,  // in registers and shared memory of a cluster of blocks (layer_cluster.cu)
   kShared,   // in shared memory, of each block or of all together (layer_forward.cu)

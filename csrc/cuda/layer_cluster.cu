@@ -52,7 +52,7 @@ __device__ inline uint4 side_by_side(T h, int lane) {
     const uint32_t high2 = __shfl_xor_sync(kAllLanes, high, 2);
     return lane & 2 ? uint4{low2, high2, low, high} : uint4{low, high, low2, high2};
   } else {
-    uint16_t bits;
+    uint16_t bits = 0;
     std::memcpy(&bits, &h, sizeof(bits));
     const uint32_t mine = bits, other = __shfl_xor_sync(kAllLanes, mine, 1);
     const uint32_t two = lane & 1 ? mine << 16 | other : other << 16 | mine;
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                      place.unit];
         }
         constexpr const float* no_weights = nullptr;
-        float c_next, h_next;
+        float c_next = 0, h_next = 0;
         const Gates<float> gates = PlainCell::forward<QuickMath>(
             Gates<float>{pre[0], pre[1], pre[2], pre[3]}, c[e], no_weights, c_next, h_next);
         late_c[e] = narrow<T>(c[e]);

@@ -77,7 +77,7 @@ class Elements {
   // h, from the pre-activations.
   __device__ T advance(int e, const float (&pre)[kGates]) {
     constexpr const float* no_weights = nullptr;
-    float c, h;
+    float c = 0, h = 0;
     const Gates<float> gates = PlainCell::forward<Activations>(
         Gates<float>{pre[0], pre[1], pre[2], pre[3]}, c_[e], no_weights, c, h);
     late_c_[e] = narrow<T>(c_[e]);

@@ -15,7 +15,8 @@ namespace lstm_ext::cuda {
 template <class T>
 __device__ inline int alignment_of(const T* rows, int K) {
   int aligned = kFullVector<T>;
-  while (K % aligned != 0 || reinterpret_cast<uintptr_t>(rows) % (aligned * sizeof(T)) != 0)
+  while (aligned > 1 &&
+         (K % aligned != 0 || reinterpret_cast<uintptr_t>(rows) % (aligned * sizeof(T)) != 0))
     aligned /= 2;
   return aligned;
 }

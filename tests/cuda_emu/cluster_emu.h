@@ -1,6 +1,7 @@
 // What csrc/cuda/cluster.cuh has, in the emulator.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 
 #include "cuda_emu.h"
@@ -32,7 +33,8 @@ template <class Done>
 void wait_until(const char* what, const Done& done) {
   using Clock = std::chrono::steady_clock;
   constexpr auto kLong = std::chrono::seconds(30);
-  thread_local unsigned long seen = 0;  // events, by any thread of this block
+  // Events, by any thread of this block: fibers of one thread, which ThreadSanitizer tells apart.
+  thread_local std::atomic<unsigned long> seen = 0;
   unsigned long events = 0;
   Clock::time_point last = Clock::now();
   for (;;) {
