@@ -408,8 +408,8 @@ MUTATIONS |= {
     ),
     "weights beyond a row": (
         "register_weights.cuh",
-        "while (K % aligned != 0 || ",
-        "while (",
+        "(K % aligned != 0 || ",
+        "(",
         "none",
     ),
     "one thread that waits for messages": (

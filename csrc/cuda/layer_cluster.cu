@@ -315,6 +315,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         last_h[e] = narrow<T>(h_next);
       }
       if (step + 1 >= L) return;
+      // A lane sends for its neighbours: they are done with the sums, which the next step replaces.
+      __syncwarp();
       const unsigned barrier =
           static_cast<unsigned>(Shape::kBarriersAt + (1 - set) * sizeof(uint64_t));
 #pragma unroll
