@@ -169,7 +169,7 @@ def lstm(
             or cell is not _variants.PLAIN
             or _is_transformed()
         ),
-        trains=_requires_grad(input, h, c, *(t for w in weights for t in w)),
+        trains=input.is_cuda and _requires_grad(input, h, c, *(t for w in weights for t in w)),
     )
     reason = _backend.why_layer_by_torch(input, call)
     if reason is not None and _onnx.exporting():

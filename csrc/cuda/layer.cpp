@@ -43,10 +43,14 @@ struct SequenceOnDevice {
 // Which way a whole sequence goes.
 enum class Way { kOneLaunch, kDoesNotFit, kRefused };
 
-void log_way(const char* operation, const LayerInputs& in, Way way) {
+// kernels: those of a launch that ran.
+void log_way(const char* operation, const LayerInputs& in, Way way, LayerWay kernels) {
   if (!verbose()) return;
   log_path(operation, in.input, in.hx,
-           way == Way::kOneLaunch    ? "one launch"
+           way == Way::kOneLaunch    ? kernels == LayerWay::kSmall ? "one launch, w_hh in registers"
+                                       : kernels == LayerWay::kCluster
+                                           ? "one launch, w_hh in clusters of blocks"
+                                           : "one launch, w_hh in shared memory"
            : way == Way::kDoesNotFit ? "step by step: w_hh does not fit on the chip"
                                      : "step by step: the device refused blocks that wait for "
                                        "each other");
@@ -115,13 +119,14 @@ Results forward(const LayerInputs& in, bool keeps) {
   const Tensor h_buffers = empty({2, N, H}, hx);
   const SequenceOnDevice on_device(in, steps);
   const Device device = describe_device(hx, at::Float32Op::RNN);
+  LayerWay kernels = LayerWay::kNone;
   const Way way = with_type(hx.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     LayerForward<T> layer = {};
     layer.sequence = on_device.sequence;
     layer.H = static_cast<int>(H);
     layer.variant = static_cast<int>(in.variant);
-    LayerWay kernels = layer_forward_way(layer, device);
+    kernels = layer_forward_way(layer, device);
     if (kernels == LayerWay::kNone) return Way::kDoesNotFit;
     out.hy = empty({N, H}, hx);
     out.cy = empty({N, H}, hx);
@@ -149,7 +154,7 @@ Results forward(const LayerInputs& in, bool keeps) {
     }
     return Way::kRefused;
   });
-  log_way(keeps ? "lstm_layer_forward" : "lstm_layer", in, way);
+  log_way(keeps ? "lstm_layer_forward" : "lstm_layer", in, way, kernels);
   if (way != Way::kOneLaunch) run_steps(in, steps, products, w_hh, out);
   if (!defined(in.batch_sizes)) out.output = out.output.view({L, N, H});
   return out;
@@ -255,7 +260,7 @@ void backward(const LayerInputs& in, const Sequence& steps, bool want_hx, StepGr
     const bool ran = check_cooperative_launch(layer_backward(layer, device, current_stream()));
     return ran ? Way::kOneLaunch : Way::kRefused;
   });
-  log_way("lstm_layer_backward", in, way);
+  log_way("lstm_layer_backward", in, way, LayerWay::kShared);
   if (way != Way::kOneLaunch) run_steps_back(in, steps, w_hh, want_hx, grads);
 }
 
