@@ -4,6 +4,7 @@ python tests/cuda_tools.py        clang-tidy on the kernels (part of make lint)
 """
 
 import functools
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -13,6 +14,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+NATIVE = ROOT / "tests" / "gpu" / "native"
+
+
+def load(name):
+    """Import a script of that folder; `build` alone is the name of a package that others know."""
+    spec = importlib.util.spec_from_file_location(f"native_{name}", NATIVE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @functools.cache

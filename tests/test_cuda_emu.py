@@ -15,12 +15,13 @@ import built
 import pytest
 import torch
 import torch.utils.cpp_extension
-from cuda_tools import KERNELS, ROOT, headers
+from cuda_tools import KERNELS, ROOT, headers, load
 from limits import HUNG, slow, slow_but
 
 CSRC = ROOT / "csrc"
 EMULATOR = ROOT / "tests" / "cuda_emu"
 CHECKS = [EMULATOR / f"check_{name}.cpp" for name in ("cell", "layer", "layer_ways")]
+NATIVE_BUILD = load("build")
 LAUNCHES = ROOT / "tests" / "cuda_launches.txt"
 SANITIZERS = {
     "none": [],
@@ -473,14 +474,16 @@ def test_broken_kernels_are_found(mutation, build, tmp_path):
         assert text.count(before) == 1
         text = text.replace(before, after)
     source.write_text(text)
-    # With a broken header all kernels are broken.
-    broken = [k.name for k in KERNELS if file == k.name or source.suffix == ".cuh"]
-    kernels = [csrc / "cuda" / k.name if k.name in broken else k for k in KERNELS]
     cell, layer, ways = CHECKS
     # The layer's kernels stage what they multiply, the cell's do not.
     check = layer if "layer" in file or "chunk" in mutation else cell
     if file.startswith(("layer_small", "layer_cluster", "register_weights")):
         check = ways
+    # The check's kernels, and of them those that read the broken file.
+    kernels = [k for k in NATIVE_BUILD.programs()[check.stem].sources if k.suffix == ".cu"]
+    broken = [k for k in kernels if CSRC / "cuda" / file in NATIVE_BUILD.texts(k, {})]
+    assert broken
+    kernels = [csrc / "cuda" / k.name if k in broken else k for k in kernels]
     program = build([*kernels, check], finder if finder in SANITIZERS else "none")
     result = run(program, "few")
     assert result.returncode != 0

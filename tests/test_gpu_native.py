@@ -1,6 +1,5 @@
 """The torch-free GPU programs of tests/gpu/native, as far as they can be tried without a GPU."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,21 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from cuda_tools import ROOT, headers
+from cuda_tools import NATIVE, ROOT, headers, load
 from limits import HUNG
 from test_cuda_emu import CHECKS, CSRC, EMULATOR, Builder
-
-NATIVE = ROOT / "tests" / "gpu" / "native"
-
-
-def load(name):
-    """Import a script of that folder; `build` alone is the name of a package that others know."""
-    spec = importlib.util.spec_from_file_location(f"native_{name}", NATIVE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 native_build = load("build")
 run_variants = load("run_variants")

@@ -37,16 +37,16 @@ struct CellForward {
   T* gates;              // [N, 4H], activated, or null: not wanted
   int64_t N;
   int I, H;
-  int variant;
-  const T* unit_weights;
+  int variant = kPlainCell;
+  const T* unit_weights = nullptr;
 };
 
 // The device that a stream belongs to, as far as the launchers choose by it.
 struct Device {
   int multiprocessors;
-  int shared_per_block;  // bytes of shared memory that a block may ask for
-  bool tf32;             // float products may round their factors to TF32
-  bool clusters;         // blocks may send to each other's shared memory: compute capability 9.x
+  int shared_per_block;   // bytes of shared memory that a block may ask for
+  bool tf32;              // float products may round their factors to TF32
+  bool clusters = false;  // blocks may send to each other's shared memory: compute capability 9.x
 };
 
 // Products, activations and states in one launch.
@@ -87,8 +87,8 @@ struct LayerForward {
   T* c_before;           // [S, H], what each step started from; or null
   T* h_buffers;          // [2, N, H], to exchange h in
   int H;
-  int variant;
-  const T* unit_weights;
+  int variant = kPlainCell;
+  const T* unit_weights = nullptr;
 };
 
 // How a layer makes all steps in one launch, w_hh read once; what is faster comes first.
@@ -143,8 +143,8 @@ struct LayerBackward {
   T* grad_gates;               // [S, 4H]: of the pre-activations
   T *grad_hx, *grad_cx;        // [N, H] or null: not wanted
   int H;
-  int variant;
-  const T* unit_weights;
+  int variant = kPlainCell;
+  const T* unit_weights = nullptr;
 };
 
 template <class T>
@@ -167,8 +167,8 @@ struct CellBackward {
   void* partial_sums;          // cell_backward_workspace bytes
   int64_t N;
   int H;
-  int variant;
-  const T* unit_weights;
+  int variant = kPlainCell;
+  const T* unit_weights = nullptr;
 };
 
 // Bytes that cell_backward needs for the sums of the biases.

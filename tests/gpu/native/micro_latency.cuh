@@ -142,7 +142,7 @@ __global__ void function_kernel(long long* found, int steps, float start, float*
     } else {
       float h, next;
       const lstm_ext::Gates<float> pre = {x, x + 0.1f, x - 0.1f, 0.5f * x};
-      lstm_ext::cell_forward<Math>(pre, c, next, h);
+      lstm_ext::PlainCell::forward<Math>(pre, c, static_cast<const float*>(nullptr), next, h);
       c = next, x = h;
     }
   }
