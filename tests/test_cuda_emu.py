@@ -369,13 +369,13 @@ MUTATIONS |= {
         "layer_small_mma.cu",
         "    __syncthreads();\n  });",
         "  });",
-        "thread",
+        "none",
     ),
     "the same by multiply-adds": (
         "layer_small_fma.cu",
         "    __syncthreads();\n  });",
         "  });",
-        "thread",
+        "none",
     ),
     "one copy of a small layer's h": (
         "layer_small_mma.cu",
