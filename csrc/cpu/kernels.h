@@ -18,6 +18,10 @@ extern const Kernels kKernelsDefault[kDtypes];
 extern const Kernels kKernelsAVX2[kDtypes];
 extern const Kernels kKernelsAVX512[kDtypes];
 extern const Kernels kKernelsAVX512BF16;  // for bfloat16 alone
+// For float and the integer types alone, from kFirstIntegerType on.
+inline constexpr int kIntegerTypes = kWeightTypes - kFirstIntegerType;
+extern const WeightKernels kIntegersAVX2VNNI[kIntegerTypes];
+extern const WeightKernels kIntegersAVX512VNNI[kIntegerTypes];
 #endif
 
 // The instruction sets compiled in, comma-separated, and the one that at::get_cpu_capability()
@@ -25,5 +29,6 @@ extern const Kernels kKernelsAVX512BF16;  // for bfloat16 alone
 const char* compiled_instruction_sets();
 const char* active_instruction_set();
 const Kernels& kernels(Dtype dtype);
+const WeightKernels& weight_kernels(Dtype dtype, WeightType type);
 
 }  // namespace lstm_ext::cpu

@@ -2,6 +2,10 @@
 // x86-64, NEON on 64-bit Arm.
 #include "cpu/kernels.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #define LSTM_EXT_VECTOR_BYTES 16
 #define LSTM_EXT_TILE_ROWS 3
 #define LSTM_EXT_DOT_ROWS 8

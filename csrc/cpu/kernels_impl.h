@@ -6,10 +6,12 @@
 //   LSTM_EXT_STREAM_ROWS   most rows for which a backward product streams
 //   LSTM_EXT_STREAM_DEPTH  greatest depth for which one of many rows does
 //   LSTM_EXT_HAS_BF16_PRODUCT  defined where the processor multiplies bfloat16
+//   LSTM_EXT_HAS_INT8_PRODUCT  defined where it multiplies 8-bit integers (kernels_*vnni.cpp)
 #pragma once
 
 #include "cpu/cell_backward.h"
 #include "cpu/cell_forward.h"
+#include "cpu/integer_weights.h"
 #include "cpu/layer_backward.h"
 #include "cpu/layer_forward.h"
 #include "cpu/product.h"
@@ -52,7 +54,8 @@ constexpr ProductKernels product_table() {
 template <class S, class... W>
 constexpr void set_weights(WeightTypes<W...> /*types*/, WeightKernels (&kernels)[kWeightTypes]) {
   int type = 0;
-  ((kernels[type++] = {sizeof(typename W::Element), pack_gates<S, W>, gate_product<S, W>}), ...);
+  ((kernels[type++] = {block_bytes<S, W>, nullptr, nullptr, pack_gates<S, W>, gate_product<S, W>}),
+   ...);
 }
 
 template <class S>
@@ -61,10 +64,15 @@ constexpr LayerKernels layer_table() {
   table.unit_blocks = unit_blocks<S>;
   table.column_blocks = column_blocks<S>;
   table.sums_per_row = sums_per_row<S>;
-  table.packed_gates = packed_gates<S>;
   table.packed_columns = packed_columns<S>;
   table.pack_columns = pack_state_columns<S>;
   set_weights<S>(typename WeightTypesOf<S>::Type(), table.weights);
+  if constexpr (std::is_same_v<S, float>) {
+    table.weights[static_cast<int>(WeightType::kInt8)] =
+        integer_weights<Int16Pair, Int8Activations>();
+    table.weights[static_cast<int>(WeightType::kInt8Int16)] =
+        integer_weights<Int16Pair, Int16Activations>();
+  }
   table.step = step<S>;
   table.step_gradient = step_gradient<S>;
   table.state_gradient = state_gradient<S>;

@@ -42,6 +42,36 @@ void start_states(const SharedSequence& sequence, const Tensor& hx, void* const 
   }
 }
 
+// Rows as the weights' kernels multiply them: as they are, or made of them by each share for
+// itself, for the products that it makes next.
+class Rows {
+ public:
+  // rows: of all shares at once, at most.
+  Rows(const WeightKernels& weights, const Cut& cut, int64_t rows, int64_t I, int64_t H)
+      : weights_(weights),
+        by_rows_(cut.by_rows),
+        rows_(rows),
+        copies_(cut.by_rows ? 1 : cut.shares) {
+    if (weights.row_bytes) row_bytes_ = std::max(weights.row_bytes(I), weights.row_bytes(H));
+  }
+  int64_t bytes() const { return copies_ * rows_ * row_bytes_; }
+  // Where a share's own begin.
+  int64_t offset(int64_t share, int64_t row) const {
+    return (by_rows_ ? row : share * rows_) * row_bytes_;
+  }
+  const void* made(const void* factors, int64_t rows, int64_t K, void* place) const {
+    if (!weights_.make_rows) return factors;
+    weights_.make_rows(factors, rows, K, place);
+    return place;
+  }
+
+ private:
+  const WeightKernels& weights_;
+  const bool by_rows_;
+  const int64_t rows_, copies_;
+  int64_t row_bytes_ = 0;
+};
+
 void forward_loop(const LayerInputs& in, const PackedWeights& packed_before,
                   const SharedSequence& sequence, const Kernels& kernels, LayerTensors& out) {
   const LayerKernels& layer = kernels.layer;
@@ -59,14 +89,17 @@ void forward_loop(const LayerInputs& in, const PackedWeights& packed_before,
 
   // One piece of memory for all: the allocator returns several large ones to the system each time,
   // and to get their pages anew takes as long as to fill them.
-  const WeightKernels& weights = layer.weights[static_cast<int>(packed_before.type)];
-  PackedGates ih(layer, packed_before.type, I, H), hh(layer, packed_before.type, H, H);
+  const WeightKernels& weights = weight_kernels(kernel_dtype(dtype), packed_before.type);
+  PackedGates ih(kernel_dtype(dtype), packed_before.type, I, H),
+      hh(kernel_dtype(dtype), packed_before.type, H, H);
   const bool pack = packed_before.data == nullptr, pack_by_block = pack && one_chunk;
   const int64_t ih_bytes = pack_by_block ? cut.shares * ih.block_bytes() : pack ? ih.bytes() : 0;
   const int64_t hh_bytes = pack ? hh.bytes() : 0;
   const int64_t sums_bytes = chunk_steps * N * layer.sums_per_row(H) * computed.size;
   const int64_t h_bytes = N * factor_columns(kernels.product, H) * factor.size;
-  const Tensor scratch = empty_large({ih_bytes + hh_bytes + sums_bytes + 2 * h_bytes}, at::kByte);
+  const Rows rows_of(weights, cut, chunk_steps * N, I, H);
+  const Tensor scratch =
+      empty_large({ih_bytes + hh_bytes + sums_bytes + 2 * h_bytes + rows_of.bytes()}, at::kByte);
   void* memory = scratch.mutable_data_ptr();
   void* packed = pack ? memory : const_cast<void*>(packed_before.data);  // then only read
   ih.lie_at(packed);
@@ -74,6 +107,7 @@ void forward_loop(const LayerInputs& in, const PackedWeights& packed_before,
   void* sums = advance(memory, ih_bytes + hh_bytes);
   // h in two places, so that a step can read one and write the other.
   void* h[2] = {advance(sums, sums_bytes), advance(sums, sums_bytes + h_bytes)};
+  void* made_rows = advance(h[1], h_bytes);
   if (pack && !cut.own_blocks())
     cpu::run(blocks, 4 * H * (I + H), [&](int64_t first, int64_t last) {
       ih.pack(w_ih.data(), first, last);
@@ -95,6 +129,7 @@ void forward_loop(const LayerInputs& in, const PackedWeights& packed_before,
   run_team(cut.shares, [&](int64_t first, int64_t last) {
     const Share share = cut.share(sequence, first, last);
     const int64_t row = share.row, block = share.block, block_end = share.block_end;
+    void* own_rows = advance(made_rows, rows_of.offset(first, row));
     if (pack && cut.own_blocks()) {
       if (!pack_by_block) ih.pack(w_ih.data(), block, block_end);
       hh.pack(w_hh.data(), block, block_end);
@@ -116,7 +151,8 @@ void forward_loop(const LayerInputs& in, const PackedWeights& packed_before,
         product.rows = rows;
         product.K = I;
         product.H = H;
-        product.x = factor.at(x.const_data_ptr(), from * x_columns);
+        product.x =
+            rows_of.made(factor.at(x.const_data_ptr(), from * x_columns), rows, I, own_rows);
         product.packed = ih.at(block);
         product.sums = chunk;
         product.first_row = to;
@@ -144,7 +180,7 @@ void forward_loop(const LayerInputs& in, const PackedWeights& packed_before,
           GateProductArgs product = {};
           product.rows = rows;
           product.K = product.H = H;
-          product.x = factor.at(h_before, row * h_columns);
+          product.x = rows_of.made(factor.at(h_before, row * h_columns), rows, H, own_rows);
           product.sums = chunk;
           product.first_row = place(s);
           product.accumulate = true;

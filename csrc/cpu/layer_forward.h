@@ -25,9 +25,9 @@ LSTM_EXT_INLINE int64_t block_size(int64_t K) {
   return blocks(K, kDepthOfFactor<S>) * Panel<FactorType<S>>::kColumns;
 }
 
-template <class S>
-int64_t packed_gates(int64_t K, int64_t H) {
-  return unit_blocks<S>(H) * block_size<S>(K);
+template <class S, class W>
+int64_t block_bytes(int64_t K) {
+  return block_size<S>(K) * static_cast<int64_t>(sizeof(typename W::Element));
 }
 
 // A packed block as pack_transposed and pack_columns write it.

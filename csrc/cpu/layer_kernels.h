@@ -22,7 +22,7 @@ struct GateSums {
 // sums = or += x W^T for rows of x, whose pre-activations start at row first_row.
 struct GateProductArgs {
   int64_t rows, K, H;
-  const void* x;  // factors, [rows, K]
+  const void* x;  // factors, [rows, K], or what make_rows made of them
   const void* packed;
   GateSums sums;
   int64_t first_row;
@@ -69,14 +69,18 @@ struct StateGradientArgs {
   const bool* reset;
 };
 
-// How packed weights are stored (weight_types.h); the operators' argument `weights`.
-enum class WeightType { kWhole, kBFloat16 };
-inline constexpr int kWeightTypes = 2;
+// How packed weights are stored (weight_types.h, integer_weights.h), the last in 8 bits for rows in
+// 16; the operators' argument `weights`.
+enum class WeightType { kWhole, kBFloat16, kInt8, kInt8Int16 };
+inline constexpr int kWeightTypes = 4;
+inline constexpr int kFirstIntegerType = static_cast<int>(WeightType::kInt8);
 
-// The weights of the gates, in blocks of packed_gates elements in all. Null functions where a type
-// is not for these activations.
+// The weights of the gates. Null functions where a type is not for these activations.
 struct WeightKernels {
-  int64_t element_bytes;
+  int64_t (*block_bytes)(int64_t K);  // of a block of packed weights
+  // What a row of factors takes where it is not multiplied as it is, and how it is made; or null.
+  int64_t (*row_bytes)(int64_t K);
+  void (*make_rows)(const void* factors, int64_t rows, int64_t K, void* out);
   void (*pack_gates)(const void* w, int64_t K, int64_t H, void* packed, int64_t first,
                      int64_t last);
   void (*gate_product)(const GateProductArgs&, int64_t first_block, int64_t last_block);
@@ -88,10 +92,9 @@ inline constexpr int64_t kSideBlocks = 4;
 
 struct LayerKernels {
   int64_t (*unit_blocks)(int64_t H);
-  int64_t (*column_blocks)(int64_t H);            // those of grad_h, kUnitBlocks unit blocks each
-  int64_t (*sums_per_row)(int64_t H);             // elements
-  int64_t (*packed_gates)(int64_t K, int64_t H);  // elements
-  int64_t (*packed_columns)(int64_t H);
+  int64_t (*column_blocks)(int64_t H);   // those of grad_h, kUnitBlocks unit blocks each
+  int64_t (*sums_per_row)(int64_t H);    // elements
+  int64_t (*packed_columns)(int64_t H);  // elements
   void (*pack_columns)(const void* w_hh, int64_t H, void* packed, int64_t first, int64_t last);
   WeightKernels weights[kWeightTypes];
   void (*step)(const StepArgs&, int64_t first_block, int64_t last_block);

@@ -16,16 +16,18 @@ struct PackedLayer {
   PackedHeader header;
 
   PackedLayer(at::ScalarType dtype, WeightType type, int64_t I, int64_t H)
-      : ih(cpu::kernels(kernel_dtype(dtype)).layer, type, I, H),
-        hh(cpu::kernels(kernel_dtype(dtype)).layer, type, H, H),
+      : ih(kernel_dtype(dtype), type, I, H),
+        hh(kernel_dtype(dtype), type, H, H),
         header(dtype, type, I, H, ih.bytes() + hh.bytes()) {}
   int64_t bytes() const { return static_cast<int64_t>(sizeof(header)) + header.bytes; }
 };
 
+constexpr int64_t kMostTerms = int64_t{1} << 17;
+
 // Whether weights can be stored so for such activations.
 bool has_weights(at::ScalarType dtype, int64_t type) {
   return type >= 0 && type < kWeightTypes &&
-         cpu::kernels(kernel_dtype(dtype)).layer.weights[type].pack_gates != nullptr;
+         weight_kernels(kernel_dtype(dtype), static_cast<WeightType>(type)).pack_gates != nullptr;
 }
 
 PackedLayer packed_layer(const Tensor& w_ih, const Tensor& w_hh, int64_t weights) {
@@ -43,6 +45,9 @@ PackedLayer packed_layer(const Tensor& w_ih, const Tensor& w_hh, int64_t weights
       "float32, float64, bfloat16 and float16");
   TORCH_CHECK(has_weights(dtype, weights), "lstm_layer_pack: there are no weights of type ",
               weights, " for ", dtype);
+  TORCH_CHECK(weights < kFirstIntegerType || std::max(w_ih.size(1), w_hh.size(1)) <= kMostTerms,
+              "lstm_layer_pack: sums of more than ", kMostTerms,
+              " products of 8-bit integers may not fit into 32 bits");
   return {dtype, static_cast<WeightType>(weights), w_ih.size(1), w_hh.size(1)};
 }
 

@@ -12,14 +12,13 @@ namespace lstm_ext::cpu {
 // One of the two matrices, [4H, K].
 class PackedGates {
  public:
-  PackedGates(const LayerKernels& layer, WeightType type, int64_t K, int64_t H)
-      : weights_(layer.weights[static_cast<int>(type)]),
+  PackedGates(Dtype dtype, WeightType type, int64_t K, int64_t H)
+      : weights_(weight_kernels(dtype, type)),
         K_(K),
         H_(H),
-        blocks_(layer.unit_blocks(H)),
-        block_elements_(layer.packed_gates(K, H) / std::max<int64_t>(1, blocks_)) {}
+        blocks_(kernels(dtype).layer.unit_blocks(H)) {}
 
-  int64_t block_bytes() const { return block_elements_ * weights_.element_bytes; }
+  int64_t block_bytes() const { return weights_.block_bytes(K_); }
   int64_t bytes() const { return blocks_ * block_bytes(); }
   void lie_at(void* data) { data_ = data; }
   void* at(int64_t block) const { return advance(data_, block * block_bytes()); }
@@ -30,7 +29,7 @@ class PackedGates {
 
  private:
   const WeightKernels& weights_;
-  const int64_t K_, H_, blocks_, block_elements_;
+  const int64_t K_, H_, blocks_;
   void* data_ = nullptr;
 };
 

@@ -9,7 +9,7 @@
 // threads.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/factors.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -59,7 +59,17 @@ struct Result {
   S* data;
   int64_t row_stride, columns;
   bool accumulate;
+
+  LSTM_EXT_INLINE void skip_rows(int64_t rows) { data += rows * row_stride; }
 };
+// The v'th vector of row r.
+template <class S, class V>
+LSTM_EXT_INLINE void put(const Result<S>& result, int r, int v, V sum) {
+  constexpr int width = kWidthOf<S>;
+  const int64_t n = result.columns - v * width;
+  if (n > 0)
+    store_result(result.data + r * result.row_stride + v * width, sum, n, result.accumulate);
+}
 // The panel's own sums, to be replaced (first) or added to.
 template <class F>
 LSTM_EXT_INLINE Result<SumTypeOf<F>> panel_sums(Panel<F>& panel, bool first) {
@@ -68,9 +78,9 @@ LSTM_EXT_INLINE Result<SumTypeOf<F>> panel_sums(Panel<F>& panel, bool first) {
 
 // Vectors of the four that a tile computes: fewer for matrices of few columns, with more rows.
 // B is stored as factors, or as E, which load makes factors of (weight_types.h).
-template <int Rows, int Vectors, class F, class E, class S>
+template <int Rows, int Vectors, class F, class E, class To>
 LSTM_EXT_INLINE void tile_product(const Broadcast<F>& a, const E* b, int64_t depth,
-                                  const Result<S>& result) {
+                                  const To& result) {
   using V = typename Vector<F>::type;
   typename Vector<SumTypeOf<F>>::type sum[Rows][Vectors] = {};
   const F* a_k = a.data;
@@ -88,23 +98,16 @@ LSTM_EXT_INLINE void tile_product(const Broadcast<F>& a, const E* b, int64_t dep
 #pragma GCC unroll 32
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      constexpr int width = Vector<F>::kWidth;
-      const int64_t n = result.columns - v * width;
-      if (n > 0)
-        store_result(result.data + r * result.row_stride + v * width, sum[r][v], n,
-                     result.accumulate);
-    }
+    for (int v = 0; v < Vectors; ++v) put(result, r, v, sum[r][v]);
 }
 
 // Whole tiles first, then ever smaller ones for the rows left over.
-template <int Rows, int Vectors, class F, class E, class S>
-LSTM_EXT_INLINE void tiles(int64_t rows, Broadcast<F> a, const E* b, int64_t depth,
-                           Result<S> result) {
+template <int Rows, int Vectors, class F, class E, class To>
+LSTM_EXT_INLINE void tiles(int64_t rows, Broadcast<F> a, const E* b, int64_t depth, To result) {
   for (; rows >= Rows; rows -= Rows) {
     tile_product<Rows, Vectors>(a, b, depth, result);
     a.data += Rows * a.row_stride;
-    result.data += Rows * result.row_stride;
+    result.skip_rows(Rows);
   }
   if constexpr (Rows > 1)
     tiles<(Rows > 6 ? Rows / 2 : Rows - 1), Vectors>(rows, a, b, depth, result);
@@ -112,15 +115,15 @@ LSTM_EXT_INLINE void tiles(int64_t rows, Broadcast<F> a, const E* b, int64_t dep
 
 // result [rows, 4 vectors] = or += A [rows, depth] * B [depth, 4 vectors], depth in factors. Only
 // the first `vectors` of the four are wanted.
-template <class F, class E, class S>
+template <class F, int TileRows = kTileRows, class E, class To>
 void panel_product(int64_t rows, const Broadcast<F>& a, const E* b, int64_t depth, int vectors,
-                   const Result<S>& result) {
+                   const To& result) {
   if (vectors == 1)
-    tiles<4 * kTileRows, 1>(rows, a, b, depth, result);
+    tiles<4 * TileRows, 1>(rows, a, b, depth, result);
   else if (vectors == 2)
-    tiles<2 * kTileRows, 2>(rows, a, b, depth, result);
+    tiles<2 * TileRows, 2>(rows, a, b, depth, result);
   else
-    tiles<kTileRows, kPanelVectors>(rows, a, b, depth, result);
+    tiles<TileRows, kPanelVectors>(rows, a, b, depth, result);
 }
 
 // rows[i][j] <-> rows[j][i], by log2(width) rounds of perfect shuffles.

@@ -1,4 +1,5 @@
-// How packed weights are stored, apart from the type of the activations that they multiply.
+// How packed weights in floating point are stored, apart from the type of the activations that they
+// multiply.
 //
 // A weight type for activations S is a struct with
 //   Element   what a weight takes in memory; load(const Element*) makes a vector of factors of it,

@@ -1,0 +1,33 @@
+// The CPU kernels for weights in 8 bits with AVX2 and AVX-VNNI.
+#include "cpu/kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+// Everything included from here on is ours and has internal linkage: no code for
+// the newer instruction set can leak into what the linker shares between files.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#endif
+#define LSTM_EXT_VECTOR_BYTES 32
+#define LSTM_EXT_HAS_INT8_PRODUCT
+#define LSTM_EXT_TILE_ROWS 3
+#include "cpu/integer_weights.h"
+
+namespace lstm_ext::cpu {
+// In the order of WeightType.
+const WeightKernels kIntegersAVX2VNNI[kIntegerTypes] = {
+    integer_weights<UInt8Quad, Int8Activations>(), integer_weights<Int16Pair, Int16Activations>()};
+}  // namespace lstm_ext::cpu
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
