@@ -34,7 +34,7 @@ test: $(TESTS)
 # What `make test` leaves out (docs/testing.md): long runs, sanitizers, published packages, and the
 # package built and installed in every way, each in an environment of its own.
 test-slow: $(VENV)/.published
-	$(PYTEST) -m "$(SLOW)" --durations 25
+	$(PYTEST) --durations 25 -m "$(SLOW)"
 
 # Every test there is, each once.
 test-all:

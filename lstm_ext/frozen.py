@@ -20,12 +20,14 @@ from lstm_ext.layer import LSTM
 
 Module = TypeVar("Module", bound=nn.Module)
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-# How packed weights are stored: the operators' argument `weights`.
-_WEIGHT_TYPES = {None: 0, "bfloat16": 1}
+# How packed weights are stored, and rows that they multiply: the operators' argument `weights`.
+_WEIGHT_TYPES = {(None, None): 0, ("bfloat16", None): 1, ("int8", None): 2, ("int8", "int16"): 3}
 _FUSED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def freeze(module: nn.Module, *, weights: str | None = None) -> nn.Module:
+def freeze(
+    module: nn.Module, *, weights: str | None = None, activations: str | None = None
+) -> nn.Module:
     """Pack the weights of every :class:`LSTM` and :class:`LSTMCell`, once, for inference.
 
     An ordinary call packs the weights into the kernels' layout anew, since they may have changed;
@@ -39,20 +41,26 @@ def freeze(module: nn.Module, *, weights: str | None = None) -> nn.Module:
     Args:
         module: an :class:`LSTM` or an :class:`LSTMCell`, or a model that has them somewhere: there
             they are replaced in place. In evaluation mode, on the CPU.
-        weights: how the packed weights are stored: None as they are, "bfloat16" rounded to
-            bfloat16, in half the memory, for modules in float32. Everything else stays in float32:
-            the error of the outputs is some 0.2 to 0.5 %.
+        weights: how the packed weights are stored, for modules in float32. None: as they are.
+            "bfloat16": rounded to bfloat16, in half the memory; the error of the outputs is some
+            0.2 to 0.5 %. "int8": rounded to 8-bit integers, with a scale for each row of the
+            matrices, in a quarter of the memory. Input and hidden state are then rounded as well,
+            with a scale for each row at each step, and the products summed exactly; biases, gates
+            and cell state stay in float32. The error is some 0.5 to 2 %.
+        activations: for weights="int8": how input and hidden state are rounded. None: to 8-bit
+            integers. "int16": to 16 bits, or as many as sums of so many products have room for;
+            half the error, and slower where the processor multiplies 8-bit integers.
 
     Returns:
         The frozen module, or the model itself. :func:`unfreeze` undoes it.
 
     Raises:
         RuntimeError: the module is in training mode.
-        ValueError: weights is unknown, or not for the module's dtype; the model has nothing to
-            freeze, or something that has no packed form: projections, another device or dtype than
-            the CPU kernels know, a weight that something writes at each call (a dropout of weights,
-            for one), a ``forward`` put on the instance. What torch.nn.utils' weight_norm,
-            spectral_norm and prune write is computed first.
+        ValueError: weights or activations is unknown, or not for the module's dtype; the model has
+            nothing to freeze, or something that has no packed form: projections, another device or
+            dtype than the CPU kernels know, a weight that something writes at each call (a dropout
+            of weights, for one), a ``forward`` put on the instance. What torch.nn.utils'
+            weight_norm, spectral_norm and prune write is computed first.
 
     Warns:
         UserWarning: for each subclass that was left as it is, because it has a ``forward`` of its
@@ -64,8 +72,7 @@ def freeze(module: nn.Module, *, weights: str | None = None) -> nn.Module:
         with torch.inference_mode():
             output, state = model(step, state)
     """
-    if weights not in _WEIGHT_TYPES:
-        raise ValueError(f"weights should be None or 'bfloat16', got {weights!r}")
+    _check_types(weights, activations)
     found = {}
     for name, m in module.named_modules():
         if isinstance(m, (LSTM, LSTMCell)) and not isinstance(m, _Frozen):
@@ -85,7 +92,17 @@ def freeze(module: nn.Module, *, weights: str | None = None) -> nn.Module:
         )
     # All first: a model is frozen whole or not at all.
     _guard.install(_Frozen)
-    return _replace(module, {m: _freeze_one(m, name, weights) for name, m in found.items()})
+    kind = (weights, activations)
+    return _replace(module, {m: _freeze_one(m, name, kind) for name, m in found.items()})
+
+
+def _check_types(weights: object, activations: object) -> None:
+    if weights not in [name for name, _ in _WEIGHT_TYPES]:
+        raise ValueError(f"weights should be None, 'bfloat16' or 'int8', got {weights!r}")
+    if activations not in (None, "int16"):
+        raise ValueError(f"activations should be None or 'int16', got {activations!r}")
+    if (weights, activations) not in list(_WEIGHT_TYPES):
+        raise ValueError(f"activations={activations!r} is for weights='int8', got {weights!r}")
 
 
 def unfreeze(module: nn.Module) -> nn.Module:
@@ -109,7 +126,7 @@ def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> 
     return replacements.get(module, module)
 
 
-def _freeze_one(module: nn.Module, name: str, weights: str | None) -> _Frozen:
+def _freeze_one(module: nn.Module, name: str, kind: tuple[str | None, str | None]) -> _Frozen:
     where = f"freeze: {name or type(module).__name__}"
     if module.training:
         raise RuntimeError(
@@ -129,9 +146,9 @@ def _freeze_one(module: nn.Module, name: str, weights: str | None) -> _Frozen:
     if isinstance(module, LSTM):
         if module.proj_size:
             raise ValueError(f"{where} has projections (proj_size), which have no packed form")
-        return FrozenLSTM(module, where, weights)
+        return FrozenLSTM(module, where, *kind)
     assert isinstance(module, LSTMCell)
-    return FrozenLSTMCell(module, where, weights)
+    return FrozenLSTMCell(module, where, *kind)
 
 
 def _weight_writer(hook: Any) -> str | None:
@@ -176,8 +193,11 @@ class _Frozen(nn.Module):
 
     # How the packed weights are stored; modules that were pickled before have the default.
     _weights: str | None = None
+    _activations: str | None = None
 
-    def __init__(self, original: nn.Module, where: str, weights: str | None) -> None:
+    def __init__(
+        self, original: nn.Module, where: str, weights: str | None, activations: str | None
+    ) -> None:
         nn.Module.__init__(self)  # the construction was the original's
         self.__dict__.update(original.__dict__)
         self._buffers: dict[str, Tensor | None] = dict(original._buffers)
@@ -191,6 +211,8 @@ class _Frozen(nn.Module):
         self.__dict__["original"] = original
         if weights is not None:
             self._weights = weights
+        if activations is not None:
+            self._activations = activations
         self._hold_packed_weights(where)
 
     original: nn.Module
@@ -222,7 +244,8 @@ class _Frozen(nn.Module):
             )
         with torch.no_grad():
             copies = [None if b is None else b.detach().clone() for b in biases]
-            return [_ops.lstm_layer_pack(w_ih, w_hh, _WEIGHT_TYPES[self._weights]), *copies]
+            kind = _WEIGHT_TYPES[self._weights, self._activations]
+            return [_ops.lstm_layer_pack(w_ih, w_hh, kind), *copies]
 
     def _packed(self) -> tuple[Tensor | None, ...]:
         buffers = self._buffers
@@ -272,6 +295,7 @@ class _Frozen(nn.Module):
     def extra_repr(self) -> str:
         """Describe the module as the original does, and say that it is frozen."""
         how = "" if self._weights is None else f" in {self._weights}"
+        how += "" if self._activations is None else f", activations in {self._activations}"
         return f"{self.original.extra_repr()}, frozen{how}"
 
 

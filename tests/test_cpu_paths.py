@@ -16,6 +16,7 @@ SUBSET = [
     "tests/test_cell.py::test_one_set_of_bits",
     "tests/test_cell.py::test_error_is_no_worse_than_torchs",
     "tests/test_frozen.py::test_same_bits",
+    "tests/test_frozen_weights.py",
     "tests/test_layer.py::test_any_size",
     "tests/test_layer.py::test_error_is_no_worse_than_torchs",
     "tests/test_peephole.py::test_error_is_no_worse_than_plain_operations",

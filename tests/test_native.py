@@ -14,7 +14,8 @@ from limits import HUNG
 
 ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "csrc" / "cpu").glob("kernels_*.cpp"))
-CHECK = ROOT / "tests" / "native" / "check_kernels.cpp"
+NATIVE = ROOT / "tests" / "native"
+CHECK = [NATIVE / "check_kernels.cpp", NATIVE / "vnni_by_hand.cpp"]
 WARNINGS = ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 BUILDS = {
@@ -53,14 +54,14 @@ def check_kernels(folder, sources, objects=(), compiler="g++", options=("-O1",),
 
 def test_kernels_as_built(tmp_path):
     """The object files of the package itself: every instruction set that this machine can run."""
-    check_kernels(tmp_path, [CHECK], built.objects("csrc/cpu/kernels_*.o"))
+    check_kernels(tmp_path, CHECK, built.objects("csrc/cpu/kernels_*.o"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("build", BUILDS)
 def test_kernels(build, tmp_path):
     compiler, options, emulator = BUILDS[build]
-    check_kernels(tmp_path, [*KERNELS, CHECK], (), compiler, options, emulator)
+    check_kernels(tmp_path, [*KERNELS, *CHECK], (), compiler, options, emulator)
 
 
 @pytest.fixture(scope="module")

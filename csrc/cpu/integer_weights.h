@@ -17,7 +17,7 @@ namespace lstm_ext::cpu {
 namespace {
 
 constexpr int32_t kWeightLevels = 127;
-// Smaller rows and columns count as zero: the inverse of their scale would overflow.
+// Rows and columns of smaller numbers count as zero: the inverse of their scale would overflow.
 constexpr float kSmallest = 0x1p-100f;
 
 struct Int8Activations {
@@ -222,8 +222,9 @@ LSTM_EXT_INLINE void put(const ScaledSums& result, int r, int v, Int32s sum) {
   float row_scale;
   std::memcpy(&row_scale, result.rows + r * result.row_bytes, sizeof(row_scale));
   const Floats scale = load(result.scales + column) * row_scale;
-  Floats scaled = __builtin_convertvector(sum + load(result.corrections + column), Floats) * scale;
+  const Floats whole = __builtin_convertvector(sum + load(result.corrections + column), Floats);
   float* to = result.data + r * result.row_stride + column;
+  Floats scaled = apart(whole * scale);
   if (result.accumulate) scaled += load(to);
   store(to, scaled);
 }

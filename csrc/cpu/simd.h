@@ -74,6 +74,19 @@ LSTM_EXT_INLINE Doubles load(const double* p) {
 }
 LSTM_EXT_INLINE void store(double* p, Doubles v) { std::memcpy(p, &v, sizeof(v)); }
 
+// The result of a multiplication that is not to become one instruction with an addition: where a
+// compiler does that depends on the code around, and not every processor can.
+LSTM_EXT_INLINE Floats apart(Floats v) {
+#if defined(__x86_64__) && LSTM_EXT_VECTOR_BYTES == 64
+  __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#endif
+  return v;
+}
+
 // The two halves, a vector of their bits at a time.
 LSTM_EXT_INLINE Floats widen(UInt16s bits, BFloat16) {
   return bit_cast<Floats>(__builtin_convertvector(bits, UInt32s) << 16);

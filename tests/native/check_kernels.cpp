@@ -6,11 +6,15 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <random>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "vnni_by_hand.h"
 
 namespace {
 
@@ -206,8 +210,7 @@ void check_step(const Table& table, const Step& step, double terms) {
   const int64_t blocks = layer.unit_blocks(H);
   const bool pairs = table.kernels->product.pair_rows != nullptr;
   const auto& weights = layer.weights[static_cast<int>(lstm_ext::cpu::WeightType::kWhole)];
-  Bytes packed_ih(layer.packed_gates(I, H) * size_of(compute)),
-      packed_hh(layer.packed_gates(H, H) * size_of(compute));
+  Bytes packed_ih(blocks * weights.block_bytes(I)), packed_hh(blocks * weights.block_bytes(H));
   weights.pack_gates(w_ih.data(), I, H, packed_ih.data(), 0, blocks);
   weights.pack_gates(w_hh.data(), H, H, packed_hh.data(), 0, blocks);
   Bytes sums(N * layer.sums_per_row(H) * size_of(compute));
@@ -232,6 +235,105 @@ void check_step(const Table& table, const Step& step, double terms) {
   const Dtype state = pairs ? dtype : compute;
   compare(table, "step: h for the next", N, I, H, state, h_state,
           pairs && H % 2 ? unpack(dtype, padded_rows(dtype, h_next, N, H)) : h_next, terms);
+}
+
+// Rows as their scale times integers, as csrc/cpu/integer_weights.h says, in its own precision.
+Values rounded_rows(const Values& m, int64_t columns, int64_t levels) {
+  Values rounded(m.size());
+  for (size_t row = 0; row < m.size(); row += columns) {
+    float most = 0;
+    for (int64_t k = 0; k < columns; ++k)
+      most = std::max(most, static_cast<float>(std::abs(m[row + k])));
+    const float scale = most / static_cast<float>(levels);
+    const float inverse = static_cast<float>(levels) / most;
+    for (int64_t k = 0; k < columns; ++k)
+      rounded[row + k] =
+          most > 0 ? double{scale} * std::nearbyint(static_cast<float>(m[row + k]) * inverse) : 0;
+  }
+  return rounded;
+}
+
+// Products of weights that are stored in another type than their activations.
+void check_weights(const Table& of_layer, const char* name,
+                   const lstm_ext::cpu::WeightKernels& weights, lstm_ext::cpu::WeightType type,
+                   int64_t N, int64_t K, int64_t H) {
+  using lstm_ext::cpu::WeightType;
+  const auto& layer = of_layer.kernels->layer;
+  const int64_t blocks = layer.unit_blocks(H), stride = layer.sums_per_row(H) / blocks;
+  const int64_t width = stride / 4, rows_of_sums = N + 2;  // those around stay as they are
+  const bool dense = 2 * H <= width;
+  // The same numbers for every table. (How they become bfloat16 is checked elsewhere.)
+  generator.seed(static_cast<unsigned>(N + K + H));
+  Values x = random(Dtype::kFloat, N * K);
+  Values w = random(type == WeightType::kBFloat16 ? Dtype::kBFloat16 : Dtype::kFloat, 4 * H * K);
+  // A row of zeros, one with an outlier; a column of one value, and one of zeros.
+  std::fill_n(x.begin(), K, 0.0);
+  if (K > 0) x[(N - 1) * K] = 1000;
+  std::fill_n(w.begin(), K, 0.25);
+  std::fill_n(w.end() - K, K, 0.0);
+  const Bytes x_bytes = pack(Dtype::kFloat, x), w_bytes = pack(Dtype::kFloat, w);
+  Bytes packed(blocks * weights.block_bytes(K));
+  weights.pack_gates(w_bytes.data(), K, H, packed.data() + blocks / 2 * weights.block_bytes(K),
+                     blocks / 2, blocks);
+  weights.pack_gates(w_bytes.data(), K, H, packed.data(), 0, blocks / 2);
+  const int64_t levels =
+      type == WeightType::kInt8
+          ? 127
+          : std::min<int64_t>(32767, INT32_MAX / (127 * std::max<int64_t>(K, 1)));
+  if (type != WeightType::kBFloat16) x = rounded_rows(x, K, levels), w = rounded_rows(w, K, 127);
+  Bytes rows(weights.make_rows ? N * weights.row_bytes(K) : 0);
+  if (weights.make_rows) weights.make_rows(x_bytes.data(), N, K, rows.data());
+  Bytes sums(rows_of_sums * layer.sums_per_row(H) * sizeof(float));
+  const void* a = weights.make_rows ? static_cast<const void*>(rows.data()) : x_bytes.data();
+  const auto multiply_blocks = [&](int64_t first, int64_t last, bool accumulate) {
+    weights.gate_product({N,
+                          K,
+                          H,
+                          a,
+                          packed.data() + first * weights.block_bytes(K),
+                          {sums.data(), rows_of_sums},
+                          1,
+                          accumulate},
+                         first, last);
+  };
+  multiply_blocks(0, blocks / 2, false);
+  multiply_blocks(blocks / 2, blocks, false);
+  multiply_blocks(0, blocks, true);
+  Values expected;
+  Bytes got;
+  for (int64_t n = -1; n <= N; ++n)
+    for (int64_t gate = 0; gate < 4; ++gate)
+      for (int64_t unit = 0; unit < H; ++unit) {
+        double sum = 0;
+        for (int64_t k = 0; n >= 0 && n < N && k < K; ++k)
+          sum += 2 * x[n * K + k] * w[(gate * H + unit) * K + k];
+        const int64_t block = dense ? 0 : unit / width;
+        const int64_t column = dense ? gate * H + unit : gate * width + unit % width;
+        const unsigned char* at =
+            sums.data() + ((block * rows_of_sums + n + 1) * stride + column) * sizeof(float);
+        // As a share of the row's greatest sum: an outlier is a thousand times the others.
+        const double size = n == N - 1 ? 1000 : 1;
+        float value;
+        std::memcpy(&value, at, sizeof(value));
+        value = static_cast<float>(value / size);
+        got.insert(got.end(), reinterpret_cast<unsigned char*>(&value),
+                   reinterpret_cast<unsigned char*>(&value) + sizeof(value));
+        expected.push_back(sum / size);
+      }
+  compare({name, of_layer.kernels, Dtype::kFloat},
+          type == WeightType::kBFloat16 ? "weights in bfloat16"
+          : type == WeightType::kInt8   ? "weights in 8 bits"
+                                        : "weights in 8 bits, rows in 16",
+          N, K, H, Dtype::kFloat, got, expected, std::sqrt(static_cast<double>(K)) + 4);
+  if (type == WeightType::kBFloat16) return;
+  // Integers: the same bits on every instruction set.
+  static std::map<std::tuple<WeightType, int64_t, int64_t, int64_t>, Bytes> first;
+  const auto [found, is_first] = first.emplace(std::tuple(type, N, K, H), got);
+  ++comparisons;
+  if (found->second == got) return;
+  ++failures;
+  std::printf("%s: other bits than the first at N %ld I %ld H %ld\n", name, static_cast<long>(N),
+              static_cast<long>(K), static_cast<long>(H));
 }
 
 // grad_h of the step before: grad_gates W_hh, zero for the last row, which was reset.
@@ -415,8 +517,38 @@ int main() {
                                {5, 33, 9},    {8, 16, 32},   {9, 20, 5},   {13, 66, 31},
                                {25, 7, 3},    {40, 129, 17}, {193, 10, 8}, {600, 6, 20},
                                {1100, 18, 5}, {2, 0, 4},     {1, 300, 270}};
+  struct OfWeights {
+    const char* name;
+    const Table* layer;
+    const WeightKernels* kernels;
+    WeightType type;
+  };
+  std::vector<OfWeights> of_weights;
   for (const Table& table : tables)
-    for (const auto& shape : shapes) check(table, shape[0], shape[1], shape[2]);
-  std::printf("%zu tables, %d comparisons, %d failures\n", tables.size(), comparisons, failures);
+    for (const WeightType type : {WeightType::kBFloat16, WeightType::kInt8, WeightType::kInt8Int16})
+      if (table.dtype == Dtype::kFloat)
+        of_weights.push_back(
+            {table.name, &table, &table.kernels->layer.weights[static_cast<int>(type)], type});
+#if defined(__x86_64__)
+  const auto add_integers = [&](const char* name, const char* layer, const WeightKernels* kernels) {
+    for (const Table& table : tables)
+      if (table.dtype == Dtype::kFloat && std::string(table.name) == layer)
+        for (int type = 0; type < kIntegerTypes; ++type)
+          of_weights.push_back(
+              {name, &table, &kernels[type], static_cast<WeightType>(kFirstIntegerType + type)});
+  };
+  add_integers("VNNI by hand", "AVX2", kIntegersByHand);
+  if (__builtin_cpu_supports("avxvnni")) add_integers("AVX2_VNNI", "AVX2", kIntegersAVX2VNNI);
+  if (__builtin_cpu_supports("avx512vnni"))
+    add_integers("AVX512_VNNI", "AVX512", kIntegersAVX512VNNI);
+#endif
+  for (const auto& shape : shapes) {
+    for (const Table& table : tables) check(table, shape[0], shape[1], shape[2]);
+    for (const OfWeights& weights : of_weights)
+      check_weights(*weights.layer, weights.name, *weights.kernels, weights.type, shape[0],
+                    shape[1], shape[2]);
+  }
+  std::printf("%zu tables, %zu of weights, %d comparisons, %d failures\n", tables.size(),
+              of_weights.size(), comparisons, failures);
   return failures != 0;
 }
