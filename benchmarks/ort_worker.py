@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import pickle
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,11 +63,25 @@ def build(case: dict[str, Any]) -> bytes:
     return content
 
 
+def quantize(model: bytes) -> bytes:
+    """Turn LSTM nodes into DynamicQuantizeLSTM."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain, quantized = Path(folder) / "plain.onnx", Path(folder) / "quantized.onnx"
+        plain.write_bytes(model)
+        quantize_dynamic(plain, quantized, weight_type=QuantType.QInt8)
+        return quantized.read_bytes()
+
+
 def main() -> None:
     case = pickle.load(sys.stdin.buffer)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = case["threads"]
-    session = onnxruntime.InferenceSession(build(case), options, ["CPUExecutionProvider"])
+    model = build(case)
+    if case["quantized"]:
+        model = quantize(model)
+    session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
     feeds = case["inputs"]
     (output,) = session.run(None, feeds)
     pickle.dump(output, sys.stdout.buffer)

@@ -16,7 +16,11 @@ from typing import Any
 from protocol import geometric_mean
 
 Rows = list[dict[str, Any]]
-RATES = {"gflops": ("GFLOP/s", "{:.1f}"), "share_of_limit": ("of limit", "{:.0%}")}
+RATES = {
+    "gflops": ("GFLOP/s", "{:.1f}"),
+    "share_of_limit": ("of limit", "{:.0%}"),
+    "times_float32": ("times float32", "{:.2f}"),
+}
 RIVALS = "nn.LSTMCell and torch.compile"
 
 

@@ -79,7 +79,13 @@ def _without_onednn(module: nn.Module) -> Layer:
 class Onnxruntime:
     """A worker process that times onnxruntime when asked to; see ort_worker.py."""
 
-    def __init__(self, module: lstm_ext.LSTM, x: Tensor, states: tuple[Tensor, Tensor]) -> None:
+    def __init__(
+        self,
+        module: lstm_ext.LSTM,
+        x: Tensor,
+        states: tuple[Tensor, Tensor],
+        quantized: bool = False,
+    ) -> None:
         directions = 2 if module.bidirectional else 1
         flat = [[w.detach().numpy() for w in weights] for weights in module.all_weights]
         inputs = {"x": x.numpy()}
@@ -92,6 +98,7 @@ class Onnxruntime:
             "weights": [flat[k : k + directions] for k in range(0, len(flat), directions)],
             "inputs": inputs,
             "threads": torch.get_num_threads(),
+            "quantized": quantized,
         }
         worker = Path(__file__).with_name("ort_worker.py")
         self._process = subprocess.Popen(
