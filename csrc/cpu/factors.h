@@ -53,6 +53,7 @@ struct Integers {
 };
 using Int16Pair = Integers<int16_t, 2>;
 using UInt8Quad = Integers<uint8_t, 4>;
+using Int8Quad = Integers<int8_t, 4>;
 template <class Number, int kNumbers>
 struct Vector<Integers<Number, kNumbers>> : Vector<int32_t> {};
 
@@ -117,7 +118,9 @@ LSTM_EXT_INLINE Int32s add_pairs(Int32s sum, Int32s a, Int32s b) {
 #endif
 }
 
-// sum + a0 b0 + .. + a3 b3 for a without and b with a sign
+// sum + a0 b0 + .. + a3 b3, for a without and b with a sign; or for both with one, none of them
+// -128: the 8-bit product of AVX2 takes |a| and b with the sign of a b, and its sums of two then
+// stay within 16 bits.
 #if defined(LSTM_EXT_HAS_INT8_PRODUCT)
 LSTM_EXT_INLINE Int32s add_quads(Int32s sum, Int32s a, Int32s b) {
 #if LSTM_EXT_VECTOR_BYTES == 64
@@ -127,6 +130,13 @@ LSTM_EXT_INLINE Int32s add_quads(Int32s sum, Int32s a, Int32s b) {
   return bit_cast<Int32s>(
       _mm256_dpbusd_avx_epi32(bit_cast<__m256i>(sum), bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
 #endif
+}
+#elif LSTM_EXT_VECTOR_BYTES == 32
+LSTM_EXT_INLINE Int32s add_quads(Int32s sum, Int32s a, Int32s b) {
+  const __m256i sign = bit_cast<__m256i>(a);
+  const __m256i pairs =
+      _mm256_maddubs_epi16(_mm256_abs_epi8(sign), _mm256_sign_epi8(bit_cast<__m256i>(b), sign));
+  return sum + bit_cast<Int32s>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 #endif
 
@@ -139,8 +149,8 @@ LSTM_EXT_INLINE V multiply_add(V sum, typename Vector<F>::type a, typename Vecto
         _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
   else
 #endif
-#if defined(LSTM_EXT_HAS_INT8_PRODUCT)
-      if constexpr (std::is_same_v<F, UInt8Quad>)
+#if defined(LSTM_EXT_HAS_INT8_PRODUCT) || LSTM_EXT_VECTOR_BYTES == 32
+      if constexpr (std::is_same_v<F, UInt8Quad> || std::is_same_v<F, Int8Quad>)
     return add_quads(sum, a, b);
   else
 #endif

@@ -46,6 +46,14 @@ struct IntegerWeight<UInt8Quad> {
   static constexpr int32_t kOffset = 128;
   int8_t k[kDepth];
 };
+template <>
+struct IntegerWeight<Int8Quad> {
+  static constexpr int kDepth = 4;
+  static constexpr int32_t kOffset = 0;
+  int8_t k[kDepth];
+};
+// Of rows in 8 bits, where the processor has no product of its own for them.
+using ByteFactor = std::conditional_t<LSTM_EXT_VECTOR_BYTES == 32, Int8Quad, Int16Pair>;
 
 LSTM_EXT_INLINE Int32s load(const IntegerWeight<Int16Pair>* p) {
   typedef int8_t Int8s __attribute__((vector_size(LSTM_EXT_VECTOR_BYTES / 2)));
@@ -55,9 +63,10 @@ LSTM_EXT_INLINE Int32s load(const IntegerWeight<Int16Pair>* p) {
   return bit_cast<Int32s>(__builtin_convertvector(v, Int16s));
 }
 LSTM_EXT_INLINE Int32s load(const IntegerWeight<UInt8Quad>* p) {
-  Int32s v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
+  return load(reinterpret_cast<const int32_t*>(p));
+}
+LSTM_EXT_INLINE Int32s load(const IntegerWeight<Int8Quad>* p) {
+  return load(reinterpret_cast<const int32_t*>(p));
 }
 
 // A block of packed weights: one vector of hidden units with all gates, or all units if few.

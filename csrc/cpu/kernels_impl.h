@@ -69,7 +69,7 @@ constexpr LayerKernels layer_table() {
   set_weights<S>(typename WeightTypesOf<S>::Type(), table.weights);
   if constexpr (std::is_same_v<S, float>) {
     table.weights[static_cast<int>(WeightType::kInt8)] =
-        integer_weights<Int16Pair, Int8Activations>();
+        integer_weights<ByteFactor, Int8Activations>();
     table.weights[static_cast<int>(WeightType::kInt8Int16)] =
         integer_weights<Int16Pair, Int16Activations>();
   }
