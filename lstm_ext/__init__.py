@@ -1,7 +1,8 @@
 """lstm_ext: the LSTM as fused operations, drop-ins for ``torch.nn.LSTMCell`` and ``torch.nn.LSTM``.
 
 ``LSTMCell`` and ``LSTM`` are the modules, ``lstm_cell`` and ``lstm`` their functional forms;
-``convert`` puts them in the place of torch's modules, ``freeze`` packs their weights for inference;
+``convert`` puts them in the place of torch's modules, ``freeze`` packs their weights for inference,
+``frozen_error`` says what that costs in accuracy;
 ``trace_gates`` looks inside, ``plot`` draws what it finds; ``LSTMCellFunction`` is the autograd
 Function, ``reference`` the same in plain torch operations, ``build_info`` what was compiled.
 """
@@ -20,11 +21,13 @@ from lstm_ext.convert import convert, revert
 from lstm_ext.frozen import freeze, unfreeze
 from lstm_ext.functional import LayerWeights, lstm, lstm_cell
 from lstm_ext.inspect import plot
+from lstm_ext.inspect.frozen import FrozenError, frozen_error
 from lstm_ext.inspect.gates import GateTrace, trace_gates
 from lstm_ext.layer import LSTM
 
 __all__ = [
     "LSTM",
+    "FrozenError",
     "GateTrace",
     "LSTMCell",
     "LSTMCellFunction",
@@ -34,6 +37,7 @@ __all__ = [
     "convert",
     "cuda_backend",
     "freeze",
+    "frozen_error",
     "lstm",
     "lstm_cell",
     "onnx_translations",

@@ -1,1 +1,5 @@
-"""Look inside an LSTM: its gates and states, step by step (``gates``), and pictures (``plot``)."""
+"""Look inside an LSTM.
+
+Its gates and states, step by step (``gates``), what freezing costs (``frozen``), and pictures
+(``plot``).
+"""

@@ -6,7 +6,7 @@ or ``"gates.svg"`` writes it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -273,6 +273,45 @@ def half_life(trace: Trace) -> Figure:
     )
     if trace.i.shape[0] > 1:
         axis.legend()
+    return figure
+
+
+class Errors(Protocol):
+    """What :func:`frozen_error` draws: as :class:`lstm_ext.FrozenError` has it."""
+
+    @property
+    def output(self) -> float:
+        """Of all outputs."""
+
+    @property
+    def over_time(self) -> Tensor:
+        """Of each step, (L,)."""
+
+
+def frozen_error(errors: Mapping[str, Errors]) -> Figure:
+    """Draw the error of frozen modules over time, in percent, one line for each module.
+
+    Args:
+        errors: of :func:`lstm_ext.frozen_error`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = _figure(8, 4)
+    axis = figure.subplots()
+    for name, error in errors.items():
+        label = f"{name or 'the module'}, {error.output:.2%} in all"
+        steps = range(len(error.over_time))
+        marker = "o-" if len(steps) < STEPS else "-"
+        axis.plot(steps, 100 * error.over_time.cpu().numpy(), marker, markersize=3, label=label)
+    axis.set(
+        title="error of the outputs of frozen modules",
+        xlabel="step",
+        ylabel="percent of the outputs",
+    )
+    axis.set_ylim(bottom=0)
+    axis.locator_params(axis="x", integer=True)
+    axis.legend()
     return figure
 
 
