@@ -33,7 +33,7 @@ def programs():
     """Compile them where `make` would: what is there already is not made again."""
     headers()
     names = [check.stem for check in CHECKS]
-    names += ["micro", "bench_layer-all_on", "bench_layer-all_off"]
+    names += ["micro", "bench_layer-all_on"]
     out = ROOT / "build" / "gpu" / "native"
     result = run(sys.executable, NATIVE / "build.py", "--out", str(out), "--only", *names)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -58,11 +58,11 @@ def test_programs_explain_themselves(programs):
 
 @pytest.mark.slow
 def test_programs_are_small(programs):
-    # Of which the benchmark is there once a variant; all of them travel to the GPU together.
+    # The benchmark is there once a variant. All of them travel to the GPU together, with the module
+    # (14 MB): 40 MiB in all.
     sizes = {name: program.stat().st_size for name, program in programs.items()}
-    each = sizes.pop("bench_layer-all_on")
-    all_off = sizes.pop("bench_layer-all_off")
-    assert sum(sizes.values()) + max(each, all_off) * len(native_build.variants()) < 25e6
+    benchmark = sizes.pop("bench_layer-all_on")
+    assert sum(sizes.values()) + benchmark * len(native_build.variants()) < 27.5e6
 
 
 # ---- How they are compiled: with a compiler that only copies.
