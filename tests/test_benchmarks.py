@@ -50,6 +50,7 @@ def test_benchmark_and_report(tmp_path):
     assert "| 1 x 3 -> 2 |" in markdown
 
 
+@pytest.mark.slow
 def test_sequence_benchmark(tmp_path):
     out = tmp_path / "sequence.json"
     result = run(
@@ -74,6 +75,25 @@ def test_sequence_benchmark(tmp_path):
         row = rows[mode]
         flops = row["gflops"] * 1e3 * row["microseconds"]["lstm_ext"]
         assert flops == pytest.approx(per_step * products)
+
+
+@pytest.mark.slow
+def test_frozen_benchmark(tmp_path):
+    out = tmp_path / "frozen.json"
+    result = run(
+        BENCHMARKS / "bench_frozen.py", "--shapes", "9x3x8x24", "--threads", 1, "--rounds", 2,
+        "--peers", "nn.LSTM", "torch.ao int8", "--out", out,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = {row["mode"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["float32", "bfloat16", "int8", "int8, int16 activations"]
+    for mode, row in rows.items():
+        times, errors = row["microseconds"], row["error_percent"]
+        rival = times["nn.LSTM" if mode == "float32" else "torch.ao int8"]
+        assert row["ratio"] == pytest.approx(rival / times["lstm_ext"])
+        assert (errors["lstm_ext"] < 1e-3) == (mode == "float32")
+        assert errors["lstm_ext"] < errors["torch.ao int8"] < 10
+    assert "times float32" in result.stdout
 
 
 @pytest.mark.slow

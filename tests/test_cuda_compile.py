@@ -66,8 +66,10 @@ def version():
     return re.search(r"release ([\d.]+)", said.stdout).group(1)
 
 
-@pytest.mark.parametrize("kernels", ["few", *slow("all")])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "kernels"),
+    [("sm_90", "few"), *slow(("sm_80", "few"), *((name, "all") for name in ARCHITECTURES))],
+)
 def test_kernels_compile_as_before(architecture, kernels):
     headers()
     small = ("cell_finish", "copy_numbers")

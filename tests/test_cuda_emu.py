@@ -77,13 +77,22 @@ def run(program, *arguments):
     )
 
 
+def kernels_of(check):
+    """The kernels that a check calls."""
+    return [k for k in NATIVE_BUILD.programs()[check.stem].sources if k.suffix == ".cu"]
+
+
+AMOUNTS = [("none", "fewest"), ("none", "all"), ("address", "few"), ("thread", "few")]
+FIRST, *OTHERS = [(check, *amount) for check in CHECKS for amount in AMOUNTS]
+
+
 @pytest.mark.parametrize(
-    ("sanitizer", "amount"),
-    [("none", "fewest"), *slow(("none", "all"), ("address", "few"), ("thread", "few"))],
+    ("check", "sanitizer", "amount"),
+    [FIRST, *slow(*OTHERS)],
+    ids=lambda value: getattr(value, "stem", value),
 )
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.stem)
 def test_kernels(check, sanitizer, amount, build):
-    program = build([*KERNELS, check], sanitizer)
+    program = build([*kernels_of(check), check], sanitizer)
     result = run(program, *([] if amount == "all" else [amount]))
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     comparisons, failures = result.stdout.split()[-4], result.stdout.split()[-2]
@@ -97,6 +106,7 @@ def launches(build):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_launches_are_as_before(build):
     # On purpose? python tests/test_cuda_emu.py
     found, pinned = launches(build).splitlines(), LAUNCHES.read_text().splitlines()
@@ -479,8 +489,8 @@ def test_broken_kernels_are_found(mutation, build, tmp_path):
     check = layer if "layer" in file or "chunk" in mutation else cell
     if file.startswith(("layer_small", "layer_cluster", "register_weights")):
         check = ways
-    # The check's kernels, and of them those that read the broken file.
-    kernels = [k for k in NATIVE_BUILD.programs()[check.stem].sources if k.suffix == ".cu"]
+    kernels = kernels_of(check)
+    # Those that read the broken file.
     broken = [k for k in kernels if CSRC / "cuda" / file in NATIVE_BUILD.texts(k, {})]
     assert broken
     kernels = [csrc / "cuda" / k.name if k in broken else k for k in kernels]

@@ -92,6 +92,7 @@ def test_two_processes(options, tmp_path):
     assert not torch.allclose(untrained(x)[0], found[1](x)[0], atol=0.1)
 
 
+@pytest.mark.slow
 def test_lecture_script():
     """The notebook's twin: its own assertions hold the lecture's numbers."""
     result = subprocess.run(

@@ -55,7 +55,11 @@ def gradients(call, model, x):
     return torch.autograd.grad(call(x).square().sum(), [x, *model.parameters()])
 
 
-@pytest.mark.parametrize("dynamic", [False, *slow(True)])
+@pytest.mark.parametrize(
+    ("model", "dynamic"),
+    [("tagger", False), *slow(("stepper", False), ("stepper", True), ("tagger", True))],
+    indirect=["model"],
+)
 @pytest.mark.usefixtures("allow_rnn")
 def test_compile_forward_and_backward(model, dynamic):
     torch._dynamo.reset()

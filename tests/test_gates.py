@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from limits import slow
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
@@ -210,6 +211,7 @@ def test_device(device, kind):
     assert lstm_ext.trace_gates(module, packed).c.device == x.device
 
 
+@pytest.mark.parametrize("kind", ["lstm_ext", *slow("torch.nn")], indirect=True)
 def test_gradients_of_a_trace(kind):
     """Of the gates with respect to weights, input and states; twice too."""
     module = kind(I, H, num_layers=2, dtype=torch.float64)

@@ -600,6 +600,7 @@ def test_a_line_a_test(tmp_path):
     assert done.returncode == 1
 
 
+@pytest.mark.slow
 def test_skipped_tests_have_not_passed(tmp_path):
     done, _ = with_lines(tmp_path, TESTS, which="::test_skipped")
     assert done.returncode == 77
@@ -627,6 +628,7 @@ def state(request):
 """
 
 
+@pytest.mark.slow
 def test_a_broken_cuda_does_not_fail_all_later_tests(tmp_path):
     _, lines = with_lines(tmp_path, BROKEN, "-n", "1")
     latest = {line["test"].split("::")[1]: line["status"] for line in lines}

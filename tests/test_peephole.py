@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from limits import slow
 from measure import DTYPES, Pool, uniform
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -490,7 +491,7 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("table", [False, True])
-@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, *slow(True)])
 def test_onnx(tmp_path, table, bidirectional):
     ort = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
