@@ -24,6 +24,7 @@ TORCH = "nn.LSTM"
 NO_ONEDNN = "nn.LSTM without oneDNN"
 CELLS = "loop of nn.LSTMCell"
 ORT = "onnxruntime"
+VNNI = ("AVX2_VNNI", "AVX512_VNNI", "AVX512_BF16")  # instruction sets that have it
 
 Layer = Callable[..., Any]
 
@@ -99,6 +100,7 @@ class Onnxruntime:
             "inputs": inputs,
             "threads": torch.get_num_threads(),
             "quantized": quantized,
+            "vnni": lstm_ext.build_info()["cpu_instruction_set"] in VNNI,
         }
         worker = Path(__file__).with_name("ort_worker.py")
         self._process = subprocess.Popen(
