@@ -92,6 +92,9 @@ void finish_cells_of(const CellRows<S>& cells, int64_t rows, int64_t unit, int u
 template <class S, class... Cell>
 void finish_cells(CellList<Cell...> /*cells*/, const CellRows<S>& cells, int64_t rows, int64_t unit,
                   int units, int64_t gate_stride, const ComputeType<S>* sums) {
+  // By its name, so that what the caller leaves null is known in it.
+  if (cells.cell.variant == kPlainCell)
+    return finish_cells_of<S, PlainCell>(cells, rows, unit, units, gate_stride, sums);
   static constexpr decltype(&finish_cells_of<S, PlainCell>) kOfCell[] = {
       finish_cells_of<S, Cell>...};
   kOfCell[cells.cell.variant](cells, rows, unit, units, gate_stride, sums);
