@@ -35,7 +35,7 @@ const InstructionSet& active() {
                             kIntegersAVX512VNNI};
     }
     if (capability.rfind("AVX", 0) == 0) {
-      if (__builtin_cpu_supports("avxvnni") && asked != "avx2")
+      if (has_avx_vnni() && asked != "avx2")
         return InstructionSet{"AVX2_VNNI", kKernelsAVX2, nullptr, kIntegersAVX2VNNI};
       return InstructionSet{"AVX2", kKernelsAVX2};
     }

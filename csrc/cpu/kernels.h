@@ -1,6 +1,10 @@
 // All CPU kernels of one dtype, and how they are chosen.
 #pragma once
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "cpu/cell_kernels.h"
 #include "cpu/layer_kernels.h"
 
@@ -12,16 +16,27 @@ struct Kernels {
   ProductKernels product;
 };
 
+// Of weights, from kFirstIntegerType on.
+inline constexpr int kIntegerTypes = kWeightTypes - kFirstIntegerType;
+
 // One table per instruction set, indexed by Dtype.
 extern const Kernels kKernelsDefault[kDtypes];
 #if defined(__x86_64__)
 extern const Kernels kKernelsAVX2[kDtypes];
 extern const Kernels kKernelsAVX512[kDtypes];
 extern const Kernels kKernelsAVX512BF16;  // for bfloat16 alone
-// For float and the integer types alone, from kFirstIntegerType on.
-inline constexpr int kIntegerTypes = kWeightTypes - kFirstIntegerType;
+// For float and the integer types alone.
 extern const WeightKernels kIntegersAVX2VNNI[kIntegerTypes];
 extern const WeightKernels kIntegersAVX512VNNI[kIntegerTypes];
+#endif
+
+#if defined(__x86_64__)
+// AVX-VNNI, which not every compiler's __builtin_cpu_supports knows; to be asked where there is
+// AVX2.
+inline bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
 #endif
 
 // The instruction sets compiled in, comma-separated, and the one that at::get_cpu_capability()

@@ -538,7 +538,8 @@ int main() {
               {name, &table, &kernels[type], static_cast<WeightType>(kFirstIntegerType + type)});
   };
   add_integers("VNNI by hand", "AVX2", kIntegersByHand);
-  if (__builtin_cpu_supports("avxvnni")) add_integers("AVX2_VNNI", "AVX2", kIntegersAVX2VNNI);
+  if (__builtin_cpu_supports("avx2") && has_avx_vnni())
+    add_integers("AVX2_VNNI", "AVX2", kIntegersAVX2VNNI);
   if (__builtin_cpu_supports("avx512vnni"))
     add_integers("AVX512_VNNI", "AVX512", kIntegersAVX512VNNI);
 #endif
