@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=1500, help="of training")
+    parser.add_argument("--steps", type=int, default=400, help="of training")
     parser.add_argument("--resemblyzer", type=Path, help="its pretrained.pt")
     default = Path(__file__).parent / "results" / "accuracy_frozen.json"
     parser.add_argument("--out", type=Path, default=default)
