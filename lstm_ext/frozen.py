@@ -43,12 +43,13 @@ def freeze(
             they are replaced in place. In evaluation mode, on the CPU.
         weights: how the packed weights are stored, for modules in float32. None: as they are.
             "bfloat16": rounded to bfloat16, in half the memory; the error of the outputs is some
-            0.2 to 0.5 %. With AVX2 alone it is slower than None. "int8": rounded to 8-bit integers, with a scale for each row of the
-            matrices, in a quarter of the memory. Input and hidden state are then rounded as well,
-            with a scale for each row at each step, and the products summed exactly; biases, gates
-            and cell state stay in float32. The error is some 0.5 to 2 % where the numbers of a row
-            are of like size, and far more where they are not (powers of a spectrum: 28 %); see
-            :func:`lstm_ext.frozen_error`. Rows whose numbers are all below 2^-100 count as zero.
+            0.2 to 0.5 %. With AVX2 alone it is slower than None. "int8": rounded to 8-bit integers,
+            with a scale for each row of the matrices, in a quarter of the memory. Input and hidden
+            state are then rounded as well, with a scale for each row at each step, and the products
+            summed exactly; biases, gates and cell state stay in float32. The error is some 0.5 to
+            2 % where the numbers of a row are of like size, and far more where they are not (powers
+            of a spectrum: 28 %); see :func:`lstm_ext.frozen_error`. Rows whose numbers are all
+            below 2^-100 count as zero.
         activations: for weights="int8": how input and hidden state are rounded. None: to 8-bit
             integers. "int16": to 16 bits, or as many as sums of so many products have room for;
             half the error, and slower where the processor multiplies 8-bit integers.
