@@ -465,9 +465,79 @@ MUTATIONS |= {
         "((set * kRows + place.row)",
         "none",
     ),
+    "no barrier between a small layer's steps back": (
+        "layer_backward_small_mma.cu",
+        "    __syncthreads();\n    float sums",
+        "    float sums",
+        "none",
+    ),
+    "the same back by multiply-adds": (
+        "layer_backward_small_fma.cu",
+        "    __syncthreads();\n    const float* const read_grads",
+        "    const float* const read_grads",
+        "none",
+    ),
+    "gradients of the step before": (
+        "layer_backward_small_mma.cu",
+        "read_grads + kSet * kRows * kStride",
+        "read_grads + (1 - kSet) * kRows * kStride",
+        "none",
+    ),
+    "the last gates not read": (
+        "backward_elements.cuh",
+        "step + kSets < layer_.sequence.L",
+        "step + kSets + 1 < layer_.sequence.L",
+        "none",
+    ),
+    "a row beyond the last, backward": (
+        "backward_elements.cuh",
+        "own && unit < H_ && first_row + row < sequence.N",
+        "own && unit < H_",
+        "address",
+    ),
+    "a bias without its last rows": (
+        "backward_elements.cuh",
+        "part < kBlockRows / kRows;",
+        "part < kBlockRows / kRows - 1;",
+        "none",
+    ),
+    "parts of one block left out": (
+        "layer_backward_cluster.cu",
+        "for (int block = 0; block < kBlocks;",
+        "for (int block = 1; block < kBlocks;",
+        "none",
+    ),
+    "parts in the wrong copy": (
+        "layer_backward_cluster.cu",
+        "static_cast<unsigned>(kSet * kBlocks * kPart +",
+        "static_cast<unsigned>((1 - kSet) * kBlocks * kPart +",
+        "none",
+    ),
+    "one thread that waits for parts": (
+        "layer_backward_cluster.cu",
+        "    cluster::wait(&barriers[set]",
+        "    if (thread == 0) cluster::wait(&barriers[set]",
+        "none",
+    ),
+    "more parts expected than come": (
+        "layer_backward_cluster.cu",
+        "static_cast<unsigned>(kBlocks * kPart)",
+        "static_cast<unsigned>((kBlocks + 1) * kPart)",
+        "bytes that never come",
+    ),
+    "no barrier before a cluster's products": (
+        "layer_backward_cluster.cu",
+        "    __syncthreads();\n    if (step >= sends)",
+        "    if (step >= sends)",
+        "none",
+    ),
 }
 
 
+IN_REGISTERS = (
+    "layer_small", "layer_cluster", "layer_backward_small", "layer_backward_cluster",
+    "backward_elements", "register_weights",
+)  # fmt: skip
 FEW = ("gates in another order",)
 
 
@@ -487,7 +557,7 @@ def test_broken_kernels_are_found(mutation, build, tmp_path):
     cell, layer, ways = CHECKS
     # The layer's kernels stage what they multiply, the cell's do not.
     check = layer if "layer" in file or "chunk" in mutation else cell
-    if file.startswith(("layer_small", "layer_cluster", "register_weights")):
+    if file.startswith(IN_REGISTERS):
         check = ways
     kernels = kernels_of(check)
     # Those that read the broken file.

@@ -50,7 +50,17 @@ struct PlainCell {
   template <class M, class V>
   static LSTM_EXT_INLINE Gates<V> backward(const Gates<V>& gate, V c, const V* /*weights*/,
                                            V grad_h, V grad_c_next, V& grad_c) {
-    const V tanh_c = M::tanh(next_cell_state(gate, c));
+    return backward_from(gate, c, tanh_next<M>(gate, c), grad_h, grad_c_next, grad_c);
+  }
+
+  // backward in two parts: tanh(c'), which needs no gradient, and the rest.
+  template <class M, class V>
+  static LSTM_EXT_INLINE V tanh_next(const Gates<V>& gate, V c) {
+    return M::tanh(next_cell_state(gate, c));
+  }
+  template <class V>
+  static LSTM_EXT_INLINE Gates<V> backward_from(const Gates<V>& gate, V c, V tanh_c, V grad_h,
+                                                V grad_c_next, V& grad_c) {
     const V grad_state = grad_c_next + grad_h * gate.o * (1 - tanh_c * tanh_c);
     const Gates<V> grad = {
         grad_state * gate.g * gate.i * (1 - gate.i), grad_state * c * gate.f * (1 - gate.f),

@@ -2,6 +2,7 @@
 // in another, barriers that count bytes, and stores that complete them.
 #pragma once
 
+#include "cuda/kernels.h"
 #include "cuda/platform.cuh"
 
 // Whether the code that is being compiled may use them: launch() runs none that may not.
@@ -85,3 +86,22 @@ __device__ inline void wait(uint64_t* barrier, unsigned parity) {
 
 }  // namespace lstm_ext::cuda::cluster
 #endif
+
+namespace lstm_ext::cuda {
+
+// How many clusters surely run at once: one fewer than the multiprocessors would do for, which lie
+// in groups that a cluster cannot cross. (132 of an H100: 15 of 8 blocks, 7 of 16.)
+inline int clusters_at_once(int blocks, const Device& device) {
+  const int all = device.multiprocessors / blocks;
+  return all > 1 ? all - 1 : all;
+}
+
+// In how many turns clusters of a shape take N rows.
+template <class Shape>
+int64_t turns_of(Shape /*shape*/, int64_t N, const Device& device) {
+  const int64_t clusters = (N + Shape::kRows - 1) / Shape::kRows;
+  const int at_once = clusters_at_once(Shape::kBlocks, device);
+  return at_once > 0 ? (clusters + at_once - 1) / at_once : 0;
+}
+
+}  // namespace lstm_ext::cuda

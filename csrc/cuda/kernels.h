@@ -143,18 +143,50 @@ struct LayerBackward {
   T* grad_gates;               // [S, 4H]: of the pre-activations
   T *grad_hx, *grad_cx;        // [N, H] or null: not wanted
   int H;
+  // [layer_backward_sums, 4H]: together the gradient of a bias; or null: not wanted
+  float* bias_sums = nullptr;
   int variant = kPlainCell;
   const T* unit_weights = nullptr;
 };
 
+// The way that is estimated to be the fastest for a layer.
 template <class T>
-bool layer_backward_fits(const LayerBackward<T>& layer, const Device& device);
+LayerWay layer_backward_way(const LayerBackward<T>& layer, const Device& device);
 
-// All steps in one launch, as in layer_forward. The gradients of the weights are products of
-// grad_gates and sums of them, left to the library.
+// All steps in one launch by that way, as in layer_forward. The gradients of the weights are
+// products of grad_gates, left to the library, and so are those of the biases where a way makes no
+// sums of its own.
 template <class T>
-cudaError_t layer_backward(const LayerBackward<T>& layer, const Device& device,
+cudaError_t layer_backward(const LayerBackward<T>& layer, const Device& device, LayerWay way,
                            cudaStream_t stream);
+
+// How many rows of bias_sums a way makes: 0 if none.
+template <class T>
+int64_t layer_backward_sums(const LayerBackward<T>& layer, const Device& device, LayerWay way);
+
+// The ways one by one, made for what those of layer_forward are made for. The small one and the
+// one in clusters make a row of bias_sums for every block or cluster.
+template <class T>
+bool layer_backward_small_fits(const LayerBackward<T>& layer, const Device& device);
+template <class T>
+int64_t layer_backward_small_blocks(const LayerBackward<T>& layer, const Device& device);
+template <class T>
+cudaError_t layer_backward_small(const LayerBackward<T>& layer, const Device& device,
+                                 cudaStream_t stream);
+
+template <class T>
+int64_t layer_backward_cluster_turns(const LayerBackward<T>& layer, const Device& device);
+template <class T>
+int64_t layer_backward_clusters(const LayerBackward<T>& layer, const Device& device);
+template <class T>
+cudaError_t layer_backward_cluster(const LayerBackward<T>& layer, const Device& device,
+                                   cudaStream_t stream);
+
+template <class T>
+bool layer_backward_shared_fits(const LayerBackward<T>& layer, const Device& device);
+template <class T>
+cudaError_t layer_backward_shared(const LayerBackward<T>& layer, const Device& device,
+                                  cudaStream_t stream);
 
 template <class T>
 struct CellBackward {

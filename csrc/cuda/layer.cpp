@@ -188,6 +188,7 @@ struct StepGradients {
   Tensor gates, c_before;
   Tensor of_gates;      // [S, 4H], to be written
   Tensor of_hx, of_cx;  // [N, H]
+  Tensor bias_sums;     // [.., 4H]: partial sums of of_gates, where they were made
 };
 
 // One launch and one library product a step. Writes the gradients of h and c if they are wanted or
@@ -231,22 +232,25 @@ void run_steps_back(const LayerInputs& in, const Sequence& steps, const Tensor& 
   }
 }
 
-void backward(const LayerInputs& in, const Sequence& steps, bool want_hx, StepGradients& grads) {
+void backward(const LayerInputs& in, const Sequence& steps, const Wanted& wanted,
+              StepGradients& grads) {
   const int64_t N = in.hx.size(0), H = in.hx.size(1);
   const Tensor w_hh = dense(in.w_hh), unit_weights = dense(in.unit_weights);
   const Device device = describe_device(in.hx, at::Float32Op::RNN);
-  if (steps.L() == 0 || N == 0 || H == 0) return run_steps_back(in, steps, w_hh, want_hx, grads);
+  if (steps.L() == 0 || N == 0 || H == 0)
+    return run_steps_back(in, steps, w_hh, wanted.hx, grads);
+  LayerWay kernels = LayerWay::kNone;
   const Way way = with_type(in.hx.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
+    const SequenceOnDevice on_device(in, steps);
     LayerBackward<T> layer = {};
-    layer.sequence.N = N;
+    layer.sequence = on_device.sequence;
     layer.H = static_cast<int>(H);
     layer.variant = static_cast<int>(in.variant);
-    if (!layer_backward_fits(layer, device)) return Way::kDoesNotFit;
-    const SequenceOnDevice on_device(in, steps);
-    grads.of_hx = want_hx ? empty({N, H}, in.hx) : Tensor();
+    kernels = layer_backward_way(layer, device);
+    if (kernels == LayerWay::kNone) return Way::kDoesNotFit;
+    grads.of_hx = wanted.hx ? empty({N, H}, in.hx) : Tensor();
     grads.of_cx = empty({N, H}, in.hx);
-    layer.sequence = on_device.sequence;
     layer.grad_output = read<T>(grads.of_output);
     layer.grad_hy = read<T>(grads.of_hy);
     layer.grad_cy = read<T>(grads.of_cy);
@@ -257,11 +261,24 @@ void backward(const LayerInputs& in, const Sequence& steps, bool want_hx, StepGr
     layer.grad_gates = write<T>(grads.of_gates);
     layer.grad_hx = write<T>(grads.of_hx);
     layer.grad_cx = write<T>(grads.of_cx);
-    const bool ran = check_cooperative_launch(layer_backward(layer, device, current_stream()));
+    if (const int64_t rows = layer_backward_sums(layer, device, kernels);
+        rows > 0 && (wanted.b_ih || wanted.b_hh)) {
+      grads.bias_sums = at::empty({rows, 4 * H}, in.hx.options().dtype(at::kFloat));
+      layer.bias_sums = write<float>(grads.bias_sums);
+    }
+    const bool ran =
+        check_cooperative_launch(layer_backward(layer, device, kernels, current_stream()));
     return ran ? Way::kOneLaunch : Way::kRefused;
   });
-  log_way("lstm_layer_backward", in, way, LayerWay::kShared);
-  if (way != Way::kOneLaunch) run_steps_back(in, steps, w_hh, want_hx, grads);
+  log_way("lstm_layer_backward", in, way, kernels);
+  if (way == Way::kOneLaunch) return;
+  grads.bias_sums = Tensor();
+  run_steps_back(in, steps, w_hh, wanted.hx, grads);
+}
+
+Tensor bias_gradient(const StepGradients& grads) {
+  if (!grads.bias_sums.defined()) return grads.of_gates.sum(0);
+  return grads.bias_sums.sum(0).to(grads.of_gates.scalar_type());
 }
 
 LayerOutputs lstm_layer(const LayerInputs& in) {
@@ -297,7 +314,7 @@ Gradients lstm_layer_backward(const LayerOutputGradients& of_outputs, const Laye
   grads.gates = dense(results.gates);
   grads.c_before = dense(results.c_before);
   grads.of_gates = empty({S, 4 * H}, hx);
-  backward(in, steps, wanted.hx, grads);
+  backward(in, steps, wanted, grads);
   const Tensor& grad_gates = grads.of_gates;
   const Tensor rows = in.input.reshape({S, in.input.size(-1)});
   Gradients to;
@@ -308,8 +325,8 @@ Gradients lstm_layer_backward(const LayerOutputGradients& of_outputs, const Laye
   if (wanted.w_hh)
     to.w_hh = S > 0 ? at::mm(grad_gates.t(), h_before(in, steps, results.output.reshape({S, H})))
                     : at::zeros({4 * H, H}, hx.options());
-  if (wanted.b_ih) to.b_ih = grad_gates.sum(0);
-  if (wanted.b_hh) to.b_hh = wanted.b_ih ? to.b_ih.clone() : grad_gates.sum(0);
+  if (wanted.b_ih) to.b_ih = bias_gradient(grads);
+  if (wanted.b_hh) to.b_hh = wanted.b_ih ? to.b_ih.clone() : bias_gradient(grads);
   if (wanted.unit_weights)
     to.unit_weights =
         composite::unit_gradients(in.variant, results.gates, results.c_before, grad_gates);

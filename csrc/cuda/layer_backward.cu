@@ -190,12 +190,12 @@ cudaError_t launch_plan(const LayerBackward<typename Tile::T>& layer, const Plan
 }  // namespace
 
 template <class T>
-bool layer_backward_fits(const LayerBackward<T>& layer, const Device& device) {
+bool layer_backward_shared_fits(const LayerBackward<T>& layer, const Device& device) {
   return choice_for(layer, device).plan.units > 0;
 }
 
 template <class T>
-cudaError_t layer_backward(const LayerBackward<T>& layer, const Device& device,
+cudaError_t layer_backward_shared(const LayerBackward<T>& layer, const Device& device,
                            cudaStream_t stream) {
   const Choice choice = choice_for(layer, device);
   return with_tile<T>(choice.tile_rows, device.tf32, [&](auto tile) {
@@ -206,8 +206,8 @@ cudaError_t layer_backward(const LayerBackward<T>& layer, const Device& device,
 }
 
 #define LSTM_EXT_INSTANTIATE(T)                                                 \
-  template bool layer_backward_fits<T>(const LayerBackward<T>&, const Device&); \
-  template cudaError_t layer_backward<T>(const LayerBackward<T>&, const Device&, cudaStream_t);
+  template bool layer_backward_shared_fits<T>(const LayerBackward<T>&, const Device&); \
+  template cudaError_t layer_backward_shared<T>(const LayerBackward<T>&, const Device&, cudaStream_t);
 LSTM_EXT_EACH_TYPE(LSTM_EXT_INSTANTIATE)
 #undef LSTM_EXT_INSTANTIATE
 

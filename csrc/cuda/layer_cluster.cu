@@ -123,13 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         far_weights[(((chunk - kKept) * 2 + part) * kTiles + tile) * kThreads + thread] =
             uint4{a[part][0], a[part][1], a[part][2], a[part][3]};
     }
-  begin_h<kRows>(layer, first_row, h, kStride, [](T number) {
-    if constexpr (std::is_same_v<T, float>) {
-      const uint32_t rounded = to_tf32(number);
-      std::memcpy(&number, &rounded, sizeof(rounded));
-    }
-    return number;
-  });
+  begin_h<kRows>(layer, first_row, h, kStride, factor_of<T>);
   for (int at = thread; at < kGates * kUnits; at += kThreads) {
     const int gate = at / kUnits, unit = first_unit + at % kUnits;
     biases[at] = unit < H ? sum_of_biases(layer.b_ih, layer.b_hh, gate * H + unit) : 0;
@@ -374,20 +368,6 @@ cudaError_t launch_shape(const LayerForward<typename Shape::T>& layer, cudaStrea
   return launch(how, layer_cluster_kernel<Shape>, layer);
 }
 
-// How many clusters surely run at once: one fewer than the multiprocessors would do for, which lie
-// in groups that a cluster cannot cross. (132 of an H100: 15 of 8 blocks, 7 of 16.)
-inline int clusters_at_once(int blocks, const Device& device) {
-  const int all = device.multiprocessors / blocks;
-  return all > 1 ? all - 1 : all;
-}
-
-template <class Shape>
-int64_t turns_of(int64_t N, const Device& device) {
-  const int64_t clusters = (N + Shape::kRows - 1) / Shape::kRows;
-  const int at_once = clusters_at_once(Shape::kBlocks, device);
-  return at_once > 0 ? (clusters + at_once - 1) / at_once : 0;
-}
-
 // body(shape) for the shape of a layer, none(); those compiled are the fastest ones measured. With
 // H of 512, us a step on an H100, 16-bit: 16 blocks take eight rows in 1.5, eight blocks in 2.2,
 // but of those more run at once; TF32: eight rows in 2.4, 16 in 3.6. With H of 768, more chunks in
@@ -401,12 +381,12 @@ auto with_shape(const LayerForward<T>& layer, const Device& device, const Body& 
     using Eight = ClusterShape<T, 16, 4, 4, 8, 5, 1>;
     if (!device.tf32) return none();
     if (H <= 256) return body(ClusterShape<T, 8, 2, 2, 8, 8, 1>());
-    if (H <= 512 && turns_of<Eight>(N, device) == 1) return body(Eight());
+    if (H <= 512 && turns_of(Eight(), N, device) == 1) return body(Eight());
     if (H <= 512) return body(ClusterShape<T, 16, 4, 4, 8, 5, 2>());
   } else {
     using Wide = ClusterShape<T, 16, 4, 4, 4, 4, 1>;
     if (H <= 256) return body(ClusterShape<T, 8, 2, 2, 4, 4, 1>());
-    if (H <= 512 && turns_of<Wide>(N, device) == 1) return body(Wide());
+    if (H <= 512 && turns_of(Wide(), N, device) == 1) return body(Wide());
     if (H <= 512) return body(ClusterShape<T, 8, 4, 2, 8, 6, 1>());
     if (H <= 768) return body(ClusterShape<T, 16, 6, 4, 6, 3, 1>());
   }
@@ -421,9 +401,8 @@ int64_t layer_forward_cluster_turns(const LayerForward<T>& layer, const Device& 
   return with_shape(
       layer, device,
       [&](auto shape) {
-        using Shape = decltype(shape);
-        const bool fits = Shape::kShared <= static_cast<size_t>(device.shared_per_block);
-        return fits ? turns_of<Shape>(layer.sequence.N, device) : 0;
+        const bool fits = decltype(shape)::kShared <= static_cast<size_t>(device.shared_per_block);
+        return fits ? turns_of(shape, layer.sequence.N, device) : 0;
       },
       [] { return int64_t{0}; });
 }

@@ -9,28 +9,6 @@ namespace {
 
 using Activations = std::conditional_t<latency::kQuickFloat, QuickMath, Math>;
 
-// Sums over the kSplit lanes of a unit: each lane ends up with those of its rows, from first on.
-template <int kBit, int kCount, int kRows>
-__device__ inline void sum_over_split(float (&sums)[kRows][kGates], int slice) {
-  if constexpr (kBit > 0 && kCount == 1) {
-#pragma unroll
-    for (int gate = 0; gate < kGates; ++gate)
-      sums[0][gate] += __shfl_xor_sync(kAllLanes, sums[0][gate], kBit);
-    sum_over_split<kBit / 2, 1>(sums, slice);
-  } else if constexpr (kBit > 0) {
-    const bool upper = (slice & kBit) != 0;
-#pragma unroll
-    for (int row = 0; row < kCount / 2; ++row)
-#pragma unroll
-      for (int gate = 0; gate < kGates; ++gate) {
-        const float low = sums[row][gate], high = sums[row + kCount / 2][gate];
-        sums[row][gate] =
-            (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, kBit);
-      }
-    sum_over_split<kBit / 2, kCount / 2>(sums, slice);
-  }
-}
-
 // A unit has kSplit lanes side by side, each kVectors times four numbers along k of all four gates;
 // those from kKept on lie in shared memory.
 template <int kRows_, int kSplit_, int kVectors_, int kKept_>

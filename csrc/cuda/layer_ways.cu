@@ -11,10 +11,15 @@ constexpr bool kHasRegisterWays = latency::kRegisterWays && !std::is_same_v<T, d
 // In clusters a step takes 1 to 4 us, of the shared way 3 to 5, and more with more rows, of steps
 // by themselves 5 at least. So clusters pay where they all run at once, and in two turns where
 // there are too many rows for the shared way.
-template <class T>
-bool clusters_pay(const LayerForward<T>& layer, const Device& device, bool shared_fits) {
-  const int64_t turns = layer_forward_cluster_turns(layer, device);
+bool clusters_pay(int64_t turns, bool shared_fits) {
   return turns > 0 && turns <= (shared_fits ? 1 : 2);
+}
+
+// Where nothing but the plain cell and all rows at every step is asked for.
+template <class Layer>
+bool is_plain(const Layer& layer) {
+  const DeviceSequence& sequence = layer.sequence;
+  return layer.variant == kPlainCell && sequence.offsets == nullptr && sequence.reset == nullptr;
 }
 
 }  // namespace
@@ -23,10 +28,10 @@ template <class T>
 LayerWay layer_forward_way(const LayerForward<T>& layer, const Device& device) {
   const bool shared_fits = layer_forward_shared_fits(layer, device);
   if constexpr (kHasRegisterWays<T>) {
-    const DeviceSequence& sequence = layer.sequence;
-    if (layer.variant == kPlainCell && sequence.offsets == nullptr && sequence.reset == nullptr) {
+    if (is_plain(layer)) {
       if (layer_forward_small_fits(layer, device)) return LayerWay::kSmall;
-      if (clusters_pay(layer, device, shared_fits)) return LayerWay::kCluster;
+      if (clusters_pay(layer_forward_cluster_turns(layer, device), shared_fits))
+        return LayerWay::kCluster;
     }
   }
   return shared_fits ? LayerWay::kShared : LayerWay::kNone;
@@ -43,10 +48,47 @@ cudaError_t layer_forward(const LayerForward<T>& layer, const Device& device, La
                                   : cudaErrorNotSupported;
 }
 
+template <class T>
+LayerWay layer_backward_way(const LayerBackward<T>& layer, const Device& device) {
+  const bool shared_fits = layer_backward_shared_fits(layer, device);
+  if constexpr (kHasRegisterWays<T>) {
+    if (is_plain(layer)) {
+      if (layer_backward_small_fits(layer, device)) return LayerWay::kSmall;
+      if (clusters_pay(layer_backward_cluster_turns(layer, device), shared_fits))
+        return LayerWay::kCluster;
+    }
+  }
+  return shared_fits ? LayerWay::kShared : LayerWay::kNone;
+}
+
+template <class T>
+cudaError_t layer_backward(const LayerBackward<T>& layer, const Device& device, LayerWay way,
+                           cudaStream_t stream) {
+  if constexpr (kHasRegisterWays<T>) {
+    if (way == LayerWay::kSmall) return layer_backward_small(layer, device, stream);
+    if (way == LayerWay::kCluster) return layer_backward_cluster(layer, device, stream);
+  }
+  return way == LayerWay::kShared ? layer_backward_shared(layer, device, stream)
+                                  : cudaErrorNotSupported;
+}
+
+template <class T>
+int64_t layer_backward_sums(const LayerBackward<T>& layer, const Device& device, LayerWay way) {
+  if constexpr (kHasRegisterWays<T>) {
+    if (way == LayerWay::kSmall) return layer_backward_small_blocks(layer, device);
+    if (way == LayerWay::kCluster) return layer_backward_clusters(layer, device);
+  }
+  return 0;
+}
+
 #define LSTM_EXT_INSTANTIATE(T)                                                          \
   template LayerWay layer_forward_way<T>(const LayerForward<T>&, const Device&);         \
   template cudaError_t layer_forward<T>(const LayerForward<T>&, const Device&, LayerWay, \
-                                        cudaStream_t);
+                                        cudaStream_t);                                   \
+  template LayerWay layer_backward_way<T>(const LayerBackward<T>&, const Device&);         \
+  template cudaError_t layer_backward<T>(const LayerBackward<T>&, const Device&, LayerWay, \
+                                         cudaStream_t);                                    \
+  template int64_t layer_backward_sums<T>(const LayerBackward<T>&, const Device&, LayerWay);
 LSTM_EXT_INSTANTIATE(float)
 LSTM_EXT_INSTANTIATE(double)
 LSTM_EXT_INSTANTIATE(__half)

@@ -51,6 +51,16 @@ __device__ inline void words_of(const Vector<T, kFullVector<T>>& numbers, uint32
   }
 }
 
+// A factor as the tensor cores want it, in the place of its number: float rounded to TF32.
+template <class T>
+__device__ inline T factor_of(T number) {
+  if constexpr (std::is_same_v<T, float>) {
+    const uint32_t rounded = to_tf32(number);
+    std::memcpy(&number, &rounded, sizeof(rounded));
+  }
+  return number;
+}
+
 template <class T>
 __device__ inline void mma_of(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<T, float>)
@@ -66,6 +76,54 @@ __device__ inline void operands_of(const uint32_t (&row)[4], const uint32_t (&ot
   for (int part = 0; part < 2; ++part) {
     products[part][0] = row[2 * part], products[part][1] = other[2 * part];
     products[part][2] = row[2 * part + 1], products[part][3] = other[2 * part + 1];
+  }
+}
+
+// 16 bytes of numbers of two columns of a matrix that lie side by side, of rows of H; zeros beyond.
+// row_of(j): the row of a column's j-th number, or null. in_pairs: both may be read at once.
+template <class T, class RowOf>
+__device__ inline void columns_of(const RowOf& row_of, int column, int H, bool in_pairs,
+                                  uint32_t (&first)[4], uint32_t (&second)[4]) {
+  constexpr int kStep = kFullVector<T>;
+  Vector<T, kStep> numbers[2];
+#pragma unroll
+  for (int j = 0; j < kStep; ++j) {
+    Vector<T, 2> pair = {narrow<T>(0), narrow<T>(0)};
+    const T* const row = row_of(j);
+    if (row != nullptr && column < H) {
+      if (in_pairs) {
+        pair = *reinterpret_cast<const Vector<T, 2>*>(row + column);
+      } else {
+        pair.at[0] = row[column];
+        if (column + 1 < H) pair.at[1] = row[column + 1];
+      }
+    }
+    numbers[0].at[j] = pair.at[0], numbers[1].at[j] = pair.at[1];
+  }
+  words_of(numbers[0], first);
+  words_of(numbers[1], second);
+}
+
+// Sums over lanes side by side, twice kBit of them, of kRows rows of sums: each lane ends up with
+// those of its rows, from the first on.
+template <int kBit, int kCount, int kRows, int kWide>
+__device__ inline void sum_over_split(float (&sums)[kRows][kWide], int slice) {
+  if constexpr (kBit > 0 && kCount == 1) {
+#pragma unroll
+    for (int j = 0; j < kWide; ++j)
+      sums[0][j] += __shfl_xor_sync(kAllLanes, sums[0][j], kBit);
+    sum_over_split<kBit / 2, 1>(sums, slice);
+  } else if constexpr (kBit > 0) {
+    const bool upper = (slice & kBit) != 0;
+#pragma unroll
+    for (int row = 0; row < kCount / 2; ++row)
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) {
+        const float low = sums[row][j], high = sums[row + kCount / 2][j];
+        sums[row][j] =
+            (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, kBit);
+      }
+    sum_over_split<kBit / 2, kCount / 2>(sums, slice);
   }
 }
 

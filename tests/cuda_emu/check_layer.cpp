@@ -9,56 +9,9 @@ namespace {
 using namespace lstm_ext::cuda;
 using check::Buffer;
 using check::Case;
-using check::draw;
-using check::sigmoid;
-using check::Steps;
-using check::tolerance;
-using check::Values;
 
 check::Report report;
 bool few = false, fewest = false;
-
-struct Gradients {
-  Values gates, hx, cx;
-};
-
-// Rounds to T what the kernel rounds from step to step: the gradients of the gates.
-template <class T>
-Gradients expect_back(const Case& test, const std::vector<int64_t>& offsets,
-                      const std::vector<char>& reset, const Values& w_hh, const Values& gates,
-                      const Values& c_before, const Values& grad_output, Values h, Values c) {
-  const int H = test.H;
-  Gradients out = {Values(gates.size()), {}, {}};
-  for (int step = test.L - 1; step >= 0; --step) {
-    const int t = test.reverse ? test.L - 1 - step : step;
-    check::for_rows(offsets[t + 1] - offsets[t], 4.0 * H * H, [&](int64_t n) {
-      const size_t row = offsets[t] + n;
-      double* const grad = &out.gates[row * 4 * H];
-      for (int u = 0; u < H; ++u) {
-        const double* const kept = &gates[row * 4 * H + u];
-        const double i = kept[0], f = kept[H], g = kept[2 * H], o = kept[3 * H];
-        const double before = c_before[row * H + u], tanh_c = std::tanh(f * before + i * g);
-        const double grad_h = h[n * H + u] + grad_output[row * H + u];
-        const double grad_c = c[n * H + u] + grad_h * o * (1 - tanh_c * tanh_c);
-        const double exact[4] = {grad_c * g * i * (1 - i), grad_c * before * f * (1 - f),
-                                 grad_c * i * (1 - g * g), grad_h * tanh_c * o * (1 - o)};
-        for (int q = 0; q < 4; ++q) grad[q * H + u] = static_cast<double>(T(exact[q]));
-        c[n * H + u] = grad_c * f;
-      }
-      const bool starts = test.reset && reset[t * test.N + n];
-      Values sums(H);
-      for (int k = 0; k < 4 * H; ++k)
-        for (int u = 0; u < H; ++u) sums[u] += grad[k] * w_hh[size_t(k) * H + u];
-      for (int u = 0; u < H; ++u) {
-        h[n * H + u] = starts ? 0 : sums[u];
-        if (starts) c[n * H + u] = 0;
-      }
-    });
-  }
-  out.hx = h;
-  out.cx = c;
-  return out;
-}
 
 // Shared memory for a test: enough for all of w_hh, or the least that will do, so that the units
 // are spread over many blocks. The same with the fewest multiprocessors that will do: many rows or
@@ -92,7 +45,7 @@ template <class T>
 bool backward_fits(const Case& test, const Device& device) {
   LayerBackward<T> sizes = {};
   sizes.sequence.N = test.N, sizes.H = test.H;
-  return layer_backward_fits(sizes, device);
+  return layer_backward_shared_fits(sizes, device);
 }
 
 template <class T>
@@ -104,57 +57,9 @@ void check_forward(const Case& test, Shared shared, bool tf32 = false) {
 
 template <class T>
 void check_backward(const Case& test, Shared shared, bool tf32 = false) {
-  const auto [L, N, H, packed, reverse, with_reset, all, off] = test;
   const Device device = device_for(
       shared, tf32, [&](const Device& device) { return backward_fits<T>(test, device); });
-  check::name_case<T>(report, test, device, " backward");
-  std::mt19937 random(L * 5 + N * 37 + H);
-  const Steps steps(test, random);
-  const size_t S = steps.offsets.back(), states = static_cast<size_t>(N) * H;
-  Values gates = draw<T>(S * 4 * H, 1, random);
-  for (size_t k = 0; k < gates.size(); ++k)
-    gates[k] = static_cast<double>(T(k / H % 4 == 2 ? std::tanh(gates[k]) : sigmoid(gates[k])));
-  const Values c_before = draw<T>(S * H, 1, random), none(S * H), no_states(states),
-               w_hh = draw<T>(size_t{4} * H * H, 1 / std::sqrt(H), random),
-               of_output = draw<T>(S * H, 1, random), of_hy = draw<T>(states, 1, random),
-               of_cy = draw<T>(states, 1, random);
-  const double allowed = tolerance<T>(device);
-  Buffer<T> gates_(gates, off), c_before_(c_before, off), w_hh_(w_hh, off);
-  Buffer<T> of_output_(of_output, off), of_hy_(of_hy, off), of_cy_(of_cy, off);
-  Buffer<T> first(4 * S * H);
-  for (unsigned order = 0; order < machine::orders(); ++order) {
-    machine::use_order(order);
-    // The second time, what is not wanted is left out.
-    const bool wanted = order == 0;
-    Buffer<T> grad_gates(4 * S * H, off), grad_hx(states, off), grad_cx(states, off);
-    const LayerBackward<T> call = {steps.sequence,
-                                   all ? of_output_.at() : nullptr,
-                                   of_hy_.at(),
-                                   all ? nullptr : of_cy_.at(),
-                                   gates_.at(),
-                                   c_before_.at(),
-                                   w_hh_.at(),
-                                   grad_gates.at(),
-                                   wanted ? grad_hx.at() : nullptr,
-                                   wanted ? grad_cx.at() : nullptr,
-                                   H};
-    report.that(layer_backward_fits(call, device), "it fits");
-    const machine::Launches launches;
-    report.ran(layer_backward(call, device, nullptr));
-    report.launched(launches, 1, "in one launch");
-    report.that(launches.blocks_together() <= device.multiprocessors, "one block on each");
-    if (wanted) {
-      const Gradients expected =
-          expect_back<T>(test, steps.offsets, steps.reset, w_hh, gates, c_before,
-                         all ? of_output : none, of_hy, all ? no_states : of_cy);
-      report.close(grad_gates.values(), expected.gates, allowed, "gradient of gates");
-      report.close(grad_hx.values(), expected.hx, allowed, "gradient of h");
-      report.close(grad_cx.values(), expected.cx, allowed, "gradient of c");
-      first.take_bits(grad_gates);
-    } else {
-      report.that(first.same_bits(grad_gates), machine::kSameBits);
-    }
-  }
+  check::check_backward<T>(report, test, device, LayerWay::kShared);
 }
 
 template <class T>
@@ -241,10 +146,10 @@ void check_fits() {
   // Backward has four times the columns, and tiles that are not full.
   LayerBackward<__half> back = {};
   back.sequence.N = 8, back.H = 1024;
-  report.that(layer_backward_fits(back, {132, 227 * 1024, false}), "backward, 1024 units of half");
-  report.that(!layer_backward_fits(back, {60, 227 * 1024, false}), "not on 60 multiprocessors");
+  report.that(layer_backward_shared_fits(back, {132, 227 * 1024, false}), "backward, 1024 units of half");
+  report.that(!layer_backward_shared_fits(back, {60, 227 * 1024, false}), "not on 60 multiprocessors");
   back.H = 2048;
-  report.that(!layer_backward_fits(back, {132, 227 * 1024, false}), "not 2048");
+  report.that(!layer_backward_shared_fits(back, {132, 227 * 1024, false}), "not 2048");
 }
 
 // Numbers to the device in one launch or several.

@@ -17,16 +17,20 @@ Device device_of(int multiprocessors, bool tf32) {
 // rows: of a block, which are as few as give each multiprocessor one.
 template <class T>
 void check_small(Case test, int rows, bool tf32 = false) {
-  check::check_forward<T>(report, test, device_of((test.N + rows - 1) / rows, tf32),
-                          LayerWay::kSmall, " small, rows " + std::to_string(rows));
+  const Device device = device_of((test.N + rows - 1) / rows, tf32);
+  const std::string more = " small, rows " + std::to_string(rows);
+  check::check_forward<T>(report, test, device, LayerWay::kSmall, more);
+  check::check_backward<T>(report, test, device, LayerWay::kSmall, more);
 }
 
 // all_at_once: on a GPU of that many multiprocessors, else on one that runs a cluster at a time.
 template <class T>
 void check_cluster(const Case& test, bool all_at_once, bool tf32 = false) {
   if (!machine::has_clusters()) return;
-  check::check_forward<T>(report, test, device_of(all_at_once ? 132 : 17, tf32), LayerWay::kCluster,
-                          all_at_once ? " clusters" : " clusters in turns");
+  const Device device = device_of(all_at_once ? 132 : 17, tf32);
+  const char* const more = all_at_once ? " clusters" : " clusters in turns";
+  check::check_forward<T>(report, test, device, LayerWay::kCluster, more);
+  check::check_backward<T>(report, test, device, LayerWay::kCluster, more);
 }
 
 // Sizes that are no multiple of anything, one unit, all that a shape takes; fewer rows than a
@@ -74,6 +78,11 @@ void check_large(bool tf32 = false) {
     const LayerWay way = layer_forward_way(sizes, device);
     if (way == LayerWay::kSmall || way == LayerWay::kCluster)
       check::check_forward<T>(report, test, device, way, " as it is");
+    LayerBackward<T> back = {};
+    back.sequence.N = N, back.H = H;
+    const LayerWay way_back = layer_backward_way(back, device);
+    if (way_back == LayerWay::kSmall || way_back == LayerWay::kCluster)
+      check::check_backward<T>(report, test, device, way_back, " as it is");
   };
   for (const int H : {64, 128, 256, 512, 768})
     for (const int N : {1, 17, 56, 120}) one(20, N, H);
@@ -90,6 +99,15 @@ LayerWay way_of(int64_t N, int H, const Device& device, int variant = kPlainCell
   sizes.sequence = of;
   sizes.sequence.N = N, sizes.H = H, sizes.variant = variant;
   return layer_forward_way(sizes, device);
+}
+
+template <class T>
+LayerWay way_back_of(int64_t N, int H, const Device& device, int variant = kPlainCell,
+                     const DeviceSequence& of = {}) {
+  LayerBackward<T> sizes = {};
+  sizes.sequence = of;
+  sizes.sequence.N = N, sizes.H = H, sizes.variant = variant;
+  return layer_backward_way(sizes, device);
 }
 
 void check_ways() {
@@ -131,6 +149,32 @@ void check_ways() {
               "packed");
   report.that(way_of<float>(3, 64, h100, kPlainCell, {nullptr, reset, 1, 3, false}) == kShared,
               "with resets");
+  report.that(way_back_of<float>(1, 1, h100) == kSmall, "backward, one unit");
+  report.that(way_back_of<float>(256, 128, tf32) == kSmall, "backward, float of 128 units");
+  report.that(way_back_of<float>(1056, 128, h100) == kSmall, "backward, 1,056 rows of float");
+  report.that(way_back_of<float>(1057, 128, h100) != kSmall, "backward, 1,057 rows of float");
+  report.that(way_back_of<float>(3, 129, h100) == kShared, "backward, float of 129 units");
+  report.that(way_back_of<float>(3, 129, tf32) == kCluster, "backward, TF32 of 129 units");
+  report.that(way_back_of<float>(112, 512, tf32) == kCluster, "backward, TF32, 112 rows of 512");
+  report.that(way_back_of<float>(113, 512, tf32) == kShared, "backward, TF32, 113 rows of 512");
+  report.that(way_back_of<__half>(112, 512, h100) == kCluster, "backward, 112 rows of 512");
+  report.that(way_back_of<__half>(113, 512, h100) == kShared, "backward, 113 rows of 512");
+  report.that(way_back_of<__half>(120, 256, h100) == kCluster, "backward, 120 rows of 256");
+  report.that(way_back_of<__half>(56, 768, h100) == kCluster, "backward, 56 rows of 768");
+  report.that(way_back_of<__half>(57, 768, h100) == kShared, "backward, 57 rows of 768");
+  report.that(way_back_of<__half>(16, 776, h100) == kShared, "backward, half of 776 units");
+  report.that(way_back_of<__half>(16, 256, a100) == kShared, "backward without clusters");
+  report.that(way_back_of<double>(3, 64, h100) == kShared, "backward, double");
+  report.that(way_back_of<__half>(2112, 128, h100) == kSmall, "backward, 2,112 rows of half");
+  report.that(way_back_of<__half>(2113, 128, h100) != kSmall, "backward, 2,113 rows of half");
+  report.that(way_back_of<__half>(4224, 64, h100) == kSmall, "backward, 4,224 rows of half");
+  report.that(way_back_of<__nv_bfloat16>(16, 64, a100) == kSmall, "backward on an A100");
+  report.that(way_back_of<float>(1, 64, tiny) == kNone, "backward, no shared memory to speak of");
+  report.that(way_back_of<float>(3, 64, h100, kPlainCell + 1) == kShared, "backward, another cell");
+  report.that(way_back_of<float>(3, 64, h100, kPlainCell, {offsets, nullptr, 1, 3, false}) ==
+                  kShared, "backward, packed");
+  report.that(way_back_of<float>(3, 64, h100, kPlainCell, {nullptr, reset, 1, 3, false}) == kShared,
+              "backward, with resets");
 }
 
 }  // namespace

@@ -59,9 +59,12 @@ void say_all() {
         say<T>(" the other way", N, H, layer_forward(layer, kH100, LayerWay::kShared, nullptr));
       LayerBackward<T> back = {};
       back.sequence = layer.sequence, back.H = H;
-      const bool back_fits = layer_backward_fits(back, kH100);
+      const LayerWay way_back = layer_backward_way(back, kH100);
+      const bool back_fits = way_back != LayerWay::kNone;
       say_layer<T>("layer_backward", N, H, back_fits,
-                   back_fits ? layer_backward(back, kH100, nullptr) : cudaSuccess);
+                   back_fits ? layer_backward(back, kH100, way_back, nullptr) : cudaSuccess);
+      if (back_fits && way_back != LayerWay::kShared && layer_backward_shared_fits(back, kH100))
+        say<T>(" the other way", N, H, layer_backward(back, kH100, LayerWay::kShared, nullptr));
     }
 }
 

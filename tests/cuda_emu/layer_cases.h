@@ -1,4 +1,4 @@
-// Cases of a whole layer, and its forward kernels against plain loops in double precision.
+// Cases of a whole layer, and its kernels against plain loops in double precision.
 #pragma once
 
 #include <string>
@@ -160,6 +160,116 @@ void check_forward(Report& report, const Case& test, const Device& device, Layer
       first.take_bits(output);
     } else {
       report.that(first.same_bits(output), machine::kSameBits);
+    }
+  }
+}
+
+struct Gradients {
+  Values gates, hx, cx;
+  Values bias;  // of gates that are not rounded
+};
+
+// Rounds to T what the kernel rounds from step to step: the gradients of the gates.
+template <class T>
+Gradients expect_back(const Case& test, const std::vector<int64_t>& offsets,
+                      const std::vector<char>& reset, const Values& w_hh, const Values& gates,
+                      const Values& c_before, const Values& grad_output, Values h, Values c) {
+  const int H = test.H;
+  Gradients out = {Values(gates.size()), {}, {}, Values(4 * H)};
+  Values exact_gates(gates.size());
+  for (int step = test.L - 1; step >= 0; --step) {
+    const int t = test.reverse ? test.L - 1 - step : step;
+    for_rows(offsets[t + 1] - offsets[t], 4.0 * H * H, [&](int64_t n) {
+      const size_t row = offsets[t] + n;
+      double* const grad = &out.gates[row * 4 * H];
+      for (int u = 0; u < H; ++u) {
+        const double* const kept = &gates[row * 4 * H + u];
+        const double i = kept[0], f = kept[H], g = kept[2 * H], o = kept[3 * H];
+        const double before = c_before[row * H + u], tanh_c = std::tanh(f * before + i * g);
+        const double grad_h = h[n * H + u] + grad_output[row * H + u];
+        const double grad_c = c[n * H + u] + grad_h * o * (1 - tanh_c * tanh_c);
+        const double exact[4] = {grad_c * g * i * (1 - i), grad_c * before * f * (1 - f),
+                                 grad_c * i * (1 - g * g), grad_h * tanh_c * o * (1 - o)};
+        for (int q = 0; q < 4; ++q) {
+          exact_gates[row * 4 * H + q * H + u] = exact[q];
+          grad[q * H + u] = static_cast<double>(T(exact[q]));
+        }
+        c[n * H + u] = grad_c * f;
+      }
+      const bool starts = test.reset && reset[t * test.N + n];
+      Values sums(H);
+      for (int k = 0; k < 4 * H; ++k)
+        for (int u = 0; u < H; ++u) sums[u] += grad[k] * w_hh[size_t(k) * H + u];
+      for (int u = 0; u < H; ++u) {
+        h[n * H + u] = starts ? 0 : sums[u];
+        if (starts) c[n * H + u] = 0;
+      }
+    });
+  }
+  for (size_t k = 0; k < gates.size(); ++k) out.bias[k % (size_t{4} * H)] += exact_gates[k];
+  out.hx = h;
+  out.cx = c;
+  return out;
+}
+
+template <class T>
+void check_backward(Report& report, const Case& test, const Device& device, LayerWay way,
+                    const std::string& more = "") {
+  const auto [L, N, H, packed, reverse, with_reset, all, off] = test;
+  name_case<T>(report, test, device, more + " backward");
+  std::mt19937 random(L * 5 + N * 37 + H);
+  const Steps steps(test, random);
+  const size_t S = steps.offsets.back(), states = static_cast<size_t>(N) * H;
+  Values gates = draw<T>(S * 4 * H, 1, random);
+  for (size_t k = 0; k < gates.size(); ++k)
+    gates[k] = static_cast<double>(T(k / H % 4 == 2 ? std::tanh(gates[k]) : sigmoid(gates[k])));
+  const Values c_before = draw<T>(S * H, 1, random), none(S * H), no_states(states),
+               w_hh = draw<T>(size_t{4} * H * H, 1 / std::sqrt(H), random),
+               of_output = draw<T>(S * H, 1, random), of_hy = draw<T>(states, 1, random),
+               of_cy = draw<T>(states, 1, random);
+  const double allowed = tolerance<T>(device);
+  Buffer<T> gates_(gates, off), c_before_(c_before, off), w_hh_(w_hh, off);
+  Buffer<T> of_output_(of_output, off), of_hy_(of_hy, off), of_cy_(of_cy, off);
+  Buffer<T> first(4 * S * H);
+  for (unsigned order = 0; order < machine::orders(); ++order) {
+    machine::use_order(order);
+    // The second time, what is not wanted is left out.
+    const bool wanted = order == 0;
+    Buffer<T> grad_gates(4 * S * H, off), grad_hx(states, off), grad_cx(states, off);
+    LayerBackward<T> call = {steps.sequence,
+                                   all ? of_output_.at() : nullptr,
+                                   of_hy_.at(),
+                                   all ? nullptr : of_cy_.at(),
+                                   gates_.at(),
+                                   c_before_.at(),
+                                   w_hh_.at(),
+                                   grad_gates.at(),
+                                   wanted ? grad_hx.at() : nullptr,
+                                   wanted ? grad_cx.at() : nullptr,
+                                   H};
+    const int64_t sums = layer_backward_sums(call, device, way);
+    Buffer<float> bias_sums(sums * 4 * H);
+    if (wanted && sums > 0) call.bias_sums = bias_sums.at();
+    const machine::Launches launches;
+    report.ran(layer_backward(call, device, way, nullptr));
+    report.launched(launches, 1, "in one launch");
+    report.that(launches.blocks_together() <= device.multiprocessors, "one block on each");
+    if (wanted) {
+      const Gradients expected =
+          expect_back<T>(test, steps.offsets, steps.reset, w_hh, gates, c_before,
+                         all ? of_output : none, of_hy, all ? no_states : of_cy);
+      report.close(grad_gates.values(), expected.gates, allowed, "gradient of gates");
+      report.close(grad_hx.values(), expected.hx, allowed, "gradient of h");
+      report.close(grad_cx.values(), expected.cx, allowed, "gradient of c");
+      if (sums > 0) {
+        const Values of_blocks = bias_sums.values();
+        Values bias(4 * H);
+        for (size_t k = 0; k < of_blocks.size(); ++k) bias[k % bias.size()] += of_blocks[k];
+        report.close(bias, expected.bias, allowed, "gradient of a bias");
+      }
+      first.take_bits(grad_gates);
+    } else {
+      report.that(first.same_bits(grad_gates), machine::kSameBits);
     }
   }
 }

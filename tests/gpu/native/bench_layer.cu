@@ -134,7 +134,7 @@ void bench(const char* dtype, const Shape& shape, const Device& device) {
   // By the way that such a layer takes, and by the one that the switches of latency.cuh change.
   print_case("forward", dtype, shape, [&] { return forward(LayerWay::kNone); });
   print_case("shared", dtype, shape, [&] { return forward(LayerWay::kShared); });
-  print_case("backward", dtype, shape, [&, H = H] {
+  const auto backward = [&, H = H](LayerWay way) {
     Array<T> grad_gates(4 * all), grad_hx(states), grad_cx(states);
     LayerBackward<T> call = {};
     call.sequence = sequence;
@@ -142,9 +142,14 @@ void bench(const char* dtype, const Shape& shape, const Device& device) {
     call.gates = gates.at(), call.c_before = c_before.at(), call.w_hh = w_hh.at();
     call.grad_gates = grad_gates.at(), call.grad_hx = grad_hx.at(), call.grad_cx = grad_cx.at();
     call.H = H;
-    if (!layer_backward_fits(call, device)) throw std::runtime_error("does not fit");
-    return microseconds([&] { return layer_backward(call, device, nullptr); });
-  });
+    if (way == LayerWay::kNone) way = layer_backward_way(call, device);
+    if (way == LayerWay::kNone) throw std::runtime_error("does not fit");
+    Array<float> bias_sums(static_cast<size_t>(layer_backward_sums(call, device, way)) * 4 * H + 1);
+    call.bias_sums = bias_sums.at();
+    return microseconds([&] { return layer_backward(call, device, way, nullptr); });
+  };
+  print_case("backward", dtype, shape, [&] { return backward(LayerWay::kNone); });
+  print_case("shared backward", dtype, shape, [&] { return backward(LayerWay::kShared); });
 }
 
 void bench_all() {
