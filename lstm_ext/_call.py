@@ -378,7 +378,8 @@ def _read_frozen(module: Any, packed: Sequence[Tensor | None], input: Any, hx: A
             raise TorchAnswersError(_FEWER_LAYERS, options)
         return options
     except TorchAnswersError as error:
-        nn.LSTM.forward(module, input, hx)
+        if module._freed is None:
+            nn.LSTM.forward(module, input, hx)
         if error.options is None:
             raise RuntimeError(f"a frozen module cannot be called like this: {error}") from None
         return error.options

@@ -1,8 +1,9 @@
 """A model with a frozen part refuses as a whole what that part refuses.
 
-``train()``, ``half()``, ``to()`` and ``load_state_dict()`` change one module after the other, and
-torch has no hook that runs before the first. So the methods of ``torch.nn.Module`` ask the frozen
-modules inside first, from the first ``freeze`` of a process on. Nothing else about them changes.
+``train()``, ``half()``, ``to()``, ``to_empty()`` and ``load_state_dict()`` change one module after
+the other, and torch has no hook that runs before the first. So the methods of ``torch.nn.Module``
+ask the frozen modules inside first, from the first ``freeze`` of a process on. Nothing else about
+them changes.
 """
 
 from __future__ import annotations
@@ -42,3 +43,4 @@ def install(frozen_class: type[Any]) -> None:
         asks("train", lambda frozen, mode=True: frozen._check_train(mode))
         asks("_apply", lambda frozen, fn, recurse=True: frozen._check_apply(fn))
         asks("load_state_dict", lambda frozen, *_, **__: frozen._check_load_state_dict())
+        asks("to_empty", lambda frozen, **_: frozen._check_to_empty())

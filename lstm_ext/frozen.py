@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -23,10 +25,21 @@ _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 # How packed weights are stored, and rows that they multiply: the operators' argument `weights`.
 _WEIGHT_TYPES = {(None, None): 0, ("bfloat16", None): 1, ("int8", None): 2, ("int8", "int16"): 3}
 _FUSED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_STATE_DICT_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_FREED = "lstm_ext.freeze(.., keep_weights=False) freed its plain weights"
 
 
 def freeze(
-    module: nn.Module, *, weights: str | None = None, activations: str | None = None
+    module: nn.Module,
+    *,
+    weights: str | None = None,
+    activations: str | None = None,
+    keep_weights: bool = True,
 ) -> nn.Module:
     """Pack the weights of every :class:`LSTM` and :class:`LSTMCell`, once, for inference.
 
@@ -35,8 +48,8 @@ def freeze(
     not: it computes with the weights as they were when it was frozen, whatever is written to them
     afterwards. It gives the same numbers, cannot be trained, converted or loaded into, and keeps
     the plain weights (its state dict is the original's), so that they are in memory twice, and
-    those of a cell, which is faster from plain ones for few rows, three times. Under autocast it
-    computes in its own precision; its results have the dtype of the original's.
+    those of a cell, which is faster from plain ones for few rows, three times; see keep_weights.
+    Under autocast it computes in its own precision; its results have the dtype of the original's.
 
     Args:
         module: an :class:`LSTM` or an :class:`LSTMCell`, or a model that has them somewhere: there
@@ -53,11 +66,20 @@ def freeze(
         activations: for weights="int8": how input and hidden state are rounded. None: to 8-bit
             integers. "int16": to 16 bits, or as many as sums of so many products have room for;
             half the error, and slower where the processor multiplies 8-bit integers.
+        keep_weights: False: the frozen module has the packed weights alone, one copy of the
+            matrices in all, and parameters of the original no more: the memory of the plain ones is
+            free as soon as nothing else holds them (the module itself, an optimizer). The numbers
+            are those of True, but for a cell with weights=None: that computes few rows from packed
+            weights too, more slowly, and they may differ in the last bits. There is no way back:
+            :func:`unfreeze` and ``state_dict()`` raise a RuntimeError. Copies have the packed
+            weights, and so has a pickle: a process whose kernels pack differently (another
+            instruction set, or a version of lstm_ext with another layout) refuses to load it.
 
     Returns:
-        The frozen module, or the model itself. :func:`unfreeze` undoes it.
+        The frozen module, or the model itself. :func:`unfreeze` undoes it, if weights are kept.
 
     Raises:
+        TypeError: keep_weights is no bool.
         RuntimeError: the module is in training mode.
         ValueError: weights or activations is unknown, or not for the module's dtype; the model has
             nothing to freeze, or something that has no packed form: projections, another device or
@@ -76,6 +98,9 @@ def freeze(
             output, state = model(step, state)
     """
     _check_types(weights, activations)
+    if not isinstance(keep_weights, bool):
+        got = type(keep_weights).__name__
+        raise TypeError(f"keep_weights should be of type bool, got: {got}")
     found = {}
     for name, m in module.named_modules():
         if isinstance(m, (LSTM, LSTMCell)) and not isinstance(m, _Frozen):
@@ -85,7 +110,8 @@ def freeze(
             else:
                 warnings.warn(
                     f"lstm_ext.freeze left {name or type(m).__name__} as it is: its class has a "
-                    "forward or checks of its own",
+                    "forward or checks of its own"
+                    + ("" if keep_weights else "; its weights stay too"),
                     stacklevel=2,
                 )
     if not found:
@@ -95,8 +121,8 @@ def freeze(
         )
     # All first: a model is frozen whole or not at all.
     _guard.install(_Frozen)
-    kind = (weights, activations)
-    return _replace(module, {m: _freeze_one(m, name, kind) for name, m in found.items()})
+    how = (weights, activations, keep_weights)
+    return _replace(module, {m: _freeze_one(m, name, how) for name, m in found.items()})
 
 
 def _check_types(weights: object, activations: object) -> None:
@@ -116,8 +142,15 @@ def unfreeze(module: nn.Module) -> nn.Module:
 
     Returns:
         The original module, or the model itself. What is not frozen stays as it is.
+
+    Raises:
+        RuntimeError: a module was frozen with ``keep_weights=False``; then nothing is put back.
     """
-    return _replace(module, {m: m.original for m in module.modules() if isinstance(m, _Frozen)})
+    found = {n: m for n, m in module.named_modules() if isinstance(m, _Frozen)}
+    return _replace(
+        module,
+        {m: m.find_original(f"unfreeze: {n or type(m).__name__}") for n, m in found.items()},
+    )
 
 
 def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -129,7 +162,7 @@ def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> 
     return replacements.get(module, module)
 
 
-def _freeze_one(module: nn.Module, name: str, kind: tuple[str | None, str | None]) -> _Frozen:
+def _freeze_one(module: nn.Module, name: str, how: tuple[str | None, str | None, bool]) -> _Frozen:
     where = f"freeze: {name or type(module).__name__}"
     if module.training:
         raise RuntimeError(
@@ -149,9 +182,9 @@ def _freeze_one(module: nn.Module, name: str, kind: tuple[str | None, str | None
     if isinstance(module, LSTM):
         if module.proj_size:
             raise ValueError(f"{where} has projections (proj_size), which have no packed form")
-        return FrozenLSTM(module, where, *kind)
+        return FrozenLSTM(module, where, *how)
     assert isinstance(module, LSTMCell)
-    return FrozenLSTMCell(module, where, *kind)
+    return FrozenLSTMCell(module, where, *how)
 
 
 def _weight_writer(hook: Any) -> str | None:
@@ -159,6 +192,15 @@ def _weight_writer(hook: Any) -> str | None:
     if isinstance(hook, (WeightNorm, SpectralNorm)):
         return str(hook.name)
     return str(hook._tensor_name) if isinstance(hook, BasePruningMethod) else None
+
+
+def _weight_names(module: nn.Module) -> list[str]:
+    """Return the names of all that is packed or copied."""
+    if isinstance(module, LSTM):
+        names, suffixes = list(module._flat_weights_names), _call.layer_suffixes(module)
+    else:
+        names, suffixes = list(_CELL_WEIGHTS), [""]
+    return names + [n for suffix in suffixes for n in _variants.names(module, suffix)]
 
 
 def _check_weights(module: nn.Module, where: str) -> None:
@@ -172,11 +214,7 @@ def _check_weights(module: nn.Module, where: str) -> None:
             computed.add(name)
     for parameters in getattr(module, "parametrizations", {}):
         computed.add(parameters)
-    if isinstance(module, LSTM):
-        names, suffixes = list(module._flat_weights_names), _call.layer_suffixes(module)
-    else:
-        names, suffixes = list(_CELL_WEIGHTS), [""]
-    for name in names + [n for suffix in suffixes for n in _variants.names(module, suffix)]:
+    for name in _weight_names(module):
         own = module._parameters.get(name, "missing")
         plain = own is None or (isinstance(own, nn.Parameter) and name not in vars(module))
         if name not in computed and not plain:
@@ -187,19 +225,39 @@ def _check_weights(module: nn.Module, where: str) -> None:
             )
 
 
+@functools.cache
+def _layout(dtype: torch.dtype, kind: int) -> str:
+    """Return what tells layouts of packed weights apart: the kernels' name, and how they pack.
+
+    The latter is a hash of a small layer as they pack it, whose numbers are exact in every type.
+    """
+    I, H = 19, 70  # whole blocks and a part of one, for any width of vectors
+    w = (torch.arange(4 * H * (I + H), device="cpu") * 7 % 255 - 127).to(dtype) / 128
+    w = w.view(4 * H, -1)
+    packed = _ops.lstm_layer_pack(w[:, :I], w[:, I:], kind)
+    digest = hashlib.sha256(bytes(packed.tolist())).hexdigest()
+    return f"{_ops._C.build_info()['cpu_instruction_set']} {digest}"
+
+
 class _Frozen(nn.Module):
     """What frozen modules have in common.
 
-    Parameters, submodules and hooks are the original's own, so that state dict, parameters and
-    hooks are the same; the packed weights are buffers outside the state dict.
+    Submodules and hooks are the original's own; parameters too, if weights are kept, so that the
+    state dict is the same. The packed weights are buffers outside the state dict.
     """
 
-    # How the packed weights are stored; modules that were pickled before have the default.
-    _weights: str | None = None
+    # Modules that were pickled before have these defaults.
+    _weights: str | None = None  # how the packed weights are stored
     _activations: str | None = None
+    _freed: tuple[str, ...] | None = None  # what has gone with the original, unless it is kept
 
     def __init__(
-        self, original: nn.Module, where: str, weights: str | None, activations: str | None
+        self,
+        original: nn.Module,
+        where: str,
+        weights: str | None,
+        activations: str | None,
+        keep_weights: bool,
     ) -> None:
         nn.Module.__init__(self)  # the construction was the original's
         self.__dict__.update(original.__dict__)
@@ -210,28 +268,65 @@ class _Frozen(nn.Module):
             (key, hook) for key, hook in hooks if _weight_writer(hook) is None
         )
         self._compiled_call_impl = None  # it calls the original
-        # Not a submodule: its weights would appear twice.
-        self.__dict__["original"] = original
         if weights is not None:
             self._weights = weights
         if activations is not None:
             self._activations = activations
-        self._hold_packed_weights(where)
+        if keep_weights:
+            # Not a submodule: its weights would appear twice.
+            self.__dict__["original"] = original
+        else:
+            self._free_weights(original)
+        self._hold_packed_weights(original, where)
 
-    original: nn.Module
+    def _free_weights(self, original: nn.Module) -> None:
+        names = _weight_names(original)
+        written = {_weight_writer(hook) for hook in original._forward_pre_hooks.values()}
+        # What torch.nn.utils' weight_norm, spectral_norm and prune make weights of.
+        parts = [f"{n}_{k}" for n in names if n in written for k in ("g", "v", "orig", "u", "mask")]
+        self._freed = (*names, *parts, "parametrizations", "all_weights", "original")
+        for table in ("_parameters", "_buffers", "_modules"):
+            held = getattr(original, table).items()
+            setattr(self, table, {k: v for k, v in held if k not in self._freed})
+        for name in self._freed:
+            self.__dict__.pop(name, None)
+        if isinstance(original, LSTM):
+            nothing = [None] * len(original._flat_weights_names)
+            self.__dict__.update(_flat_weights=nothing, _flat_weight_refs=list(nothing))
+        # Nothing is saved or loaded; weight_norm's, for one, could not be pickled.
+        for hooks in _STATE_DICT_HOOKS:
+            setattr(self, hooks, OrderedDict())
+        self._repr = original.extra_repr()
 
-    def _hold_packed_weights(self, where: str) -> None:
-        packed = self._pack_original(where)
+    def __getattr__(self, name: str) -> Any:
+        if name in (self.__dict__.get("_freed") or ()):
+            raise AttributeError(
+                f"'{type(self).__name__}' object has no attribute '{name}': {_FREED}"
+            )
+        return super().__getattr__(name)
+
+    def find_original(self, where: str) -> nn.Module:
+        """Return the module that was frozen, or raise an error where it was not kept."""
+        if self._freed is not None:
+            raise RuntimeError(f"{where} has no original any more: {_FREED}")
+        original: nn.Module = self.__dict__["original"]
+        return original
+
+    def _hold_packed_weights(self, original: Any, where: str) -> None:
+        packed = self._pack_original(original, where)
         self._packed_names = [f"packed_{k}" for k in range(len(packed))]
         self._buffers.update(zip(self._packed_names, packed, strict=True))
         self._non_persistent_buffers_set.update(self._packed_names)
         # As the first weight that was packed, without its numbers.
-        m: Any = self.original
-        first: Tensor = m.weight_ih_l0 if hasattr(m, "weight_ih_l0") else m.weight_ih
+        first = original.weight_ih_l0 if hasattr(original, "weight_ih_l0") else original.weight_ih
         self.like_weights = torch.empty_like(first, device="meta", requires_grad=False)
 
-    def _pack_original(self, where: str) -> list[Tensor | None]:
+    def _pack_original(self, original: Any, where: str) -> list[Tensor | None]:
         raise NotImplementedError
+
+    @property
+    def _kind(self) -> int:
+        return _WEIGHT_TYPES[self._weights, self._activations]
 
     def _pack(
         self, where: str, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None
@@ -247,8 +342,7 @@ class _Frozen(nn.Module):
             )
         with torch.no_grad():
             copies = [None if b is None else b.detach().clone() for b in biases]
-            kind = _WEIGHT_TYPES[self._weights, self._activations]
-            return [_ops.lstm_layer_pack(w_ih, w_hh, kind), *copies]
+            return [_ops.lstm_layer_pack(w_ih, w_hh, self._kind), *copies]
 
     def _packed(self) -> tuple[Tensor | None, ...]:
         buffers = self._buffers
@@ -260,21 +354,36 @@ class _Frozen(nn.Module):
         self.training = False
         return self
 
+    def _refuse(self, what: str) -> NoReturn:
+        why = ". lstm_ext.unfreeze(model) gives back the original"
+        if self._freed is not None:
+            why = f", and it has no original any more: {_FREED}"
+        raise RuntimeError(
+            f"a frozen module cannot {what}: its weights are packed for inference{why}"
+        )
+
     def _check_apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Raise an error if half(), to() or their like would change dtype or device."""
-        for p in self.parameters():
-            after = fn(p.detach())
-            if (after.dtype, after.device) != (p.dtype, p.device):
-                _refuse(f"become {after.dtype} on {after.device}")
+        # Of the weights' own dtype there may be nothing left.
+        own = torch.zeros(1, dtype=self.like_weights.dtype, device="cpu")
+        packed = [b for b in self._packed() if b is not None]
+        for t in (own, *self.parameters(), *packed):
+            after = fn(t.detach())
+            if (after.dtype, after.device) != (t.dtype, t.device):
+                self._refuse(f"become {after.dtype} on {after.device}")
 
     def _check_train(self, mode: bool) -> None:
         """Raise an error for train(), none for eval()."""
         if mode:
-            _refuse("be trained")
+            self._refuse("be trained")
 
     def _check_load_state_dict(self) -> None:
         """Raise an error in any case."""
-        _refuse("load a state dict")
+        self._refuse("load a state dict")
+
+    def _check_to_empty(self) -> None:
+        """Raise an error in any case: the packed weights would be lost."""
+        self._refuse("be emptied")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._check_apply(fn)
@@ -282,31 +391,61 @@ class _Frozen(nn.Module):
         return applied
 
     def _load_from_state_dict(self, *_: Any) -> NoReturn:
-        _refuse("load a state dict")
+        self._refuse("load a state dict")
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        # Without an error, a checkpoint would lack the weights, and nobody would know.
+        if self._freed is not None:
+            raise RuntimeError(
+                f"this frozen module has no state dict: {_FREED}. Save the state dict before, or "
+                "the whole model after (torch.save(model, ..))"
+            )
+        super()._save_to_state_dict(*arguments)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Packed weights are for the processor that packed them.
         state = getattr(super(), "__getstate__", self.__dict__.copy)()
+        if self._freed is not None:
+            return {**state, "_packed_for": _layout(self.like_weights.dtype, self._kind)}
+        # Packed weights are for the processor that packed them.
         plain = {k: b for k, b in self._buffers.items() if k not in self._packed_names}
         return {**state, "_buffers": plain}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        packed_for = state.get("_packed_for")
+        state = {k: v for k, v in state.items() if k != "_packed_for"}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._hold_packed_weights("unpickled module")  # by older versions, with fewer of them
+        if self._freed is None:
+            self._hold_packed_weights(self.original, "unpickled module")  # older: fewer of them
+        else:
+            self._check_layout(packed_for)
         _guard.install(_Frozen)
+
+    def _check_layout(self, packed_for: Any) -> None:
+        """Raise an error if weights that came with a pickle are not for these kernels."""
+        here = _layout(self.like_weights.dtype, self._kind)
+        if packed_for != here:
+            theirs, ours = str(packed_for).split()[0], here.split()[0]
+            versions = "" if theirs != ours else " of another version of lstm_ext"
+            raise RuntimeError(
+                f"this frozen module has weights that were packed for the {theirs} kernels"
+                f"{versions}, and cannot be used with the {ours} kernels here: {_FREED}. Freeze "
+                "the original here, or pickle it frozen with keep_weights=True, of which weights "
+                "are packed anew"
+            )
+        devices = {str(b.device) for b in self._packed() if b is not None and not b.is_cpu}
+        if devices:
+            raise ValueError(
+                f"unpickled module is on {', '.join(sorted(devices))}: weights are packed for the "
+                "CPU's kernels"
+            )
 
     def extra_repr(self) -> str:
         """Describe the module as the original does, and say that it is frozen."""
         how = "" if self._weights is None else f" in {self._weights}"
         how += "" if self._activations is None else f", activations in {self._activations}"
+        if self._freed is not None:
+            return f"{self._repr}, frozen{how}, plain weights freed"
         return f"{self.original.extra_repr()}, frozen{how}"
-
-
-def _refuse(what: str) -> NoReturn:
-    raise RuntimeError(
-        f"a frozen module cannot {what}: its weights are packed for inference. "
-        "lstm_ext.unfreeze(model) gives back the original"
-    )
 
 
 class FrozenLSTM(_Frozen, LSTM):
@@ -314,10 +453,10 @@ class FrozenLSTM(_Frozen, LSTM):
 
     original: LSTM
 
-    def _pack_original(self, where: str) -> list[Tensor | None]:
+    def _pack_original(self, original: Any, where: str) -> list[Tensor | None]:
         packed: list[Tensor | None] = []
         try:
-            options = _call.read(self.original)
+            options = _call.read(original)
         except _call.TorchAnswersError as error:
             raise TypeError(f"{where}: {error}") from None
         for weights in options.layers():
@@ -337,11 +476,11 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
 
     original: LSTMCell
 
-    def _pack_original(self, where: str) -> list[Tensor | None]:
-        m = self.original
+    def _pack_original(self, original: Any, where: str) -> list[Tensor | None]:
+        m = original
         # And the plain weights as they are now: for few rows they are faster (ops/cell.h).
         plain: list[Tensor | None] = [None, None]
-        if self._weights is None:
+        if self._weights is None and self._freed is None:
             plain = [w.detach().clone() for w in (m.weight_ih, m.weight_hh)]
         units = _variants.unit_weights(m)
         own = [] if units is None else [units.detach()]
@@ -372,8 +511,21 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
                 )
                 return (h_n.squeeze(0), c_n.squeeze(0)) if input.dim() == 1 else (h_n, c_n)
         # torch's own errors; what it would compute nevertheless has no packed form.
-        super().forward(input, hx)
-        _refuse("take these arguments")
+        if self._freed is None:
+            super().forward(input, hx)
+        else:
+            self._without_numbers()(input, hx)
+        self._refuse("take these arguments")
+
+    def _without_numbers(self) -> LSTMCell:
+        """Return a plain cell of these sizes, of weights that take no memory."""
+        cell = _variants.of_module(self)
+        options: dict[str, Any] = {} if cell is _variants.PLAIN else {cell.name: True}
+        plain = LSTMCell(self.input_size, self.hidden_size, self.bias, "meta", **options)
+        zero = torch.zeros((), dtype=self.like_weights.dtype, device="cpu")
+        for name, p in plain.named_parameters():
+            plain._parameters[name] = nn.Parameter(zero.expand(p.shape), requires_grad=False)
+        return plain
 
     def _fits(self, input: Tensor, hx: object) -> bool:
         if not (isinstance(hx, (tuple, list)) and len(hx) == 2):

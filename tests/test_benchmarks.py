@@ -186,3 +186,26 @@ def test_decay_benchmark(monkeypatch, capsys):
     for line in lines:
         ordinary, tiny, ratio = map(float, line.split()[-3:])
         assert ratio == pytest.approx(tiny / ordinary, rel=0.005, abs=0.01)
+
+
+def test_what_the_tagger_is_measured_by():
+    """Its tags are those of Python's tokenizer, and a span counts as a whole."""
+    source = 'def add(a):\n    """Two\n    lines."""\n    return len("x") + 12  # all\n'
+    code = (
+        f"import sys, json; sys.path.insert(0, {str(BENCHMARKS)!r}); import accuracy_frozen as a; "
+        "import torch; "
+        f"row = a.tags({source!r}); spans = sorted(a.spans(row)); "
+        "right = torch.tensor([[1, 1, 0, 2, 2, 3], [0, 0, 0, 0, 5, 5]]); "
+        "found = torch.tensor([[1, 1, 0, 2, 3, 3], [0, 5, 5, 0, 5, 5]]); "
+        "print(json.dumps([spans, a.f1(found, right), a.f1(right, right)]))"
+    )
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    spans, partly, wholly = json.loads(result.stdout)
+    assert [(source[a:b], tag) for a, b, tag in spans] == [
+        ("def", 1), ("add", 2), ('"""Two\n    lines."""', 4), ("return", 1), ("len", 3),
+        ('"x"', 4), ("12", 6), ("# all", 5),
+    ]  # fmt: skip
+    # Of 5 found and 4 right ones, 2 are both.
+    assert partly == pytest.approx(100 * 2 * 2 / (5 + 4))
+    assert wholly == 100

@@ -69,7 +69,8 @@ def frozen_error(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Froze
 
     Raises:
         ValueError: nothing in the model is frozen, or no frozen module was called.
-        RuntimeError: the two models call a module differently often, so that calls cannot be
+        RuntimeError: a module was frozen with ``keep_weights=False``, so that there is nothing to
+            compare with; the two models call a module differently often, so that calls cannot be
             compared.
 
     Example::
@@ -81,6 +82,8 @@ def frozen_error(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Froze
     names = {n: m for n, m in model.named_modules() if isinstance(m, frozen._Frozen)}
     if not names:
         raise ValueError(f"frozen_error: {type(model).__name__} has no frozen LSTM or LSTMCell")
+    for n, m in names.items():
+        m.find_original(f"frozen_error: {n or type(m).__name__}")
     plain_model = frozen.unfreeze(copy.deepcopy(model))
     plain = {n: m for n, m in plain_model.named_modules() if n in names}
     with torch.no_grad(), _recorded(names) as found, _recorded(plain) as expected:

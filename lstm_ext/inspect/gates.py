@@ -218,6 +218,7 @@ def trace_gates(
 
     Raises:
         TypeError: the module is no LSTM.
+        RuntimeError: it was frozen with ``keep_weights=False``.
         ValueError, RuntimeError: what the module raises for the same wrong input.
 
     Example::
@@ -226,7 +227,7 @@ def trace_gates(
         trace.f.mean(), trace.half_life(), trace.plot()
     """
     if isinstance(module, (FrozenLSTM, FrozenLSTMCell)):
-        module = module.original
+        module = module.find_original("trace_gates: the frozen module")
     if isinstance(module, nn.LSTMCell):
         return _trace_cell(module, input, hx, reset, differentiable)
     if not isinstance(module, nn.LSTM):
