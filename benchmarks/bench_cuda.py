@@ -47,9 +47,9 @@ Shape = tuple[int, ...]
 
 
 class Case(NamedTuple):
-    """What is timed: a cell or a layer, plain, packed or in both directions."""
+    """What is timed: a cell or a layer, plain, packed or in both directions, or two layers."""
 
-    kind: str  # "cell", "layer", "packed layer", "bidirectional layer"
+    kind: str  # "cell", "layer", "packed layer", "bidirectional layer", "two layers"
     shape: Shape
     dtype: str
 
@@ -95,19 +95,21 @@ GRID = [
     for dtype in ("default", "bfloat16", "float16")
 ] + [
     # Small ones in all dtypes, at sizes that are no multiple of anything, and for many rows; and
-    # both directions at once, which cuDNN overlaps.
+    # both directions at once and two layers, which cuDNN overlaps.
     Case(kind, (50, N, H, H), dtype)
     for kind, hidden, rows, dtypes in (
         ("layer", (64, 128, 33, 100), (16, 1, 64, 256), ("float32",)),
         ("layer", (64, 128, 33, 100), (256, 17), ("default", "bfloat16", "float16")),
         ("bidirectional layer", (64, 128, 256, 512), (16, 64), ("default", "bfloat16", "float16")),
+        ("two layers", (64, 128, 256, 512), (16, 64), ("default", "bfloat16", "float16")),
     )
     for H in hidden
     for N in rows
     for dtype in dtypes
 ]
 QUICK = [Case("cell", (3, 4, 5), "float32"), Case("layer", (4, 3, 2, 5), "float32"),
-         Case("packed layer", (4, 3, 2, 5), "bfloat16")]  # fmt: skip
+         Case("packed layer", (4, 3, 2, 5), "bfloat16"),
+         Case("two layers", (4, 3, 2, 5), "float32")]  # fmt: skip
 
 
 def set_precision(dtype: str) -> None:
@@ -120,9 +122,13 @@ def modules(case: Case, device: str) -> dict[str, nn.Module]:
     """Build ours and theirs with equal weights."""
     options: dict[str, Any] = {"device": device, "dtype": DTYPES[case.dtype]}
     name = "LSTMCell" if case.kind == "cell" else "LSTM"
-    direction = {"bidirectional": True} if case.kind == "bidirectional layer" else {}
-    theirs = getattr(nn, name)(*case.shape[-2:], **direction).to(**options)
-    ours = getattr(lstm_ext, name)(*case.shape[-2:], **direction).to(**options)
+    kinds: dict[str, dict[str, Any]] = {
+        "bidirectional layer": {"bidirectional": True},
+        "two layers": {"num_layers": 2},
+    }
+    of_kind = kinds.get(case.kind, {})
+    theirs = getattr(nn, name)(*case.shape[-2:], **of_kind).to(**options)
+    ours = getattr(lstm_ext, name)(*case.shape[-2:], **of_kind).to(**options)
     ours.load_state_dict(theirs.state_dict())
     return {OURS: ours, case.rival: theirs}
 
@@ -133,7 +139,7 @@ def inputs(case: Case, device: str) -> tuple[Any, tuple[Tensor, Tensor]]:
     Drawn on the CPU: a capture that fails leaves the GPU's generator of no use.
     """
     N, H = case.shape[-3], case.shape[-1]
-    ahead = {"cell": (), "bidirectional layer": (2,)}.get(case.kind, (1,))
+    ahead = {"cell": (), "bidirectional layer": (2,), "two layers": (2,)}.get(case.kind, (1,))
 
     def leaf(values: Tensor) -> Tensor:
         return values.to(device, DTYPES[case.dtype]).requires_grad_()

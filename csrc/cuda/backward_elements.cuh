@@ -58,8 +58,8 @@ class BackwardElements {
     const int set = parity % kSets;
 #pragma unroll
     for (int e = 0; e < kElements; ++e)
-      tanh_c_[e] = PlainCell::tanh_next<Activations>(gates_of(set, e),
-                                                     widen(ahead_[set][e].c_before));
+      tanh_c_[e] =
+          PlainCell::tanh_next<Activations>(gates_of(set, e), widen(ahead_[set][e].c_before));
   }
 
   // The gradients of the pre-activations, rounded, of a step that is prepared.
@@ -165,15 +165,15 @@ __device__ inline void store_bias_sums(const LayerBackward<T>& layer, const Elem
     if (!own || unit - first >= units) continue;
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
-      of_rows[(row / kRows * kGates + gate) * units + unit - first] =
-          elements.sum(e / kRows, gate);
+      of_rows[(row / kRows * kGates + gate) * units + unit - first] = elements.sum(e / kRows, gate);
   }
   __syncthreads();
   const int threads = static_cast<int>(blockDim.x);
   for (int at = static_cast<int>(threadIdx.x); at < kGates * units; at += threads) {
     float sum = 0;
 #pragma unroll
-    for (int part = 0; part < kBlockRows / kRows; ++part) sum += of_rows[part * kGates * units + at];
+    for (int part = 0; part < kBlockRows / kRows; ++part)
+      sum += of_rows[part * kGates * units + at];
     layer.bias_sums[(int64_t{to} * kGates + at / units) * layer.H + first + at % units] = sum;
   }
 }

@@ -237,8 +237,7 @@ void backward(const LayerInputs& in, const Sequence& steps, const Wanted& wanted
   const int64_t N = in.hx.size(0), H = in.hx.size(1);
   const Tensor w_hh = dense(in.w_hh), unit_weights = dense(in.unit_weights);
   const Device device = describe_device(in.hx, at::Float32Op::RNN);
-  if (steps.L() == 0 || N == 0 || H == 0)
-    return run_steps_back(in, steps, w_hh, wanted.hx, grads);
+  if (steps.L() == 0 || N == 0 || H == 0) return run_steps_back(in, steps, w_hh, wanted.hx, grads);
   LayerWay kernels = LayerWay::kNone;
   const Way way = with_type(in.hx.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -261,14 +260,21 @@ void backward(const LayerInputs& in, const Sequence& steps, const Wanted& wanted
     layer.grad_gates = write<T>(grads.of_gates);
     layer.grad_hx = write<T>(grads.of_hx);
     layer.grad_cx = write<T>(grads.of_cx);
-    if (const int64_t rows = layer_backward_sums(layer, device, kernels);
-        rows > 0 && (wanted.b_ih || wanted.b_hh)) {
-      grads.bias_sums = at::empty({rows, 4 * H}, in.hx.options().dtype(at::kFloat));
+    const auto runs = [&] {
+      const int64_t rows = layer_backward_sums(layer, device, kernels);
+      grads.bias_sums = rows > 0 && (wanted.b_ih || wanted.b_hh)
+                            ? at::empty({rows, 4 * H}, in.hx.options().dtype(at::kFloat))
+                            : Tensor();
       layer.bias_sums = write<float>(grads.bias_sums);
+      return check_cooperative_launch(layer_backward(layer, device, kernels, current_stream()));
+    };
+    if (runs()) return Way::kOneLaunch;
+    // A cluster that the device refuses may still do without.
+    if (kernels == LayerWay::kCluster && layer_backward_shared_fits(layer, device)) {
+      kernels = LayerWay::kShared;
+      if (runs()) return Way::kOneLaunch;
     }
-    const bool ran =
-        check_cooperative_launch(layer_backward(layer, device, kernels, current_stream()));
-    return ran ? Way::kOneLaunch : Way::kRefused;
+    return Way::kRefused;
   });
   log_way("lstm_layer_backward", in, way, kernels);
   if (way == Way::kOneLaunch) return;

@@ -196,7 +196,7 @@ bool layer_backward_shared_fits(const LayerBackward<T>& layer, const Device& dev
 
 template <class T>
 cudaError_t layer_backward_shared(const LayerBackward<T>& layer, const Device& device,
-                           cudaStream_t stream) {
+                                  cudaStream_t stream) {
   const Choice choice = choice_for(layer, device);
   return with_tile<T>(choice.tile_rows, device.tf32, [&](auto tile) {
     return with_cell_of<T>(layer.variant, [&](auto policy) {
@@ -205,9 +205,10 @@ cudaError_t layer_backward_shared(const LayerBackward<T>& layer, const Device& d
   });
 }
 
-#define LSTM_EXT_INSTANTIATE(T)                                                 \
-  template bool layer_backward_shared_fits<T>(const LayerBackward<T>&, const Device&); \
-  template cudaError_t layer_backward_shared<T>(const LayerBackward<T>&, const Device&, cudaStream_t);
+#define LSTM_EXT_INSTANTIATE(T)                                                         \
+  template bool layer_backward_shared_fits<T>(const LayerBackward<T>&, const Device&);  \
+  template cudaError_t layer_backward_shared<T>(const LayerBackward<T>&, const Device&, \
+                                                cudaStream_t);
 LSTM_EXT_EACH_TYPE(LSTM_EXT_INSTANTIATE)
 #undef LSTM_EXT_INSTANTIATE
 

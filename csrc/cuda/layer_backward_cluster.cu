@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int k = 0; k < kOwners; ++k)
     to[k] = cluster::address_in(cluster::shared_address(shared),
                                 static_cast<unsigned>(first_tile / kTilesOfBlock + k));
-  const unsigned own_part =
-      static_cast<unsigned>(Shape::kPartsAt) + static_cast<unsigned>(rank * kPart + (t * 8 + r) * 16);
+  const unsigned own_part = static_cast<unsigned>(Shape::kPartsAt) +
+                            static_cast<unsigned>(rank * kPart + (t * 8 + r) * 16);
   const int64_t sends = layer.grad_hx != nullptr ? L : L - 1;
   constexpr unsigned kBytes = static_cast<unsigned>(kBlocks * kPart);
   if (thread == 0) {
@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (!there(e)) continue;
       const auto [tile, two] = item_of(e);
       const float* const own = parts + set * kBlocks * (kPart / 4) +
-                               (tile * kColumns * kWarpSize + two * 8) * 4 + lane % 16 * 2 + lane / 16;
+                               (tile * kColumns * kWarpSize + two * 8) * 4 + lane % 16 * 2 +
+                               lane / 16;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) grad_h[e] += own[block * (kPart / 4)];
     }

@@ -47,8 +47,7 @@ __global__ void __launch_bounds__(Shape::kMostThreads, 1)
       const int k = (v * kSplit + slice) * 4 + j;
       Numbers numbers = {};
       if (k < K && first_unit < H)
-        numbers =
-            weights_at<4>(layer.w_hh + static_cast<int64_t>(k) * H, first_unit, H, aligned);
+        numbers = weights_at<4>(layer.w_hh + static_cast<int64_t>(k) * H, first_unit, H, aligned);
       if (v < kKept)
         near_weights[v < kKept ? v : 0][j] = numbers;
       else
@@ -176,9 +175,8 @@ bool layer_backward_small_fits<float>(const LayerBackward<float>& layer, const D
 template <>
 int64_t layer_backward_small_blocks<float>(const LayerBackward<float>& layer,
                                            const Device& device) {
-  return with_shape(layer, device, [&](auto shape) {
-    return int64_t{launch_of<decltype(shape)>(layer).grid.x};
-  });
+  return with_shape(layer, device,
+                    [&](auto shape) { return int64_t{launch_of<decltype(shape)>(layer).grid.x}; });
 }
 
 template <>

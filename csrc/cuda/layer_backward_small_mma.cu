@@ -85,8 +85,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       elements.advance(kSet, e, grad_h[e], of_gates);
       const auto [row, unit, own] = place_of(e);
       if (unit >= H) continue;
-      T* const to =
-          own_grads + (kSet * kRows + row - origin.row) * kStride + (unit - origin.unit);
+      T* const to = own_grads + (kSet * kRows + row - origin.row) * kStride + (unit - origin.unit);
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) to[gate * H] = of_gates[gate];
     }
@@ -176,10 +175,11 @@ cudaError_t layer_backward_small(const LayerBackward<T>& layer, const Device& de
   }
 }
 
-#define LSTM_EXT_INSTANTIATE(T)                                                              \
-  template bool layer_backward_small_fits<T>(const LayerBackward<T>&, const Device&);        \
-  template int64_t layer_backward_small_blocks<T>(const LayerBackward<T>&, const Device&);   \
-  template cudaError_t layer_backward_small<T>(const LayerBackward<T>&, const Device&, cudaStream_t);
+#define LSTM_EXT_INSTANTIATE(T)                                                            \
+  template bool layer_backward_small_fits<T>(const LayerBackward<T>&, const Device&);      \
+  template int64_t layer_backward_small_blocks<T>(const LayerBackward<T>&, const Device&); \
+  template cudaError_t layer_backward_small<T>(const LayerBackward<T>&, const Device&,     \
+                                               cudaStream_t);
 LSTM_EXT_INSTANTIATE(__half)
 LSTM_EXT_INSTANTIATE(__nv_bfloat16)
 #undef LSTM_EXT_INSTANTIATE

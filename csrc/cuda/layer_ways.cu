@@ -81,10 +81,10 @@ int64_t layer_backward_sums(const LayerBackward<T>& layer, const Device& device,
   return 0;
 }
 
-#define LSTM_EXT_INSTANTIATE(T)                                                          \
-  template LayerWay layer_forward_way<T>(const LayerForward<T>&, const Device&);         \
-  template cudaError_t layer_forward<T>(const LayerForward<T>&, const Device&, LayerWay, \
-                                        cudaStream_t);                                   \
+#define LSTM_EXT_INSTANTIATE(T)                                                            \
+  template LayerWay layer_forward_way<T>(const LayerForward<T>&, const Device&);           \
+  template cudaError_t layer_forward<T>(const LayerForward<T>&, const Device&, LayerWay,   \
+                                        cudaStream_t);                                     \
   template LayerWay layer_backward_way<T>(const LayerBackward<T>&, const Device&);         \
   template cudaError_t layer_backward<T>(const LayerBackward<T>&, const Device&, LayerWay, \
                                          cudaStream_t);                                    \

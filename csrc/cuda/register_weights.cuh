@@ -110,8 +110,7 @@ template <int kBit, int kCount, int kRows, int kWide>
 __device__ inline void sum_over_split(float (&sums)[kRows][kWide], int slice) {
   if constexpr (kBit > 0 && kCount == 1) {
 #pragma unroll
-    for (int j = 0; j < kWide; ++j)
-      sums[0][j] += __shfl_xor_sync(kAllLanes, sums[0][j], kBit);
+    for (int j = 0; j < kWide; ++j) sums[0][j] += __shfl_xor_sync(kAllLanes, sums[0][j], kBit);
     sum_over_split<kBit / 2, 1>(sums, slice);
   } else if constexpr (kBit > 0) {
     const bool upper = (slice & kBit) != 0;
@@ -120,8 +119,7 @@ __device__ inline void sum_over_split(float (&sums)[kRows][kWide], int slice) {
 #pragma unroll
       for (int j = 0; j < kWide; ++j) {
         const float low = sums[row][j], high = sums[row + kCount / 2][j];
-        sums[row][j] =
-            (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, kBit);
+        sums[row][j] = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, kBit);
       }
     sum_over_split<kBit / 2, kCount / 2>(sums, slice);
   }

@@ -146,8 +146,10 @@ void check_fits() {
   // Backward has four times the columns, and tiles that are not full.
   LayerBackward<__half> back = {};
   back.sequence.N = 8, back.H = 1024;
-  report.that(layer_backward_shared_fits(back, {132, 227 * 1024, false}), "backward, 1024 units of half");
-  report.that(!layer_backward_shared_fits(back, {60, 227 * 1024, false}), "not on 60 multiprocessors");
+  report.that(layer_backward_shared_fits(back, {132, 227 * 1024, false}),
+              "backward, 1024 units of half");
+  report.that(!layer_backward_shared_fits(back, {60, 227 * 1024, false}),
+              "not on 60 multiprocessors");
   back.H = 2048;
   report.that(!layer_backward_shared_fits(back, {132, 227 * 1024, false}), "not 2048");
 }

@@ -171,8 +171,9 @@ void check_ways() {
   report.that(way_back_of<__nv_bfloat16>(16, 64, a100) == kSmall, "backward on an A100");
   report.that(way_back_of<float>(1, 64, tiny) == kNone, "backward, no shared memory to speak of");
   report.that(way_back_of<float>(3, 64, h100, kPlainCell + 1) == kShared, "backward, another cell");
-  report.that(way_back_of<float>(3, 64, h100, kPlainCell, {offsets, nullptr, 1, 3, false}) ==
-                  kShared, "backward, packed");
+  report.that(
+      way_back_of<float>(3, 64, h100, kPlainCell, {offsets, nullptr, 1, 3, false}) == kShared,
+      "backward, packed");
   report.that(way_back_of<float>(3, 64, h100, kPlainCell, {nullptr, reset, 1, 3, false}) == kShared,
               "backward, with resets");
 }

@@ -237,16 +237,16 @@ void check_backward(Report& report, const Case& test, const Device& device, Laye
     const bool wanted = order == 0;
     Buffer<T> grad_gates(4 * S * H, off), grad_hx(states, off), grad_cx(states, off);
     LayerBackward<T> call = {steps.sequence,
-                                   all ? of_output_.at() : nullptr,
-                                   of_hy_.at(),
-                                   all ? nullptr : of_cy_.at(),
-                                   gates_.at(),
-                                   c_before_.at(),
-                                   w_hh_.at(),
-                                   grad_gates.at(),
-                                   wanted ? grad_hx.at() : nullptr,
-                                   wanted ? grad_cx.at() : nullptr,
-                                   H};
+                             all ? of_output_.at() : nullptr,
+                             of_hy_.at(),
+                             all ? nullptr : of_cy_.at(),
+                             gates_.at(),
+                             c_before_.at(),
+                             w_hh_.at(),
+                             grad_gates.at(),
+                             wanted ? grad_hx.at() : nullptr,
+                             wanted ? grad_cx.at() : nullptr,
+                             H};
     const int64_t sums = layer_backward_sums(call, device, way);
     Buffer<float> bias_sums(sums * 4 * H);
     if (wanted && sums > 0) call.bias_sums = bias_sums.at();

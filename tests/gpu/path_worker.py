@@ -43,9 +43,8 @@ WAYS = {
     ONE: ["layer_forward_kernel", "layer_backward_kernel"],
     SPREAD: ["layer_forward_kernel", "layer_backward_kernel"],
     STEPS: ["cell_finish", "cell_backward"],
-    # Backward in whatever way fits.
-    SMALL: ["layer_small_"],
-    CLUSTERS: ["layer_cluster_kernel"],
+    SMALL: ["layer_small_", "layer_backward_small_"],
+    CLUSTERS: ["layer_cluster_kernel", "layer_backward_cluster_kernel"],
 }
 
 

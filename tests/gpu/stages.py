@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 NATIVE = ROOT / "build" / "gpu" / "native"
 CHECKS = ["check_cell", "check_layer", "check_layer_ways"]
 SANITIZERS = ["memcheck", "racecheck", "synccheck"]
-KERNELS = "layer_forward_kernel|layer_cluster_kernel|layer_backward_kernel|cell_forward_kernel"
+KERNELS = "layer_forward_kernel|layer_cluster_kernel|layer_backward|cell_forward_kernel"
 # They run the kernels' sources, builds and documents without a GPU, and did so before.
 WITHOUT_GPU = ["test_cuda_emu", "test_cuda_compile", "test_native", "test_build", "test_gpu_check",
                "test_gpu_native", "test_published", "test_notebook", "test_cpu_paths"]  # fmt: skip
