@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from lstm_ext import _flops as _flops
 from lstm_ext import _vmap as _vmap
-from lstm_ext import reference
+from lstm_ext import init, reference
 from lstm_ext._backend import cuda_backend, set_cuda_backend
 from lstm_ext._info import __version__, build_info
 from lstm_ext._onnx import onnx_translations
@@ -38,6 +38,7 @@ __all__ = [
     "cuda_backend",
     "freeze",
     "frozen_error",
+    "init",
     "lstm",
     "lstm_cell",
     "onnx_translations",
