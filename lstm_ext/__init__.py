@@ -1,7 +1,8 @@
 """lstm_ext: the LSTM as fused operations, drop-ins for ``torch.nn.LSTMCell`` and ``torch.nn.LSTM``.
 
 ``LSTMCell`` and ``LSTM`` are the modules, ``lstm_cell`` and ``lstm`` their functional forms;
-``convert`` puts them in the place of torch's modules, ``freeze`` packs their weights for inference,
+``convert`` puts them in the place of torch's modules, ``replacing`` in that of modules which others
+build, ``init`` writes initial weights, ``freeze`` packs their weights for inference,
 ``frozen_error`` says what that costs in accuracy;
 ``trace_gates`` looks inside, ``plot`` draws what it finds; ``LSTMCellFunction`` is the autograd
 Function, ``reference`` the same in plain torch operations, ``build_info`` what was compiled.
@@ -24,6 +25,7 @@ from lstm_ext.inspect import plot
 from lstm_ext.inspect.frozen import FrozenError, frozen_error
 from lstm_ext.inspect.gates import GateTrace, trace_gates
 from lstm_ext.layer import LSTM
+from lstm_ext.replacing import replacing
 
 __all__ = [
     "LSTM",
@@ -44,6 +46,7 @@ __all__ = [
     "onnx_translations",
     "plot",
     "reference",
+    "replacing",
     "revert",
     "set_cuda_backend",
     "trace_gates",
