@@ -1,6 +1,7 @@
 """lstm_ext: the LSTM as fused operations, drop-ins for ``torch.nn.LSTMCell`` and ``torch.nn.LSTM``.
 
-``LSTMCell`` and ``LSTM`` are the modules, ``lstm_cell`` and ``lstm`` their functional forms;
+``LSTMCell`` and ``LSTM`` are the modules, ``lstm_cell`` and ``lstm`` their functional forms,
+``run_sequences`` runs a list of sequences of different lengths;
 ``convert`` puts them in the place of torch's modules, ``replacing`` in that of modules which others
 build, ``init`` writes initial weights, ``freeze`` packs their weights for inference,
 ``frozen_error`` says what that costs in accuracy;
@@ -16,6 +17,7 @@ from lstm_ext import init, reference
 from lstm_ext._backend import cuda_backend, set_cuda_backend
 from lstm_ext._info import __version__, build_info
 from lstm_ext._onnx import onnx_translations
+from lstm_ext._ragged import run_sequences
 from lstm_ext.autograd import LSTMCellFunction
 from lstm_ext.cell import LSTMCell
 from lstm_ext.convert import convert, revert
@@ -48,6 +50,7 @@ __all__ = [
     "reference",
     "replacing",
     "revert",
+    "run_sequences",
     "set_cuda_backend",
     "trace_gates",
     "unfreeze",
