@@ -44,7 +44,7 @@ def _order(lengths: Tensor | list[int]) -> _Order:
     """Order sequences by their lengths (N), as pack_padded_sequence does."""
     with _no_transforms():
         lengths = torch.as_tensor(lengths)
-        descending, sequences = torch.sort(lengths, descending=True, stable=True)
+        descending, sequences = torch.sort(lengths, descending=True)
         L = int(descending[0]) if lengths.shape[0] else 0
         time = torch.arange(L).unsqueeze(1)
         there = descending > time
@@ -134,20 +134,17 @@ def _run_values(
     running = int(order.batch_sizes[0]) if order.batch_sizes.shape[0] else 0
     if hx is not None:
         hx = hx[0].index_select(1, sequences), hx[1].index_select(1, sequences)
-    if running == 0:
-        module.check_input(values, order.batch_sizes)
-        return _nothing_runs(module, values, hx, N)
     rows, back, to_batch = (
         index.to(values.device) for index in (order.rows, order.back, order.to_batch)
     )
-    packed = PackedSequence(_reorder(values, rows, back), order.batch_sizes, None, None)
     if reset is not None:
         there = order.there[:, :running].to(reset.device)
         reset = there.masked_scatter(there, reset.index_select(0, rows))
     first = hx
     if hx is not None and running < N:
         first = hx[0][:, :running], hx[1][:, :running]
-    output, last = run(packed, first, reset)
+    packed = PackedSequence(_reorder(values, rows, back), order.batch_sizes, None, None)
+    output, last = run(packed, first, reset) if running else _none_run(module, packed)
     if running < N:
         last = _with_others(last, hx, running, N)
     h, c = last
@@ -168,15 +165,15 @@ def _check_states(module: Any, values: Tensor, hx: States, N: int) -> None:
     module.check_hidden_size(hx[1], c, "Expected hidden[1] size {}, got {}")
 
 
-def _nothing_runs(module: Any, values: Tensor, hx: States | None, N: int) -> tuple[Tensor, States]:
-    batch = torch.tensor([N])
-    h_size = module.get_expected_hidden_size(values, batch)
-    c_size = module.get_expected_cell_size(values, batch)
-    directions = 2 if module.bidirectional else 1
-    states = values.new_zeros(h_size), values.new_zeros(c_size)
-    if hx is not None:
-        states = hx[0].clone(), hx[1].clone()
-    return values.new_zeros(0, directions * h_size[-1]), states
+def _none_run(module: Any, packed: PackedSequence) -> tuple[PackedSequence, States]:
+    """Return what no sequence at all gives, which torch's call does not take."""
+    data, batch_sizes, _, _ = packed
+    module.check_input(data, batch_sizes)
+    none = torch.tensor([0])
+    h = data.new_zeros(module.get_expected_hidden_size(data, none))
+    c = data.new_zeros(module.get_expected_cell_size(data, none))
+    features = h.shape[2] * (2 if module.bidirectional else 1)
+    return packed._replace(data=data.new_zeros(0, features)), (h, c)
 
 
 def _with_others(last: States, hx: States | None, running: int, N: int) -> States:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from layers import OPTIONS, identify
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 import lstm_ext
@@ -91,7 +92,9 @@ def test_each_as_by_itself(options, given, way):
 
 
 @WAYS
-@pytest.mark.parametrize("lengths", [[3, 3, 3], [4], [1, 2, 3, 4], [4, 3, 2, 1], [0, 2], [2, 0]])
+@pytest.mark.parametrize(
+    "lengths", [[3, 3, 3], [4], [1, 2, 3, 4], [4, 3, 2, 1], [0, 2], [2, 0], [1, 2, 0] * 9]
+)
 def test_orders_of_lengths(lengths, way):
     lstm, sequences = build(bidirectional=True), make_sequences(lengths)
     hx = make_states(lstm, len(lengths))
@@ -143,8 +146,8 @@ def test_states_of_length_zero_are_their_own(way):
 @WAYS
 @pytest.mark.parametrize("options", [{}, {"proj_size": 2, "bidirectional": True}], ids=identify)
 def test_only_sequences_of_length_zero(options, way):
-    lstm, sequences = build(**options), make_sequences([0, 0])
-    hx = make_states(lstm, 2)
+    lstm, sequences = build(**options), make_sequences([0] * 40)
+    hx = make_states(lstm, 40)
     outputs, (h, c) = way(lstm, sequences, hx)
     expected, (h_0, c_0) = one_by_one(lstm, sequences, hx)
     torch.testing.assert_close([*outputs, h, c], [*expected, h_0, c_0])
@@ -217,6 +220,28 @@ def test_second_derivatives():
     inputs = (*make_sequences([2, 3]), *make_states(lstm, 3))
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_gradients_of_a_nested_leaf():
+    lstm, sequences = build(), make_sequences()
+    torch.cat(one_by_one(lstm, sequences)[0]).square().sum().backward()
+    x = torch.nested.nested_tensor(
+        [s.detach() for s in sequences], layout=torch.jagged, requires_grad=True
+    )
+    lstm(2.0 * (x * 0.5))[0].values().square().sum().backward()
+    torch.testing.assert_close(x.grad.values(), torch.cat([s.grad for s in sequences if len(s)]))
+
+
+def test_forward_mode_of_what_has_gradients_too():
+    lstm, sequences = build(), make_sequences([2, 3, 1])
+    tangents = [torch.randn_like(s) for s in sequences]
+
+    def tangent_of(way):
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(s, t) for s, t in zip(sequences, tangents, strict=True)]
+            return forward_ad.unpack_dual(torch.cat(way(lstm, duals)[0])).tangent
+
+    torch.testing.assert_close(tangent_of(by_list), tangent_of(one_by_one))
 
 
 def test_forward_mode_and_vmap():
