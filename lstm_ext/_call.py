@@ -218,6 +218,10 @@ def prepare(
         return _prepare_packed(module, options, input, hx, reset)
     if input.dim() not in (2, 3):
         raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    if input.is_nested:
+        raise ValueError(
+            "LSTM: a nested input is for a call of lstm_ext.LSTM, and for nothing else"
+        )
     is_batched = input.dim() == 3
     batch_dim = 0 if options.batch_first else 1
     if not is_batched:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_ext import _call, _fx, _ops, _variants
+from lstm_ext import _call, _fx, _ops, _ragged, _variants
 from lstm_ext._call import States
 
 _CHECKS = (
@@ -50,20 +50,25 @@ class LSTM(nn.LSTM):
 
     Inputs: ``input``, ``(h_0, c_0)``, ``reset``
         - input: (L, N, I), (N, L, I) if ``batch_first``, (L, I) for a single sequence, or a
-          :class:`~torch.nn.utils.rnn.PackedSequence`, sorted or not.
+          :class:`~torch.nn.utils.rnn.PackedSequence`, sorted or not. Or a nested tensor of the
+          layout ``torch.jagged``, (N, j, I), whatever ``batch_first`` says: sequences of different
+          lengths, 0 among them, which need no padding and no sorting. torch.nn.LSTM takes none.
         - h_0, c_0: (D num_layers, N, P) and (D num_layers, N, H), no N for a single sequence;
           zeros when left out.
         - reset: bool, (L, N), or (N, L) if ``batch_first``, or (L): where it is true, h and c are
           zero before that step (before it in the order of computation, in the reverse direction).
-          For a packed input: (L, N) in the order of the batch. torch.nn.LSTM has no such option.
+          For a packed input: (L, N) in the order of the batch; for a nested one: nested, (N, j).
+          torch.nn.LSTM has no such option.
 
     Outputs: ``output, (h_n, c_n)``
-        - output: (L, N, D P), (N, L, D P), (L, D P), or a PackedSequence, as the input.
-        - h_n, c_n: shaped like h_0 and c_0.
+        - output: (L, N, D P), (N, L, D P), (L, D P), a PackedSequence, or nested, (N, j, D P), as
+          the input.
+        - h_n, c_n: shaped like h_0 and c_0. Those of a sequence of length 0 are its h_0 and c_0.
 
     Raises:
         ValueError, RuntimeError, TypeError: whatever ``torch.nn.LSTM`` raises for the same wrong
-            input, in its words.
+            input, in its words. ValueError for a nested one of another layout or shape, or with
+            a reset mask that does not fit it.
 
     Example::
 
@@ -124,7 +129,12 @@ class LSTM(nn.LSTM):
             # into the method at every call.
             out: Any
             if type(input) is not PackedSequence:
-                out = self._direct(self.__dict__, input, hx, None)
+                try:
+                    out = self._direct(self.__dict__, input, hx, None)
+                except RuntimeError:  # of torch's older nested tensors, which have no sizes
+                    if not (isinstance(input, Tensor) and input.is_nested):
+                        raise
+                    out = None
             else:
                 out = self._run_packed_directly(input, hx)
             if out is not None:
@@ -133,6 +143,8 @@ class LSTM(nn.LSTM):
             recorded = _fx.record_call(self, input, hx, reset)
             if recorded is not None:
                 return recorded
+        if isinstance(input, Tensor) and input.is_nested:
+            return _ragged.run_nested(self, input, hx, reset, self._run_packed)
         return self._run(input, hx, reset)
 
     def _run_packed_directly(
@@ -147,6 +159,12 @@ class LSTM(nn.LSTM):
         output, states = out
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(states, unsorted_indices)
+
+    def _run_packed(
+        self, input: PackedSequence, hx: States | None, reset: Tensor | None
+    ) -> tuple[PackedSequence, States]:
+        # Not by self.forward, which may be a subclass's, that has called this one.
+        return LSTM.forward(self, input, hx, reset=reset)
 
     def _run(self, input: Any, hx: Any, reset: Tensor | None) -> tuple[Any, States]:
         return _call.run(self, input, hx, reset)

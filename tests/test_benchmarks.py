@@ -209,3 +209,23 @@ def test_what_the_tagger_is_measured_by():
     # Of 5 found and 4 right ones, 2 are both.
     assert partly == pytest.approx(100 * 2 * 2 / (5 + 4))
     assert wholly == 100
+
+
+def test_ragged_benchmark(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench_ragged = importlib.import_module("bench_ragged")
+    monkeypatch.setattr(bench_ragged.protocol, "ROUND_SECONDS", 0.001)
+    bench_ragged.measure("4x3x3x2", 1)
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
+        ["4x3x3x2", "inference"],
+        ["4x3x3x2", "training"],
+    ]
+
+
+def test_a_wrong_way_of_ragged_sequences_is_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench_ragged = importlib.import_module("bench_ragged")
+    batch = [torch.randn(n, 2) for n in (2, 3)]
+    ways = {"padded": lambda: torch.ones(2, 3, 2), "list": lambda: torch.zeros(5, 2)}
+    with pytest.raises(AssertionError):
+        bench_ragged.compare(ways, batch)
