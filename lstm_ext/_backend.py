@@ -63,40 +63,44 @@ _PACKED = {
 }
 _ONE_DIRECTION = {  # by dtype and whether it trains
     (torch.float32, False): _Sizes(100, {128: 256, 256: 128, 512: 64, 1024: 16}),
-    (torch.float32, True): _Sizes(192, {256: 128, 512: 64, 1024: 16}),
+    (torch.float32, True): _Sizes(100, {128: 256, 256: 128, 512: 64, 1024: 16}),
     (torch.bfloat16, False): _Sizes(33, {128: 256, 512: 128, 1024: 64}),
     (torch.bfloat16, True): _Sizes(33, {128: 256, 512: 128, 1024: 64}),
     (torch.float16, False): _Sizes(33, {128: 256, 256: 128, 512: 64, 1024: 32}),
-    (torch.float16, True): _Sizes(100, {128: 64, 256: 128, 512: 64, 1024: 32}),
+    (torch.float16, True): _Sizes(33, {128: 256, 256: 128, 512: 64, 1024: 32}),
 }
 # float16 where cuDNN keeps the weights on the chip too (H a multiple of 128, N of 8): of each
 # hidden size up to these, from how many rows on, and up to how many.
 _HALF_ON_CHIP = {
     False: {128: (1, 256), 256: (1, 128), 512: (32, 128), 768: (64, 128)},
-    True: {128: (16, 128), 256: (16, 128), 512: (32, 128), 1024: (64, 128)},
+    True: {128: (16, 256), 512: (16, 128), 768: (32, 128), 1024: (64, 128)},
 }
-# Both directions of one layer, which cuDNN runs at once, for 16 to 64 rows: from which hidden size
-# on, and up to which.
-_TWO_DIRECTIONS = {
+# Both directions of one layer, or two layers in one direction, which cuDNN runs at once: from which
+# hidden size on, and up to which, for so many rows.
+_TWO_AT_ONCE = {
     (torch.float32, False): (128, 256),
-    (torch.float32, True): (256, 256),
+    (torch.float32, True): (128, 256),
     (torch.bfloat16, False): (64, 512),
     (torch.bfloat16, True): (64, 512),
     (torch.float16, False): (64, 512),
-    (torch.float16, True): (256, 512),
+    (torch.float16, True): (64, 512),
 }
+_ROWS_OF_TWO = (16, 64)
 
 
 def _is_measured_faster(input: Tensor, call: LayerCall) -> bool:
     card = torch.cuda.get_device_properties(input.device)
     if (card.major, card.minor) != _MEASURED_CAPABILITY or input.dtype not in _PACKED:
         return False
-    if call.layers != 1 or (call.hidden > 128 and call.hidden % 8 != 0):
+    if call.hidden > 128 and call.hidden % 8 != 0:
         return False
     key = input.dtype, call.trains
-    if call.directions == 2:
-        least, most = _TWO_DIRECTIONS[key]
-        return least <= call.hidden <= most and 16 <= call.rows <= 64 and not call.packed
+    if call.layers * call.directions > 1:
+        if call.layers * call.directions > 2 or call.packed:
+            return False
+        least, most = _TWO_AT_ONCE[key]
+        fewest, many = _ROWS_OF_TWO
+        return least <= call.hidden <= most and fewest <= call.rows <= many
     if call.packed:
         return call.hidden % 8 == 0 and _PACKED[input.dtype].have(call)
     if input.dtype == torch.float16 and call.hidden % 128 == 0 and call.rows % 8 == 0:

@@ -248,7 +248,10 @@ def _prepare_packed(
     # torch does not look at the module's own input_size here.
     options = options._replace(input_size=options.weights[0].shape[-1])
     if hx is None:
-        hx = _zero_states(options, data, int(batch_sizes[0]))
+        # A trace would keep a number.
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        N: Any = batch_sizes[0] if tracing else int(batch_sizes[0])
+        hx = _zero_states(options, data, N)
     else:
         hx = module.permute_hidden(hx, order)
         _check_pair(hx)
@@ -356,15 +359,40 @@ def run_frozen(
         list(wanted), options.bidirectional, ready.batch_sizes, ready.reset, options.cell.number
     )  # fmt: skip
     low = None if ready.batch_sizes is not None else _autocast_dtype(ready.input)
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    run: Any = _packed_by_layers if tracing else _ops.lstm_packed
     if low is None:
-        output, h, c = _ops.lstm_packed(ready.input, *ready.hx, *arguments)
+        output, h, c = run(ready.input, *ready.hx, *arguments)
     else:
         # The weights are of one precision: only the results have the dtype of an unfrozen layer's.
         own = options.weights[0].dtype
         cast = [t.to(own) for t in (ready.input, *ready.hx)]
         with torch.autocast("cpu", enabled=False):
-            output, h, c = (t.to(low) for t in _ops.lstm_packed(*cast, *arguments))
+            output, h, c = (t.to(low) for t in run(*cast, *arguments))
     return ready.as_asked(output), ready.states_as_asked((h, c))
+
+
+def _packed_by_layers(
+    input: Tensor, hx: Tensor, cx: Tensor, weights: Sequence[Tensor | None], bidirectional: bool,
+    batch_sizes: Tensor | None, reset: Tensor | None, variant: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Call the operators of which lstm_packed is made: torch.jit traces no list with None in it."""
+    directions = 2 if bidirectional else 1
+    per_layer = 3 if variant == _variants.PLAIN.number else 4
+    states = []
+    for k in range(0, len(weights) // per_layer, directions):
+        outputs = []
+        for d in range(directions):
+            w, b_ih, b_hh, *units = weights[(k + d) * per_layer : (k + d + 1) * per_layer]
+            output, *state = _ops.lstm_layer_packed(
+                input, hx[k + d], cx[k + d], w, b_ih, b_hh, batch_sizes, reset, d == 1,
+                units[0] if units else None, variant,
+            )  # fmt: skip
+            outputs.append(output)
+            states.append(state)
+        input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+    h, c = zip(*states, strict=True)
+    return input, torch.stack(h), torch.stack(c)
 
 
 def _packed_tensors(options: Options) -> int:

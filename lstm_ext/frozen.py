@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
+import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -31,6 +36,7 @@ _STATE_DICT_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_packing = threading.Lock()
 _FREED = "lstm_ext.freeze(.., keep_weights=False) freed its plain weights"
 
 
@@ -50,6 +56,9 @@ def freeze(
     the plain weights (its state dict is the original's), so that they are in memory twice, and
     those of a cell, which is faster from plain ones for few rows, three times; see keep_weights.
     Under autocast it computes in its own precision; its results have the dtype of the original's.
+    Copies and pickles compute with the same weights. One that ``torch.load`` reads in torch's
+    older format (``_use_new_zipfile_serialization=False``) packs them at its first call, before
+    which neither they may be written to nor the module compiled or exported: a RuntimeError.
 
     Args:
         module: an :class:`LSTM` or an :class:`LSTMCell`, or a model that has them somewhere: there
@@ -239,17 +248,64 @@ def _layout(dtype: torch.dtype, kind: int) -> str:
     return f"{_ops._C.build_info()['cpu_instruction_set']} {digest}"
 
 
+def _stored_weights(original: Any) -> list[Tensor]:
+    """Return what packed weights are made of, as it is stored: nothing is computed."""
+    found: list[Any] = []
+    for name in _weight_names(original):
+        for table in (original._parameters, original._buffers, vars(original)):
+            found.append(table.get(name))
+    if parametrize.is_parametrized(original):
+        written = original.parametrizations
+        found += [*written.parameters(), *written.buffers()]
+    elif isinstance(original, LSTM):
+        found += original._flat_weights
+    return list({id(t): t for t in found if isinstance(t, Tensor)}.values())
+
+
+def _digest(tensors: Iterable[Tensor]) -> str | None:
+    """Return a hash of dtypes, shapes and bytes; None where there is no memory to be read."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        if isinstance(t, FakeTensor) or not t.is_cpu or t.layout != torch.strided:
+            return None
+        plain = t.detach().contiguous()
+        digest.update(f"{plain.dtype} {tuple(plain.shape)} ".encode())
+        size = plain.numel() * plain.element_size()
+        address = plain.data_ptr() if size else 0
+        if address:
+            digest.update((ctypes.c_ubyte * size).from_address(address))
+        elif size:
+            return None
+    return digest.hexdigest()
+
+
+def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    bits = [t.contiguous().view(torch.uint8) for t in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
+
+
 class _Frozen(nn.Module):
     """What frozen modules have in common.
 
     Submodules and hooks are the original's own; parameters too, if weights are kept, so that the
     state dict is the same. The packed weights are buffers outside the state dict.
+
+    A pickle, or a copy, of a module that keeps plain weights has those alone, which any processor
+    can pack, and a hash of them. Whether they are there when the module is made is known by the
+    hash only: torch's older format (and ``torch.serialization.skip_data``) makes all objects first
+    and reads their numbers then. If they are not, the module has no ``_packed_names``, which the
+    direct calls leave to Python, and is packed at its first use, if the hash says that they are
+    there now. Where plain weights have been written to since the module was frozen, they are no
+    longer what it computes with, and the packed ones are saved.
     """
 
     # Modules that were pickled before have these defaults.
     _weights: str | None = None  # how the packed weights are stored
     _activations: str | None = None
     _freed: tuple[str, ...] | None = None  # what has gone with the original, unless it is kept
+    _expected: str | None = None  # the hash of plain weights that are still to be packed
 
     def __init__(
         self,
@@ -314,12 +370,13 @@ class _Frozen(nn.Module):
 
     def _hold_packed_weights(self, original: Any, where: str) -> None:
         packed = self._pack_original(original, where)
-        self._packed_names = [f"packed_{k}" for k in range(len(packed))]
-        self._buffers.update(zip(self._packed_names, packed, strict=True))
-        self._non_persistent_buffers_set.update(self._packed_names)
+        names = [f"packed_{k}" for k in range(len(packed))]
+        self._buffers.update(zip(names, packed, strict=True))
+        self._non_persistent_buffers_set.update(names)
         # As the first weight that was packed, without its numbers.
         first = original.weight_ih_l0 if hasattr(original, "weight_ih_l0") else original.weight_ih
         self.like_weights = torch.empty_like(first, device="meta", requires_grad=False)
+        self._packed_names = names  # last: by them another thread knows that all is there
 
     def _pack_original(self, original: Any, where: str) -> list[Tensor | None]:
         raise NotImplementedError
@@ -345,8 +402,48 @@ class _Frozen(nn.Module):
             return [_ops.lstm_layer_pack(w_ih, w_hh, self._kind), *copies]
 
     def _packed(self) -> tuple[Tensor | None, ...]:
+        if self._is_unpacked():
+            self._pack_stored_weights()
         buffers = self._buffers
         return tuple([buffers[name] for name in self._packed_names])
+
+    def _is_unpacked(self) -> bool:
+        """Whether the plain weights' numbers were not there yet when the module was unpickled."""
+        return "_packed_names" not in self.__dict__
+
+    def _pack_stored_weights(self) -> None:
+        if torch.compiler.is_compiling():
+            # There, weights have no numbers.
+            raise RuntimeError(
+                "this frozen module was loaded from a file whose numbers came after it, and its "
+                "weights are not packed yet: call it once before torch.compile or torch.export"
+            )
+        with _packing, ThreadPoolExecutor(1) as thread:
+            # In a thread of its own: whatever mode, autocast or transformation the caller is in,
+            # the weights outlive it.
+            if self._is_unpacked():
+                thread.submit(self._pack_if_as_saved, "unpickled module").result()
+
+    def _pack_if_as_saved(self, where: str) -> None:
+        expected = self._expected
+        # Older pickles have no hash.
+        if expected is not None and _digest(_stored_weights(self.original)) != expected:
+            raise RuntimeError(
+                "this frozen module's plain weights are not those that it was saved with: they "
+                "were written to before its first call, or never loaded. "
+                "lstm_ext.freeze(lstm_ext.unfreeze(model)) freezes it with what they are now"
+            )
+        self._hold_packed_weights(self.original, where)
+        self.__dict__.pop("_expected", None)
+
+    def _is_as_packed(self) -> bool:
+        """Whether the plain weights are what they were when they were packed."""
+        held = self._packed()
+        try:
+            fresh = self._pack_original(self.original, "pickled module")
+            return len(held) == len(fresh) and all(map(_same_bits, held, fresh))
+        except Exception:  # whatever has become of them
+            return False
 
     def train(self, mode: bool = True) -> Any:
         """Stay in evaluation mode."""
@@ -364,9 +461,9 @@ class _Frozen(nn.Module):
 
     def _check_apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Raise an error if half(), to() or their like would change dtype or device."""
+        packed = [b for b in self._packed() if b is not None]
         # Of the weights' own dtype there may be nothing left.
         own = torch.zeros(1, dtype=self.like_weights.dtype, device="cpu")
-        packed = [b for b in self._packed() if b is not None]
         for t in (own, *self.parameters(), *packed):
             after = fn(t.detach())
             if (after.dtype, after.device) != (t.dtype, t.device):
@@ -403,22 +500,49 @@ class _Frozen(nn.Module):
         super()._save_to_state_dict(*arguments)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = getattr(super(), "__getstate__", self.__dict__.copy)()
-        if self._freed is not None:
-            return {**state, "_packed_for": _layout(self.like_weights.dtype, self._kind)}
-        # Packed weights are for the processor that packed them.
-        plain = {k: b for k, b in self._buffers.items() if k not in self._packed_names}
-        return {**state, "_buffers": plain}
+        state = dict(getattr(super(), "__getstate__", self.__dict__.copy)())
+        if self._is_unpacked():
+            return state
+        if self._freed is None:
+            if isinstance(self.original, LSTM):
+                # As when it is pickled itself, which is later.
+                self.original._update_flat_weights()
+            digest = _digest(_stored_weights(self.original)) if self._is_as_packed() else None
+            if digest is not None:
+                # Packed weights are for the processor that packed them.
+                names = state.pop("_packed_names")
+                plain = {k: b for k, b in self._buffers.items() if k not in names}
+                return {**state, "_buffers": plain, "_expected": digest}
+        return {**state, "_packed_for": _layout(self.like_weights.dtype, self._kind)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         packed_for = state.get("_packed_for")
         state = {k: v for k, v in state.items() if k != "_packed_for"}
+        comes_packed = packed_for is not None or state.get("_freed") is not None
+        if not comes_packed:
+            state.pop("_packed_names", None)  # older: they held names of what was left out
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self._freed is None:
-            self._hold_packed_weights(self.original, "unpickled module")  # older: fewer of them
-        else:
-            self._check_layout(packed_for)
         _guard.install(_Frozen)
+        if comes_packed:
+            self._check_layout(packed_for)
+        # Without attributes yet: the pickle began at the original, which refers to this one.
+        elif "_parameters" in vars(self.original):
+            stored = _stored_weights(self.original)
+            fake = any(isinstance(t, FakeTensor) for t in stored)
+            if not fake:
+                self._check_devices(stored)
+            # Numbers that come later give another hash, or are none at all.
+            if fake or (self._expected is not None and _digest(stored) == self._expected):
+                self._hold_packed_weights(self.original, "unpickled module")
+                self.__dict__.pop("_expected", None)
+
+    def _check_devices(self, tensors: Iterable[Tensor | None]) -> None:
+        devices = {str(t.device) for t in tensors if t is not None and not t.is_cpu}
+        if devices:
+            raise ValueError(
+                f"unpickled module is on {', '.join(sorted(devices))}: weights are packed for the "
+                "CPU's kernels"
+            )
 
     def _check_layout(self, packed_for: Any) -> None:
         """Raise an error if weights that came with a pickle are not for these kernels."""
@@ -426,18 +550,16 @@ class _Frozen(nn.Module):
         if packed_for != here:
             theirs, ours = str(packed_for).split()[0], here.split()[0]
             versions = "" if theirs != ours else " of another version of lstm_ext"
+            why = _FREED
+            if self._freed is None:
+                why = "its plain weights were written to since it was frozen"
             raise RuntimeError(
                 f"this frozen module has weights that were packed for the {theirs} kernels"
-                f"{versions}, and cannot be used with the {ours} kernels here: {_FREED}. Freeze "
-                "the original here, or pickle it frozen with keep_weights=True, of which weights "
-                "are packed anew"
+                f"{versions}, and cannot be used with the {ours} kernels here: {why}. Freeze "
+                "the original here, or pickle it as it was frozen with keep_weights=True, of which "
+                "weights are packed anew"
             )
-        devices = {str(b.device) for b in self._packed() if b is not None and not b.is_cpu}
-        if devices:
-            raise ValueError(
-                f"unpickled module is on {', '.join(sorted(devices))}: weights are packed for the "
-                "CPU's kernels"
-            )
+        self._check_devices(self._packed())
 
     def extra_repr(self) -> str:
         """Describe the module as the original does, and say that it is frozen."""
@@ -468,6 +590,9 @@ class FrozenLSTM(_Frozen, LSTM):
     _direct = staticmethod(_ops.fast_frozen_lstm)
 
     def _run(self, input: Any, hx: Any, reset: Tensor | None) -> tuple[Any, States]:
+        if self._is_unpacked():
+            self._pack_stored_weights()
+            return LSTM.forward(self, input, hx, reset=reset)
         return _call.run_frozen(self, self._packed(), input, hx, reset)
 
 
@@ -490,6 +615,9 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
         """Compute (h', c') from the input and the states."""
         if not torch.compiler.is_compiling():
             out = _ops.fast_frozen_cell(self.__dict__, input, hx)
+            if out is None and self._is_unpacked():
+                self._pack_stored_weights()
+                out = _ops.fast_frozen_cell(self.__dict__, input, hx)
             if out is None:
                 self._log_refusal(input, hx)
                 out = _fx.record_call(self, input, hx)

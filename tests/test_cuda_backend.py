@@ -160,7 +160,11 @@ def test_auto_leaves_to_cudnn_what_was_not_measured(monkeypatch):
     pretend_card(monkeypatch, 9, 0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert chosen(dtype, 24, 256, trains=False)
-        assert not chosen(dtype, 24, 256, layers=2)
+        assert chosen(dtype, 24, 256, layers=2)
+        assert not chosen(dtype, 24, 256, layers=3)
+        assert not chosen(dtype, 8, 256, layers=2)
+        assert not chosen(dtype, 24, 256, layers=2, directions=2)
+        assert not chosen(dtype, 24, 256, layers=2, packed=True)
         assert not chosen(dtype, 24, 250)  # beyond 128, no multiple of 8
         assert not chosen(dtype, 16, 2048)
         assert not chosen(dtype, 512, 128)
@@ -169,7 +173,8 @@ def test_auto_leaves_to_cudnn_what_was_not_measured(monkeypatch):
     assert chosen(torch.float16, 16, 256, packed=True)  # cuDNN's own kernel takes no packed ones
     assert not chosen(torch.float32, 16, 128, packed=True)  # ours of small layers neither
     assert chosen(torch.float32, 16, 128, trains=False)
-    assert not chosen(torch.float32, 16, 128, trains=True)
+    assert chosen(torch.float32, 16, 128, trains=True)
+    assert not chosen(torch.float32, 16, 64, trains=True)
     assert not chosen(torch.float64, 16, 256)
     lstm_ext.set_cuda_backend("fused")
     assert chosen(torch.float64, 16, 128, layers=2)

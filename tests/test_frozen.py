@@ -1,6 +1,7 @@
 """lstm_ext.freeze and unfreeze: weights packed once, for inference."""
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -9,7 +10,7 @@ from layers import identify
 from measure import DTYPES
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import lstm_ext
 
@@ -174,11 +175,10 @@ def test_copies_and_pickles(kind):
             assert list(copied.state_dict()) == list(frozen.state_dict())
             assert type(lstm_ext.unfreeze(copied)) is kind
         # Packed anew, not copied: what another processor packed would be refused.
+        assert frozen.__getstate__()["_buffers"] == {}
         frozen.packed_0[0] = 88
         with pytest.raises(RuntimeError, match="packed for"):
             frozen(x if kind is lstm_ext.LSTM else x[0])  # small cells: from plain weights
-        assert frozen.__getstate__()["_buffers"] == {}
-        pickle.loads(pickle.dumps(frozen))(x)
 
 
 @pytest.mark.parametrize("kind", [lstm_ext.LSTM, lstm_ext.LSTMCell])
@@ -489,3 +489,46 @@ def test_autocast_as_unfrozen(kind, dtype, low):
         flat, right = list(found), list(expected)
         assert [t.dtype for t in flat] == [t.dtype for t in right]
         torch.testing.assert_close(flat, right, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("how", [{}, {"keep_weights": False}, {"weights": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*OPTIONS, {"peephole": True, "bidirectional": True}], ids=identify
+)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traced_by_torch_jit(options, how):
+    """For other lengths and batches than it was traced with, too."""
+    frozen = lstm_ext.freeze(lstm_ext.LSTM(5, 9, **options).eval(), **how)
+    layers, file = frozen.num_layers * (1 + frozen.bidirectional), io.BytesIO()
+    states = tuple(torch.randn(2, layers, 3, 9))
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace(frozen, (torch.randn(4, 3, 5),)), file)
+        file.seek(0)
+        traced = torch.jit.load(file)
+        for shape in ((4, 3, 5), (7, 2, 5), (1, 1, 5), (2, 30, 5)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(traced(x), frozen(x), rtol=0, atol=0)
+        x = torch.randn(3, 3, 5)
+        with_states = torch.jit.trace(frozen, (torch.randn(3, 3, 5), states))
+        hx = tuple(torch.randn(2, layers, 3, 9))
+        torch.testing.assert_close(with_states(x, hx), frozen(x, hx), rtol=0, atol=0)
+
+
+class Padded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = lstm_ext.LSTM(5, 9, 2, bidirectional=True)
+
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return pad_packed_sequence(self.lstm(packed)[0])[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traced_by_torch_jit_with_a_packed_sequence():
+    frozen = lstm_ext.freeze(Padded().eval())
+    with torch.no_grad():
+        traced = torch.jit.trace(frozen, (torch.randn(4, 3, 5), torch.tensor([2, 4, 1])))
+        for lengths in ([2, 4, 1], [4, 1, 3, 2, 2], [1, 4]):
+            example = torch.randn(4, len(lengths), 5), torch.tensor(lengths)
+            torch.testing.assert_close(traced(*example), frozen(*example), rtol=0, atol=0)

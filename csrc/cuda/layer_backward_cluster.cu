@@ -30,6 +30,7 @@ struct BackwardShape {
   // A warp's elements come 16 units of two rows at a time.
   static constexpr int kItems = kTilesOfBlock * kRows / 2;
   static constexpr int kElements = (kItems + kWarps - 1) / kWarps;
+  static_assert(kOwners > 0 && kElements > 0);
 
   // Bytes of shared memory, one thing after another.
   static constexpr size_t kWeightsAt = size_t{kRows} * kStride * sizeof(T);
