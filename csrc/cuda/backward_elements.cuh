@@ -150,12 +150,12 @@ class BackwardElements {
 };
 
 // The sums over a block's rows, in their order, at the end: its units from first on, to a row of
-// bias_sums. of_rows is shared memory that nobody uses any more, [kBlockRows / rows of a lane][4]
-// [units].
-template <int kBlockRows, class T, class Elements, class PlaceOf>
+// bias_sums. part_of(row): the place of a lane's sums, by the first of its rows. of_rows is shared
+// memory that nobody uses any more, [kBlockRows / rows of a lane][4][units].
+template <int kBlockRows, class T, class Elements, class PlaceOf, class PartOf>
 __device__ inline void store_bias_sums(const LayerBackward<T>& layer, const Elements& elements,
-                                       const PlaceOf& place, int first, int units, unsigned to,
-                                       float* of_rows) {
+                                       const PlaceOf& place, const PartOf& part_of, int first,
+                                       int units, unsigned to, float* of_rows) {
   if (layer.bias_sums == nullptr) return;
   constexpr int kRows = Elements::kRowsOfLane;
   __syncthreads();
@@ -165,7 +165,8 @@ __device__ inline void store_bias_sums(const LayerBackward<T>& layer, const Elem
     if (!own || unit - first >= units) continue;
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
-      of_rows[(row / kRows * kGates + gate) * units + unit - first] = elements.sum(e / kRows, gate);
+      of_rows[(part_of(row) * kGates + gate) * units + unit - first] =
+          elements.sum(e / kRows, gate);
   }
   __syncthreads();
   const int threads = static_cast<int>(blockDim.x);

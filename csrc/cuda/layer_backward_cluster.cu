@@ -15,12 +15,12 @@ namespace lstm_ext::cuda {
 namespace {
 
 // kBlocks: of a cluster. kTiles: of a warp, 16 units of the gradient of h each; kChunks chunks of k
-// each, of which kKept lie in registers; kColumns: eight rows of the batch each.
+// each, of whose halves kKept lie in registers; kColumns: eight rows of the batch each.
 template <class T_, int kBlocks_, int kTiles_, int kChunks_, int kKept_, int kColumns_>
 struct BackwardShape {
   using T = T_;
   static constexpr int kBlocks = kBlocks_, kTiles = kTiles_, kChunks = kChunks_, kKept = kKept_;
-  static constexpr int kColumns = kColumns_, kRows = 8 * kColumns, kFar = kChunks - kKept;
+  static constexpr int kColumns = kColumns_, kRows = 8 * kColumns, kFar = 2 * kChunks - kKept;
   static constexpr int kStep = kFullVector<T>, kChunk = 4 * kStep, kUnits = kChunks * kChunk / 4;
   // Rows begin where other rows' lanes find other banks.
   static constexpr int kStride = (kChunks | 1) * kChunk;
@@ -34,7 +34,7 @@ struct BackwardShape {
 
   // Bytes of shared memory, one thing after another.
   static constexpr size_t kWeightsAt = size_t{kRows} * kStride * sizeof(T);
-  static constexpr size_t kPartsAt = kWeightsAt + size_t{kFar} * 2 * kTiles * kThreads * 16;
+  static constexpr size_t kPartsAt = kWeightsAt + size_t{kFar} * kTiles * kThreads * 16;
   static constexpr size_t kBytesOfPart = size_t{kTilesOfBlock} * kColumns * kWarpSize * 16;
   static constexpr size_t kBarriersAt = kPartsAt + 2 * kBlocks * kBytesOfPart;
   static constexpr size_t kShared = kBarriersAt + 2 * sizeof(uint64_t);
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kPart = static_cast<int>(Shape::kBytesOfPart);
   LSTM_EXT_DYNAMIC_SHARED(unsigned char, shared);
   T* const grads = reinterpret_cast<T*>(shared);  // [kRows][kStride]: of the gates of own units
-  // [far chunk][half of it][tile][thread]
+  // [far half][tile][thread]
   uint4* const far_weights = reinterpret_cast<uint4*>(shared + Shape::kWeightsAt);
   // [2][block][tile][column][4][8 pairs of units][unit of the pair][row of two]
   float* const parts = reinterpret_cast<float*>(shared + Shape::kPartsAt);
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Of the gradient of h, from the block's own on: not all blocks send to the same one at a time.
   const int first_tile = (warp + rank) % kWarps * kTiles;
 
-  uint32_t near_weights[kKept][kTiles][2][4];
+  uint32_t near_weights[kKept][kTiles][4];
   const bool in_pairs = alignment_of(layer.w_hh, H) > 1;
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk)
@@ -87,12 +87,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       operands_of(words[0], words[1], a);
 #pragma unroll
       for (int part = 0; part < 2; ++part)
-        if (chunk < kKept) {
+        if (const int half = 2 * chunk + part; half < kKept) {
 #pragma unroll
-          for (int j = 0; j < 4; ++j)
-            near_weights[chunk < kKept ? chunk : 0][tile][part][j] = a[part][j];
+          for (int j = 0; j < 4; ++j) near_weights[half < kKept ? half : 0][tile][j] = a[part][j];
         } else {
-          far_weights[(((chunk - kKept) * 2 + part) * kTiles + tile) * kThreads + thread] =
+          far_weights[((half - kKept) * kTiles + tile) * kThreads + thread] =
               uint4{a[part][0], a[part][1], a[part][2], a[part][3]};
         }
     }
@@ -116,7 +115,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   // Where registers are short, one step is read ahead.
   constexpr int kSets = kFar > 0 || kColumns > 1 ? 1 : 2;
-  BackwardElements<T, QuickMath, kElements, 1, kSets> elements(layer, first_row, place_of);
+  constexpr int kRowsOfLane = kWarps % kTilesOfBlock == 0 ? kElements : 1;
+  BackwardElements<T, QuickMath, kElements / kRowsOfLane, kRowsOfLane, kSets> elements(
+      layer, first_row, place_of);
   float grad_h[kElements];
 #pragma unroll
   for (int e = 0; e < kElements; ++e) grad_h[e] = elements.start(e);
@@ -191,18 +192,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       uint32_t b[kColumns][2];
       load_half(half, b);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile)
-        multiply(tile, near_weights[half / 2][tile][half % 2], b);
+      for (int tile = 0; tile < kTiles; ++tile) multiply(tile, near_weights[half][tile], b);
     };
     if constexpr (kFar == 0) {
 #pragma unroll
-      for (int half = 0; half < 2 * kKept; ++half) near_half(half);
+      for (int half = 0; half < kKept; ++half) near_half(half);
     } else {
       // In turns: shared memory is as busy as the tensor cores.
 #pragma unroll
-      for (int far = 0; far < 2 * kFar; ++far) {
+      for (int far = 0; far < kFar; ++far) {
         uint32_t b[kColumns][2];
-        load_half(2 * kKept + far, b);
+        load_half(kKept + far, b);
 #pragma unroll
         for (int tile = 0; tile < kTiles; tile += 2) {
           uint4 words[2];
@@ -210,8 +210,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int j = 0; j < 2; ++j)
             words[j] = far_weights[(far * kTiles + tile + j) * kThreads + thread];
 #pragma unroll
-          for (int half = 0; half < 2 * kKept; ++half)
-            if (half * (kFar * kTiles) / (2 * kKept) == far * (kTiles / 2) + tile / 2)
+          for (int half = 0; half < kKept; ++half)
+            if (half * (kFar * kTiles / 2) / kKept == far * (kTiles / 2) + tile / 2)
               near_half(half);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
@@ -242,8 +242,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (sends == L) receive(static_cast<int>((L - 1) % 2), L - 1);
   elements.store_last(grad_h);
   // A block may leave: all that is sent to it has come.
-  store_bias_sums<kRows>(layer, elements, place_of, first_unit, min(kUnits, H - first_unit),
-                         cluster_of_rows, parts);
+  const auto part_of = [](int row) { return row % (kRows / kRowsOfLane); };
+  store_bias_sums<kRows>(layer, elements, place_of, part_of, first_unit,
+                         min(kUnits, H - first_unit), cluster_of_rows, parts);
 #endif
 }
 
@@ -266,17 +267,17 @@ auto with_shape(const LayerBackward<T>& layer, const Device& device, const Body&
   const int H = layer.H;
   const int64_t N = layer.sequence.N;
   if constexpr (std::is_same_v<T, float>) {
-    using Eight = BackwardShape<T, 16, 4, 8, 4, 1>;
+    using Eight = BackwardShape<T, 16, 4, 8, 8, 1>;
     if (!device.tf32) return none();
-    if (H <= 256) return body(BackwardShape<T, 8, 2, 8, 8, 1>());
+    if (H <= 256) return body(BackwardShape<T, 8, 2, 8, 16, 1>());
     if (H <= 512 && turns_of(Eight(), N, device) == 1) return body(Eight());
-    if (H <= 512) return body(BackwardShape<T, 16, 4, 8, 4, 2>());
+    if (H <= 512) return body(BackwardShape<T, 16, 4, 8, 7, 2>());
   } else {
-    using Wide = BackwardShape<T, 16, 4, 4, 4, 1>;
-    if (H <= 256) return body(BackwardShape<T, 8, 2, 4, 4, 1>());
+    using Wide = BackwardShape<T, 16, 4, 4, 8, 1>;
+    if (H <= 256) return body(BackwardShape<T, 8, 2, 4, 8, 1>());
     if (H <= 512 && turns_of(Wide(), N, device) == 1) return body(Wide());
-    if (H <= 512) return body(BackwardShape<T, 16, 4, 4, 4, 2>());
-    if (H <= 768) return body(BackwardShape<T, 16, 6, 6, 3, 1>());
+    if (H <= 512) return body(BackwardShape<T, 16, 4, 4, 7, 2>());
+    if (H <= 768) return body(BackwardShape<T, 16, 6, 6, 6, 1>());
   }
   return none();
 }

@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(Shape::kMostThreads, 1)
     for (int e = 0; e < kElements; ++e) grad_h[e] = sums[e][0];
   });
   elements.store_last(grad_h);
-  store_bias_sums<kRows>(layer, elements, place_of, 0, H, blockIdx.x, grads);
+  store_bias_sums<kRows>(
+      layer, elements, place_of, [](int row) { return row; }, 0, H, blockIdx.x, grads);
 }
 
 template <class Shape>

@@ -115,8 +115,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     for (int e = 0; e < kElements; ++e) grad_h[e] = pick(all, e);
   });
   elements.store_last(grad_h);
-  store_bias_sums<kRows>(layer, elements, place_of, 0, H, blockIdx.x,
-                         reinterpret_cast<float*>(grads));
+  store_bias_sums<kRows>(
+      layer, elements, place_of, [](int row) { return row / kRowsOfLane; }, 0, H, blockIdx.x,
+      reinterpret_cast<float*>(grads));
 }
 
 template <class T, int kRows, int kChunks>
