@@ -59,10 +59,10 @@ def test_programs_explain_themselves(programs):
 @pytest.mark.slow
 def test_programs_are_small(programs):
     # The benchmark is there once a variant. All of them travel to the GPU together, with the module
-    # (14 MB): 40 MiB in all.
+    # (15.4 MB): 40 MiB in all.
     sizes = {name: program.stat().st_size for name, program in programs.items()}
     benchmark = sizes.pop("bench_layer-all_on")
-    assert sum(sizes.values()) + benchmark * len(native_build.variants()) < 27.5e6
+    assert sum(sizes.values()) + benchmark * len(native_build.variants()) < 26e6
 
 
 # ---- How they are compiled: with a compiler that only copies.

@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const auto row_of = [&](int j) {
         const int k = chunk * kChunk + t * kStep + j, unit = first_unit + k % kUnits;
         const int64_t row = static_cast<int64_t>(k / kUnits) * H + unit;
+        // NOLINTNEXTLINE(clang-analyzer-core.NullPointerArithm): w_hh is none of the null ones
         return unit < H ? layer.w_hh + row * H : nullptr;
       };
       uint32_t words[2][4], a[2][4];

@@ -33,8 +33,8 @@ SWITCHES = [
     "LOADS_FIRST", "STAGE_NEXT", "PUBLISH_FIRST", "SKIP_LAST_MEETING", "WIDE_FILL", "SMALL_TILES",
     "SPREAD_BACKWARD", "REGISTER_WAYS",
 ]  # fmt: skip
-# Measured to matter little (docs/gpu.md): no program of their own, for its size.
-SETTLED = ("PUBLISH_FIRST", "SKIP_LAST_MEETING")
+# Measured, and settled (docs/gpu.md): no program of their own, for its size.
+SETTLED = ("PUBLISH_FIRST", "SKIP_LAST_MEETING", "SMALL_TILES")
 ALL_ON = "all_on"
 # Kernels as torch compiles extensions; the programs themselves use the half types' conversions.
 FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings"]
@@ -48,7 +48,7 @@ def variants() -> dict[str, dict[str, int]]:
     """Return the switches that each variant sets: none, each by itself, all."""
     alone = {f"no_{switch.lower()}": {switch: 0} for switch in SWITCHES if switch not in SETTLED}
     all_off = dict.fromkeys(SWITCHES, 0)
-    return {ALL_ON: {}, **alone, "quick_float": {"QUICK_FLOAT": 1}, "all_off": all_off}
+    return {ALL_ON: {}, **alone, "all_off": all_off}
 
 
 @dataclass
