@@ -565,7 +565,7 @@ def test_broken_kernels_are_found(mutation, build, tmp_path):
     assert broken
     kernels = [csrc / "cuda" / k.name if k in broken else k for k in kernels]
     program = build([*kernels, check], finder if finder in SANITIZERS else "none")
-    result = run(program, "few")
+    result = run(program, "broken")
     assert result.returncode != 0
     wanted = {"none": "off by", "address": "AddressSanitizer", "thread": "data race"}
     assert wanted.get(finder, finder) in result.stdout + result.stderr

@@ -103,8 +103,14 @@ void for_rows(int64_t rows, double work, const Body& body) {
   for (std::thread& thread : others) thread.join();
 }
 
+// The first failure of a program that was to stop there.
+struct Stopped : std::exception {
+  const char* what() const noexcept override { return "stopped at the first failure"; }
+};
+
 class Report {
  public:
+  void stop_at_first() { stops_ = true; }
   // The case that what follows belongs to.
   void begin(const std::string& where) {
     where_ = where;
@@ -120,25 +126,25 @@ class Report {
       if (std::isnan(error)) break;
     }
     if (worst <= tolerance) return;
-    ++failures_;
     std::printf("%s: %s off by %g (allowed %g)\n", where_.c_str(), what, worst, tolerance);
+    failed();
   }
   void that(bool true_, const char* what) {
     ++comparisons_;
     if (true_) return;
-    ++failures_;
     std::printf("%s: not so: %s\n", where_.c_str(), what);
+    failed();
   }
   // A call was made without an error, and wrote nothing around its buffers.
   void ran(cudaError_t error, const char* what = "it ran") {
     ++comparisons_;
     if (error != cudaSuccess) {
-      ++failures_;
       std::printf("%s: not so: %s: %s\n", where_.c_str(), what, machine::describe(error).c_str());
+      failed();
     }
     for (const std::string& stray : machine::strays()) {
-      ++failures_;
       std::printf("%s: %s\n", where_.c_str(), stray.c_str());
+      failed();
     }
   }
   void launched(const machine::Launches& since, unsigned long count, const char* what) {
@@ -155,8 +161,14 @@ class Report {
   }
 
  private:
+  void failed() {
+    ++failures_;
+    if (stops_) throw Stopped();
+  }
+
   std::string where_ = "at the start";
   int comparisons_ = 0, failures_ = 0;
+  bool stops_ = false;
 };
 
 // How many cases a program checks: few for a sanitizer, fewest where seconds count.
@@ -166,16 +178,18 @@ enum class Amount { kAll, kFew, kFewest };
 template <class Body>
 int run(int count, char** arguments, const char* about, Report& report, const Body& body) {
   const std::string word = count > 1 ? arguments[1] : "";
-  if (word != "" && word != "few" && word != "fewest") {
+  if (word != "" && word != "few" && word != "fewest" && word != "broken") {
     std::printf(
-        "%s\n\nusage: %s [few | fewest]\n"
-        "  few: few cases, for a sanitizer that takes its time; fewest: fewer yet\n",
+        "%s\n\nusage: %s [few | fewest | broken]\n"
+        "  few: few cases, for a sanitizer that takes its time; fewest: fewer yet\n"
+        "  broken: few, until the first failure\n",
         about, arguments[0]);
     return word == "--help" ? 0 : 2;
   }
-  const Amount amount = word.empty()    ? Amount::kAll
-                        : word == "few" ? Amount::kFew
-                                        : Amount::kFewest;
+  const Amount amount = word.empty()       ? Amount::kAll
+                        : word == "fewest" ? Amount::kFewest
+                                           : Amount::kFew;
+  if (word == "broken") report.stop_at_first();
   try {
     if (const int status = machine::start(amount != Amount::kAll); status != 0) return status;
     body(amount);
