@@ -394,7 +394,7 @@ MUTATIONS |= {
         "none",
     ),
     "rows that change places": (
-        "layer_small_fma.cu",
+        "register_weights.cuh",
         "upper ? low : high, kBit",
         "upper ? high : low, kBit",
         "none",
