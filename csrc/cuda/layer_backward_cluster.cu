@@ -33,7 +33,7 @@ struct BackwardShape {
   static_assert(kOwners > 0 && kElements > 0);
 
   // Bytes of shared memory, one thing after another.
-  static constexpr size_t kWeightsAt = size_t{kRows} * kStride * sizeof(T);
+  static constexpr size_t kWeightsAt = size_t{2} * kRows * kStride * sizeof(T);
   static constexpr size_t kPartsAt = kWeightsAt + size_t{kFar} * kTiles * kThreads * 16;
   static constexpr size_t kBytesOfPart = size_t{kTilesOfBlock} * kColumns * kWarpSize * 16;
   static constexpr size_t kBarriersAt = kPartsAt + 2 * kBlocks * kBytesOfPart;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kColumns = Shape::kColumns;
   constexpr int kPart = static_cast<int>(Shape::kBytesOfPart);
   LSTM_EXT_DYNAMIC_SHARED(unsigned char, shared);
-  T* const grads = reinterpret_cast<T*>(shared);  // [kRows][kStride]: of the gates of own units
+  T* const grads = reinterpret_cast<T*>(shared);  // [2][kRows][kStride]: of own gates
   // [far half][tile][thread]
   uint4* const far_weights = reinterpret_cast<uint4*>(shared + Shape::kWeightsAt);
   // [2][block][tile][column][4][8 pairs of units][unit of the pair][row of two]
@@ -169,14 +169,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       T of_gates[kGates];
       elements.advance(kSet, e, grad_h[e], of_gates);
       const Place place = place_of(e);
-      T* const own = grads + place.row * kStride + place.unit - first_unit;
+      T* const own = grads + (kSet * kRows + place.row) * kStride + place.unit - first_unit;
 #pragma unroll
       for (int gate = 0; gate < kGates; ++gate) own[gate * kUnits] = factor_of(of_gates[gate]);
     }
     if constexpr (kSets == 1) elements.read_after(kSet, step);
     __syncthreads();
     if (step >= sends) return;
-    const T* const read_grads = grads + r * kStride + t * kStep;
+    const T* const read_grads = grads + (kSet * kRows + r) * kStride + t * kStep;
     float sums[kTiles][kColumns][4] = {};
     const auto load_half = [&](int half, uint32_t (&b)[kColumns][2]) {
 #pragma unroll
