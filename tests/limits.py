@@ -17,6 +17,11 @@ def slow(*values):
     ]
 
 
+def slow_where(is_slow, cases):
+    """Return cases (tuples of values), those that ``is_slow(*values)`` tells as slow ones."""
+    return [slow(case)[0] if is_slow(*case) else case for case in cases]
+
+
 def slow_but(kept, names):
     """Return names of cases, as slow ones but for those that `make test` keeps."""
     return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in names]

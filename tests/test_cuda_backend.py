@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import slow
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -225,7 +226,7 @@ def python(code, **variables):
 
 @pytest.mark.parametrize(
     ("value", "mode"),
-    [("", "auto"), ("Torch", "torch"), ("1", "auto")],
+    [("Torch", "torch"), *slow(("", "auto"), ("1", "auto"))],
 )
 def test_the_environment_variable(value, mode):
     """0 and 1 are for the build, and say nothing here; letters are of any case."""

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch._dynamo.testing
+from limits import slow
 from torch import nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -240,7 +241,7 @@ def test_projections_under_every_transform():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("steps", "calls"), [(200, 4), (20, 20), (1, 100), (300, 1)])
+@pytest.mark.parametrize(("steps", "calls"), [(200, 4), (20, 20), *slow((1, 100)), (300, 1)])
 def test_gradients_of_halves_add_up(dtype, steps, calls):
     """Over the steps of one backward, and over backwards; at most 1.5 times torch's error."""
 
@@ -490,8 +491,9 @@ def test_the_verbose_mode_says_why_the_direct_call_was_left(monkeypatch, capsys)
 
 
 @pytest.mark.usefixtures("allow_rnn")
-@pytest.mark.parametrize("states", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("frozen", "states"), [(False, True), (True, False), *slow((False, False), (True, True))]
+)
 def test_packed_argument_in_a_whole_graph(states, frozen):
     torch._dynamo.reset()
     module = pair(num_layers=2, bidirectional=True)[1]

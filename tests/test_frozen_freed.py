@@ -13,6 +13,7 @@ import weakref
 import pytest
 import torch
 from layers import OPTIONS, identify
+from limits import slow_but
 from measure import DTYPES
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -151,7 +152,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", slow_but(["LSTM", "LSTMCell"], MODULES))
 def test_memory(name, kind):
     module = MODULES[name]()
     model = nn.Sequential(nn.Identity(), module)
@@ -445,7 +446,7 @@ print("the same bits")
 """
 
 
-@pytest.mark.parametrize("how", WEIGHTS)
+@pytest.mark.parametrize("how", slow_but(["int8"], WEIGHTS))
 def test_a_pickle_is_for_kernels_that_pack_alike(how, tmp_path):
     """Nothing but the kernels' name may tell: SSE2 and AVX2 pack the same numbers differently."""
     model, x = freed(lstm_ext.LSTM(9, 40, num_layers=2), **WEIGHTS[how]), torch.randn(3, 2, 9)

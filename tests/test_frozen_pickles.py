@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from limits import HUNG, slow
 from torch import multiprocessing, nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import weight_norm as weight_norm_by_hook
@@ -311,8 +312,9 @@ print("the same numbers")
 """
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("written_to", [False, True])
+@pytest.mark.parametrize(
+    ("written_to", "zipped"), [(False, False), (True, True), *slow((False, True), (True, False))]
+)
 def test_for_other_kernels(written_to, zipped, tmp_path):
     """Plain weights are packed anew there; where those are others by now, it is refused."""
     model, x = frozen_of(lstm_ext.LSTM, num_layers=2), torch.randn(3, 2, 9)
@@ -358,8 +360,13 @@ def answer(to_child, to_parent):
         to_parent.put([t.tolist() for t in (model(x)[0], model(x[:1])[0])])
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "shared"),
+    [
+        (lstm_ext.LSTM, True),
+        *slow((lstm_ext.LSTM, False), (lstm_ext.LSTMCell, False), (lstm_ext.LSTMCell, True)),
+    ],
+)
 def test_another_process(kind, shared):
     frozen, x = frozen_of(kind), torch.randn(3, 9)
     if shared:
@@ -369,7 +376,7 @@ def test_another_process(kind, shared):
     process = context.Process(target=answer, args=(to_child, to_parent))
     process.start()
     to_child.put((frozen, x))
-    found = to_parent.get(timeout=120)
+    found = to_parent.get(timeout=HUNG)
     process.join()
     with torch.no_grad():
         assert found == [t.tolist() for t in (frozen(x)[0], frozen(x[:1])[0])]

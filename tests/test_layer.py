@@ -1,6 +1,7 @@
 """The numbers of the LSTM layer: against torch.nn.LSTM and reference cells, and by gradcheck."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -8,18 +9,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import OPTIONS, identify, pair, run, sequence
+from limits import slow_where
 from measure import DTYPES, Pool, uniform
 
 import lstm_ext
 from lstm_ext import reference
 
 SHAPES = [(7, 3, 5, 4), (5, 1, 3, 2), (3, 9, 17, 33), (2, 1, 8, 8), (130, 2, 6, 20)]
+PACKED = {False: "padded", True: "packed"}
 LARGE = [(9, 50, 20, 70), (6, 1, 30, 300)]  # for one layer alone
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("options", OPTIONS, ids=identify)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "options", "packed"),
+    slow_where(
+        lambda dtype, options, _: dtype == torch.float16 and options,
+        [*itertools.product(DTYPES, OPTIONS, [False, True])],
+    ),
+    ids=lambda v: identify(v) if isinstance(v, dict) else PACKED.get(v, str(v)),
+)
 def test_error_is_no_worse_than_torchs(dtype, options, packed):
     pools = {}
     for shape in SHAPES if "num_layers" in options else SHAPES + LARGE:
@@ -85,9 +93,14 @@ def test_any_size(L, N, I, H, reverse, packed, with_reset, data):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("N", [1, 9, 60])
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    ("packed", "N", "dtype"),
+    slow_where(
+        lambda packed, N, dtype: N == 9 and packed,
+        [*itertools.product([False, True], [1, 9, 60], DTYPES)],
+    ),
+    ids=lambda v: PACKED[v] if isinstance(v, bool) else str(v),
+)
 def test_one_set_of_bits(dtype, N, packed):
     """Any number of threads, with and without gradients: the same bits."""
     module = lstm_ext.LSTM(70, 130, num_layers=2, bidirectional=True, dtype=dtype)
@@ -109,9 +122,10 @@ def test_one_set_of_bits(dtype, N, packed):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("with_reset", [False, True])
+@pytest.mark.parametrize(
+    ("packed", "reverse", "with_reset"),
+    slow_where(lambda *options: sum(options) % 2, [*itertools.product([False, True], repeat=3)]),
+)
 def test_gradcheck(packed, reverse, with_reset):
     L, N, I, H = 4, 3, 3, 2
     sizes = torch.tensor([3, 3, 2, 1]) if packed else None

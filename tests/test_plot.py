@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from limits import slow
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -158,7 +159,7 @@ def test_histogram_holds_all_values():
         assert mean == pytest.approx(values.mean().item(), abs=(high - low) / 80)
 
 
-@pytest.mark.parametrize("end", ["png", "svg"])
+@pytest.mark.parametrize("end", ["png", *slow("svg")])
 def test_files(end, tmp_path):
     trace = trace_of(H=40)
     for figure in (

@@ -104,8 +104,7 @@ class Encoded(Dataset):
     ("method", "frozen"),
     [
         FORK(False),
-        ("spawn", True),
-        *slow(("spawn", False)),
+        *slow(("spawn", True), ("spawn", False)),
         FORK(True, marks=[pytest.mark.alone, pytest.mark.slow]),
     ],
 )

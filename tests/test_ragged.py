@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from layers import OPTIONS, identify
+from limits import slow
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_sequence, unpack_sequence
@@ -398,7 +399,7 @@ def test_a_trace_takes_no_nested_tensor():
         lstm_ext.trace_gates(build(), jagged(2, 3))
 
 
-@pytest.mark.parametrize("allow_rnn", [False, True])
+@pytest.mark.parametrize("allow_rnn", [False, *slow(True)])
 def test_compile(allow_rnn, caplog):
     """The graph breaks at the sequences: once, not at every question about their lengths."""
     torch._dynamo.reset()
