@@ -136,7 +136,8 @@ void panel_task(const ProductArgs& args, const PanelPlan& plan, int64_t task,
                first_k / kDepthOfFactor<S> * args.a_k_stride;
   const int64_t at = row * args.columns + first_column;
   S* c = static_cast<S*>(args.c) + at;
-  const bool one_panel = plan.parts == 1 && args.depth <= kPanelStep<S>;
+  // Not in 16 bits: tiles of their own for such results would be a fifth of the kernels' code.
+  const bool one_panel = std::is_same_v<S, T> && plan.parts == 1 && args.depth <= kPanelStep<S>;
   int64_t k = first_k;
   do {  // once even without any depth: the result is zero then
     const int64_t depth_k = at_most(kPanelStep<S>, end - k);
@@ -147,12 +148,14 @@ void panel_task(const ProductArgs& args, const PanelPlan& plan, int64_t task,
       const int64_t columns = at_most(width, group_columns - column);
       const int vectors = static_cast<int>(blocks(columns, kWidthOf<S>));
       pack_rows<S>(args, k, depth_k, first_column + column, columns, scratch.b);
-      if (one_panel)
-        panel_product(rows, left, scratch.b[0][0], depth, vectors,
-                      Result<S>{c + column, args.columns, columns, args.accumulate});
-      else
-        panel_product(rows, left, scratch.b[0][0], depth, vectors,
-                      Result<T>{scratch.sums[column / width][0], width, width, k > first_k});
+      if constexpr (std::is_same_v<S, T>)
+        if (one_panel) {
+          panel_product(rows, left, scratch.b[0][0], depth, vectors,
+                        Result<T>{c + column, args.columns, columns, args.accumulate});
+          continue;
+        }
+      panel_product(rows, left, scratch.b[0][0], depth, vectors,
+                    Result<T>{scratch.sums[column / width][0], width, width, k > first_k});
     }
     a += depth * args.a_k_stride;
     k += kPanelStep<S>;

@@ -36,9 +36,9 @@ LSTM_EXT_INLINE StreamBlock stream_block(int64_t rows, int64_t columns) {
 
 // For one vector of columns, or the first n: what Depth rows of b add to Rows rows of sums. These
 // are the scratch of a task, or c itself when one group is all there is.
-template <class S, class Sum, int Rows, int Depth, bool First>
+template <class S, int Rows, int Depth, bool First>
 LSTM_EXT_INLINE void stream_vector(const ComputeType<S> (&a)[Rows][kStreamGroup], const S* b,
-                                   int64_t ldb, Sum* sums, int64_t ld, int64_t n) {
+                                   int64_t ldb, ComputeType<S>* sums, int64_t ld, int64_t n) {
   VectorOf<S> group[Rows] = {};
 #pragma GCC unroll 8
   for (int k = 0; k < Depth; ++k) {
@@ -53,49 +53,47 @@ LSTM_EXT_INLINE void stream_vector(const ComputeType<S> (&a)[Rows][kStreamGroup]
   }
 }
 
-template <class S, class Sum, int Rows, int Depth, bool First>
+template <class S, int Rows, int Depth, bool First>
 void stream_group(const ComputeType<S>* a_0, int64_t a_row_stride, int64_t a_k_stride, const S* b,
-                  int64_t ldb, int64_t columns, Sum* sums, int64_t ld) {
+                  int64_t ldb, int64_t columns, ComputeType<S>* sums, int64_t ld) {
   constexpr int width = kWidthOf<S>;
   ComputeType<S> a[Rows][kStreamGroup];
   for (int r = 0; r < Rows; ++r)
     for (int k = 0; k < Depth; ++k) a[r][k] = a_0[r * a_row_stride + k * a_k_stride];
   int64_t j = 0;
   for (; j + width <= columns; j += width)
-    stream_vector<S, Sum, Rows, Depth, First>(a, b + j, ldb, sums + j, ld, width);
-  if (j < columns)
-    stream_vector<S, Sum, Rows, Depth, First>(a, b + j, ldb, sums + j, ld, columns - j);
+    stream_vector<S, Rows, Depth, First>(a, b + j, ldb, sums + j, ld, width);
+  if (j < columns) stream_vector<S, Rows, Depth, First>(a, b + j, ldb, sums + j, ld, columns - j);
 }
 
 // The depths 1 .. 8: the last group may be a short one.
-template <class S, class Sum, int Rows, bool First, int Depth = kStreamGroup>
+template <class S, int Rows, bool First, int Depth = kStreamGroup>
 LSTM_EXT_INLINE void stream_depth(int64_t depth, const ComputeType<S>* a, int64_t a_row_stride,
                                   int64_t a_k_stride, const S* b, int64_t ldb, int64_t columns,
-                                  Sum* sums, int64_t ld) {
+                                  ComputeType<S>* sums, int64_t ld) {
   if constexpr (Depth > 0) {
     if (depth == Depth)
-      stream_group<S, Sum, Rows, Depth, First>(a, a_row_stride, a_k_stride, b, ldb, columns, sums,
-                                               ld);
+      stream_group<S, Rows, Depth, First>(a, a_row_stride, a_k_stride, b, ldb, columns, sums, ld);
     else
-      stream_depth<S, Sum, Rows, First, Depth - 1>(depth, a, a_row_stride, a_k_stride, b, ldb,
-                                                   columns, sums, ld);
+      stream_depth<S, Rows, First, Depth - 1>(depth, a, a_row_stride, a_k_stride, b, ldb, columns,
+                                              sums, ld);
   }
 }
 
-template <class S, class Sum, bool First>
+template <class S, bool First>
 void stream_rows(const ProductArgs& args, int64_t row, int64_t rows, int64_t k, int64_t column,
-                 int64_t columns, Sum* sums, int64_t ld) {
+                 int64_t columns, ComputeType<S>* sums, int64_t ld) {
   using T = ComputeType<S>;
   const int64_t depth = at_most(kStreamGroup, args.depth - k), stride = args.a_row_stride;
   const T* a = static_cast<const T*>(args.a) + row * stride + k * args.a_k_stride;
   const S* b = static_cast<const S*>(args.b) + k * args.columns + column;
   int64_t r = 0;
   for (; r + kStreamShare <= rows; r += kStreamShare)
-    stream_depth<S, Sum, kStreamShare, First>(depth, a + r * stride, stride, args.a_k_stride, b,
-                                              args.columns, columns, sums + r * ld, ld);
+    stream_depth<S, kStreamShare, First>(depth, a + r * stride, stride, args.a_k_stride, b,
+                                         args.columns, columns, sums + r * ld, ld);
   for (; r < rows; ++r)
-    stream_depth<S, Sum, 1, First>(depth, a + r * stride, stride, args.a_k_stride, b, args.columns,
-                                   columns, sums + r * ld, ld);
+    stream_depth<S, 1, First>(depth, a + r * stride, stride, args.a_k_stride, b, args.columns,
+                              columns, sums + r * ld, ld);
 }
 
 template <class S>
@@ -103,17 +101,19 @@ void stream_task(const ProductArgs& args, int64_t row, int64_t rows, int64_t col
                  int64_t columns) {
   using T = ComputeType<S>;
   S* c = static_cast<S*>(args.c) + row * args.columns + column;
-  if (args.depth <= kStreamGroup) {
-    if (args.accumulate)
-      stream_rows<S, S, false>(args, row, rows, 0, column, columns, c, args.columns);
-    else
-      stream_rows<S, S, true>(args, row, rows, 0, column, columns, c, args.columns);
-    return;
-  }
+  // Not in 16 bits, for the same reason as in product.h.
+  if constexpr (std::is_same_v<S, T>)
+    if (args.depth <= kStreamGroup) {
+      if (args.accumulate)
+        stream_rows<S, false>(args, row, rows, 0, column, columns, c, args.columns);
+      else
+        stream_rows<S, true>(args, row, rows, 0, column, columns, c, args.columns);
+      return;
+    }
   alignas(64) T sums[kStreamSums];
-  stream_rows<S, T, true>(args, row, rows, 0, column, columns, sums, columns);
+  stream_rows<S, true>(args, row, rows, 0, column, columns, sums, columns);
   for (int64_t k = kStreamGroup; k < args.depth; k += kStreamGroup)
-    stream_rows<S, T, false>(args, row, rows, k, column, columns, sums, columns);
+    stream_rows<S, false>(args, row, rows, k, column, columns, sums, columns);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t j = 0; j < columns; j += kWidthOf<S>)
       store_result(c + r * args.columns + j, load(sums + r * columns + j, columns - j), columns - j,
