@@ -10,7 +10,7 @@
 #include "cpu/shares.h"
 #include "cpu/team.h"
 #include "cpu/tensors.h"
-#include "ops/layer.h"
+#include "ops/layer_states.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -29,16 +29,26 @@ at::ScalarType factor_type(const ProductKernels& kernels, at::ScalarType dtype) 
   return kernels.pair_rows ? dtype : compute_type(dtype);
 }
 
-// hx in both places of h, and zero states for rows that are reset before they begin.
+void copy_or_zero(void* to, const void* from, int64_t bytes) {
+  if (from)
+    std::memcpy(to, from, bytes);
+  else
+    std::memset(to, 0, bytes);
+}
+
+// hx in both places of h, and the states of resets, null for zero, for rows that are reset before
+// they begin; reset_h as factors.
 void start_states(const SharedSequence& sequence, const Tensor& hx, void* const (&h)[2],
-                  const Tensor& c) {
+                  const Tensor& c, const void* reset_h, const void* reset_c) {
   const int64_t h_bytes = hx.size(1) * hx.element_size(), c_bytes = c.size(1) * c.element_size();
   for (void* place : h) std::memcpy(place, hx.const_data_ptr(), hx.nbytes());
   for (int64_t row = 0; row < sequence.N(); ++row) {
     const bool* reset = sequence.reset(sequence.first_step(row));
     if (!reset || !reset[row]) continue;
-    for (void* place : h) std::memset(advance(place, row * h_bytes), 0, h_bytes);
-    std::memset(advance(c.mutable_data_ptr(), row * c_bytes), 0, c_bytes);
+    for (void* place : h)
+      copy_or_zero(advance(place, row * h_bytes), advance(reset_h, row * h_bytes), h_bytes);
+    copy_or_zero(advance(c.mutable_data_ptr(), row * c_bytes), advance(reset_c, row * c_bytes),
+                 c_bytes);
   }
 }
 
@@ -72,14 +82,15 @@ class Rows {
   int64_t row_bytes_ = 0;
 };
 
-void forward_loop(const LayerInputs& in, const PackedWeights& packed_before,
+void forward_loop(const StatesInputs& in, const PackedWeights& packed_before,
                   const SharedSequence& sequence, const Kernels& kernels, LayerTensors& out) {
   const LayerKernels& layer = kernels.layer;
   const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1), I = in.input.size(-1);
   const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
   const int64_t blocks = layer.unit_blocks(H);
   const Elements stored(dtype), computed(compute), factor(factor_type(kernels.product, dtype));
-  const Dense w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih), b_hh(in.b_hh);
+  const Dense w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih), b_hh(in.b_hh), reset_h(in.reset_hx),
+      reset_c(in.reset_cx);
   const DenseCell cell(in);
 
   const Cut cut(sequence, H, blocks);
@@ -122,7 +133,11 @@ void forward_loop(const LayerInputs& in, const PackedWeights& packed_before,
   // Where every step writes every row, the first can read what it was given.
   const Tensor hx = to_factors(kernels.product, in.hx);
   const bool steady = !defined(in.batch_sizes) && !defined(in.reset) && !kernels.product.pair_rows;
-  if (!steady) start_states(sequence, hx, h, out.cy);
+  if (!steady) {
+    const Tensor factors = reset_h.data() ? to_factors(kernels.product, *in.reset_hx) : Tensor();
+    start_states(sequence, hx, h, out.cy, factors.defined() ? factors.const_data_ptr() : nullptr,
+                 reset_c.data());
+  }
 
   Barrier barrier(cut.shares);
 
@@ -199,7 +214,11 @@ void forward_loop(const LayerInputs& in, const PackedWeights& packed_before,
             step.gates = stored.at(out.gates.mutable_data_ptr(), first_row * 4 * H);
             step.c_before = stored.at(out.c_before.mutable_data_ptr(), first_row * H);
           }
+          if (out.cells.defined())
+            step.cells = stored.at(out.cells.mutable_data_ptr(), first_row * H);
           step.reset_next = reset_next ? reset_next + row : nullptr;
+          step.reset_h = stored.at(reset_h.data(), row * H);
+          step.reset_c = stored.at(reset_c.data(), row * H);
           zigzag(block, block_end, rows == 1 ? kSideBlocks : 1, s % 2, [&](int64_t b, int64_t e) {
             product.packed = hh.at(b);
             weights.gate_product(product, b, e);
@@ -252,15 +271,17 @@ void forward_by_cells(const LayerInputs& in, const SharedSequence& sequence, con
 
 }  // namespace
 
-LayerTensors layer_forward(const LayerInputs& in, bool training, const PackedWeights& packed) {
-  check_sequence(in);
+LayerTensors layer_forward(const StatesInputs& in, const LayerExtras& extras,
+                           const PackedWeights& packed) {
+  check_states(in);
   const SharedSequence sequence(in);
   const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1);
   const at::ScalarType dtype = in.hx.scalar_type();
   LayerTensors out;
   out.output = defined(in.batch_sizes) ? empty({sequence.S(), H}, dtype) : empty({L, N, H}, dtype);
   out.cy = in.cx.clone(at::MemoryFormat::Contiguous);
-  if (training) {
+  if (extras.cells) out.cells = empty(out.output.sizes(), dtype);
+  if (extras.training) {
     out.gates = empty_large({sequence.S(), 4 * H}, dtype);
     out.c_before = empty_large({sequence.S(), H}, dtype);
   }
@@ -271,7 +292,8 @@ LayerTensors layer_forward(const LayerInputs& in, bool training, const PackedWei
   const Kernels& kernels = cpu::kernels(kernel_dtype(dtype));
   const bool plain = !defined(in.batch_sizes) && !defined(in.reset);
   constexpr int64_t kShort = 4;  // steps
-  if (packed.data == nullptr && plain && L < kShort && !kernels.cell.forward_packs(N))
+  if (packed.data == nullptr && plain && !extras.cells && L < kShort &&
+      !kernels.cell.forward_packs(N))
     forward_by_cells(in, sequence, kernels, out);
   else
     forward_loop(in, packed, sequence, kernels, out);
