@@ -213,7 +213,7 @@ def prepare(
     input: Tensor | PackedSequence,
     hx: States | None,
     reset: Tensor | None,
-    reset_hx: States | None = None,
+    reset_hx: Any = None,
 ) -> Prepared:
     """Check what an LSTM, ours or torch's, is called with, in torch's words."""
     if isinstance(input, PackedSequence):
@@ -229,6 +229,8 @@ def prepare(
     if not is_batched:
         input = input.unsqueeze(batch_dim)
         reset = None if reset is None else reset.unsqueeze(batch_dim)
+        if isinstance(reset_hx, (tuple, list)):
+            reset_hx = tuple(state.unsqueeze(-2) for state in reset_hx)
     if hx is None:
         hx = _zero_states(options, input, input.size(batch_dim))
     else:
@@ -276,7 +278,7 @@ def _prepare_packed(
     if reset is not None and order is not None:
         reset = reset.index_select(1, order)
         if reset_hx is not None:
-            reset_hx = reset_hx[0].index_select(1, order), reset_hx[1].index_select(1, order)
+            reset_hx = reset_hx[0].index_select(-2, order), reset_hx[1].index_select(-2, order)
     return Prepared(options, data, hx, batch_sizes, reset, True, packed, reset_hx)
 
 

@@ -161,8 +161,10 @@ def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _(a: Any) -> tuple[Tensor | None, ...]:
     bias = a.w_hh.shape[:1]
     units = None if a.unit_weights is None else a.unit_weights.shape
-    states = a.hx.shape, a.cx.shape
-    shapes = (a.input.shape, *states, a.w_ih.shape, a.w_hh.shape, bias, bias, units, *states)
+    states: tuple[Any, ...] = a.hx.shape, a.cx.shape
+    to = [getattr(a, name, None) for name in ("reset_hx", "reset_cx")]
+    resets = [s if r is None else r.shape for r, s in zip(to, states, strict=True)]
+    shapes = (a.input.shape, *states, a.w_ih.shape, a.w_hh.shape, bias, bias, units, *resets)
     mask = a.output_mask  # with those of reset_hx and reset_cx, or without
     return tuple(
         a.gates.new_empty(shape) if wanted else None

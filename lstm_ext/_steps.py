@@ -20,7 +20,8 @@ Kept = TypeVar("Kept")
 class Steps(NamedTuple):
     """Which steps a layer goes through, and in which order: as in :func:`lstm`.
 
-    reset_hx are h (N, P) and c (N, H) of the resets, or None for zeros.
+    reset_hx are h (N, P) and c (N, H) of the resets, or (L, N, P) and (L, N, H), each step's own;
+    or None for zeros.
     """
 
     batch_sizes: Tensor | None
@@ -86,8 +87,9 @@ def layer_in_steps(
             if reset_hx is None:
                 h_t, c_t = h_t.masked_fill(anew, 0), c_t.masked_fill(anew, 0)
             else:
+                to = [s if s.dim() == 2 else s[t] for s in reset_hx]
                 h_t, c_t = (
-                    torch.where(anew, r[:n], s) for r, s in zip(reset_hx, (h_t, c_t), strict=True)
+                    torch.where(anew, r[:n], s) for r, s in zip(to, (h_t, c_t), strict=True)
                 )
         pre = pre_activations(steps[t], h_t, *w[:4])
         activated, h_t, c_t = CELLS[cell.number].forward(pre, c_t, w.unit_weights)

@@ -168,8 +168,11 @@ def _layer(name: str, B: int, dims: Dims, args: tuple[Any, ...]) -> Results:
     if _any_weight(d) or a.batch_sizes is not None:
         return _each(op, B, dims, args)
     # Where the batch is.
-    batch = {"input": 1, "hx": 0, "cx": 0, "reset": 1, "reset_hx": 0, "reset_cx": 0}
-    batch = {key: at for key, at in batch.items() if key in a._fields}
+    batch = {"input": 1, "hx": 0, "cx": 0, "reset": 1}
+    for key in ("reset_hx", "reset_cx"):
+        state, dim = getattr(a, key, None), getattr(d, key, None)
+        if state is not None:  # (N, H) or (L, N, H)
+            batch[key] = state.dim() - (dim is not None) - 2
     joined = {key: _join(getattr(a, key), getattr(d, key), B, at) for key, at in batch.items()}
     output, h, c, *kept = op(*a._replace(**joined))
     states = (_split(output, B, 1), _split(h, B, 0), _split(c, B, 0))

@@ -169,8 +169,9 @@ def lstm(
             in backward: less memory for more time (for every 16th step, 1.5 times a training step
             of 200 x 16 x 128 -> 128, 2.7 times one of 100 x 1 x 256 -> 256).
         variant: which cell, as in :func:`lstm_cell`.
-        reset_hx: h and c before the steps of ``reset``, shaped like hx; or with N = 1, or without
-            N, the same for all sequences. They have gradients.
+        reset_hx: h and c before the steps of ``reset``, shaped like hx; without N or with N = 1,
+            the same for all sequences; (K D, L, N, P) and (K D, L, N, H), those of each step's own.
+            They have gradients.
         return_cell_states: whether to return the c after every step too.
 
     Returns:
@@ -265,12 +266,16 @@ def lstm(
 def expand_reset_states(
     reset_hx: tuple[Tensor, Tensor] | None, reset: Tensor | None, hx: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor] | None:
-    """Return the states of resets for each sequence, shaped like hx, or an error in torch's words.
+    """Return the states of resets for each sequence, or an error in torch's words.
 
     Args:
-        reset_hx: h (K, N, P) and c (K, N, H), or with N = 1, or without N; or None.
-        reset: the mask of the same call.
+        reset_hx: h (K, N, P) and c (K, N, H), for N also 1 or nothing; or (K, L, N, P) and
+            (K, L, N, H), for N also 1; or None.
+        reset: the mask of the same call, (L, N).
         hx: h (K, N, P) and c (K, N, H).
+
+    Returns:
+        h and c, each with N in full, and with L if it was given.
     """
     if reset_hx is None:
         return None
@@ -278,17 +283,20 @@ def expand_reset_states(
         raise ValueError("reset_hx is for a call with reset, which says where")
     if not (isinstance(reset_hx, (tuple, list)) and len(reset_hx) == 2):
         raise RuntimeError("lstm expects two hidden states in reset_hx")
-    h, c = (_expand_states(k, *pair) for k, pair in enumerate(zip(reset_hx, hx, strict=True)))
+    L = reset.shape[0]
+    h, c = (_expand_states(k, *pair, L) for k, pair in enumerate(zip(reset_hx, hx, strict=True)))
     return h, c
 
 
-def _expand_states(k: int, state: Tensor, like: Tensor) -> Tensor:
+def _expand_states(k: int, state: Tensor, like: Tensor, L: int) -> Tensor:
     layers, N, features = like.shape
     whole = state.unsqueeze(1) if state.dim() == 2 else state
-    if whole.dim() != 3 or whole.shape[1] not in (1, N) or whole.shape[::2] != like.shape[::2]:
+    steps = (L,) if whole.dim() == 4 else ()
+    if whole.shape not in [(layers, *steps, n, features) for n in (1, N)]:
         raise RuntimeError(
-            f"Expected reset_hx[{k}] size {(layers, N, features)}, or one for all sequences, "
-            f"{(layers, 1, features)} or {(layers, features)}, got {list(state.shape)}"
+            f"Expected reset_hx[{k}] size {(layers, N, features)}, or for each step "
+            f"{(layers, L, N, features)}, or with one for all sequences in place of {N}, "
+            f"got {list(state.shape)}"
         )
     autocast = torch._C._is_any_autocast_enabled()
     if state.device != like.device or (state.dtype != like.dtype and not autocast):
@@ -296,7 +304,7 @@ def _expand_states(k: int, state: Tensor, like: Tensor) -> Tensor:
             f"Expected reset_hx[{k}] to have the states' dtype {like.dtype} and device "
             f"{like.device}, got {state.dtype} and {state.device}"
         )
-    return whole.expand(like.shape)
+    return whole.expand(layers, *steps, N, features)
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
@@ -387,7 +395,8 @@ def _checkpointed_layer(
     cells: list[Tensor] = []
     for first, last, n, part, sizes in reversed(pieces) if reverse else pieces:
         resets = None if reset is None else reset[first:last, :n]
-        of_part = Steps(sizes, resets, reverse, None if to is None else (to[0][:n], to[1][:n]))
+        states = None if to is None else (_part(to[0], first, last, n), _part(to[1], first, last, n))
+        of_part = Steps(sizes, resets, reverse, states)
         output, h_n, c_n, *c_of_all = checkpoint(
             _layer, part, h[:n], c[:n], w, cell, of_part, None, not_fused, with_cells,
             use_reentrant=False, preserve_rng_state=False,
@@ -397,6 +406,11 @@ def _checkpointed_layer(
         h, c = torch.cat([h_n, h[n:]]), torch.cat([c_n, c[n:]])
     joined = [torch.cat(p[::-1] if reverse else p) for p in (outputs, cells) if p]
     return joined[0], h, c, *joined[1:]
+
+
+def _part(state: Tensor, first: int, last: int, n: int) -> Tensor:
+    """Of a state to be reset to, (N, H) or (L, N, H): what n rows read from first to last."""
+    return state[:n] if state.dim() == 2 else state[first:last, :n]
 
 
 def _torch_lstm(

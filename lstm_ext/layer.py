@@ -59,9 +59,10 @@ class LSTM(nn.LSTM):
           zero before that step (before it in the order of computation, in the reverse direction).
           For a packed input: (L, N) in the order of the batch; for a nested one: nested, (N, j).
           torch.nn.LSTM has no such option.
-        - reset_hx: h and c to reset to in place of zero, shaped like h_0 and c_0; or with N = 1 or
-          without N, the same for all sequences, as a learned initial state is. They have gradients.
-          torch.nn.LSTM has no such option.
+        - reset_hx: h and c to reset to in place of zero, shaped like h_0 and c_0; without N or with
+          N = 1, the same for all sequences, as a learned initial state is. Or one for each step,
+          (D num_layers, L, N, P) and (D num_layers, L, N, H), of which those of the steps of
+          ``reset`` are read. They have gradients. torch.nn.LSTM has no such option.
         - return_cell_states: bool; whether to return the c after every step. torch.nn.LSTM has no
           such option.
 

@@ -231,7 +231,8 @@ def lstm(
         reverse: from the last step to the first.
         unit_weights: as in :func:`lstm_cell`.
         variant: as in :func:`lstm_cell`.
-        reset_hx: what h and c are before the steps of reset, each (N, H). Or None, for zeros.
+        reset_hx: what h and c are before the steps of reset, each (N, H), or (L, N, H), those of
+            each step's own. Or None, for zeros.
 
     Returns:
         The h of every step, (L, N, H) or (S, H), and the last (h, c), each (N, H).
@@ -271,6 +272,7 @@ def lstm_with_cells(
         if reset is not None:
             anew = reset[t, :n].unsqueeze(1)
             to = [torch.zeros_like(s) for s in hx] if reset_hx is None else reset_hx
+            to = [s[t] if s.dim() == 3 else s for s in to]
             h_t, c_t = (torch.where(anew, r[:n], s) for r, s in zip(to, (h_t, c_t), strict=True))
         weights = w_ih, w_hh, b_ih, b_hh, unit_weights
         h_t, c_t = lstm_cell(steps[t], (h_t, c_t), *weights, variant)

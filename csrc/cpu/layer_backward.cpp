@@ -14,6 +14,11 @@
 namespace lstm_ext::cpu {
 namespace {
 
+// The sizes of the gradient of a state that resets set.
+at::IntArrayRef like_reset(const std::optional<Tensor>& state, const StatesInputs& in) {
+  return defined(state) ? state->sizes() : in.hx.sizes();
+}
+
 // In the compute type: of the initial states, and of those that resets set, if they are wanted.
 struct StateGradients {
   Tensor h, c, reset_h, reset_c;
@@ -35,12 +40,11 @@ Tensor backward_loop(const StatesOutputGradients& grads, const StatesInputs& in,
                          : at::zeros({N, H}, at::dtype(compute));
   };
   const Tensor &grad_h = states.h = initial(grads.hy), &grad_c = states.c = initial(grads.cy);
-  const auto sum = [&](bool asked, Tensor& into) {
-    if (asked) into = at::zeros({N, H}, at::dtype(compute));
-    return asked ? into.mutable_data_ptr() : nullptr;
+  const auto zeros = [&](bool asked, const std::optional<Tensor>& state) {
+    return asked ? at::zeros(like_reset(state, in), at::dtype(compute)) : Tensor();
   };
-  void* grad_reset_h = sum(wanted.reset_hx, states.reset_h);
-  void* grad_reset_c = sum(wanted.reset_cx, states.reset_c);
+  const Tensor &reset_h = states.reset_h = zeros(wanted.reset_hx, in.reset_hx),
+               &reset_c = states.reset_c = zeros(wanted.reset_cx, in.reset_cx);
   const Tensor grad_gates = empty_large({sequence.S(), 4 * H}, compute);
   const bool pairs = kernels.product.pair_rows != nullptr;
   const Tensor halves = pairs ? empty({sequence.S(), 4 * H}, dtype) : grad_gates;
@@ -79,7 +83,11 @@ Tensor backward_loop(const StatesOutputGradients& grads, const StatesInputs& in,
       step.grad_gates = computed.at(grad_gates.mutable_data_ptr(), first_row * 4 * H);
       if (pairs) step.grad_gates_factors = stored.at(halves.mutable_data_ptr(), first_row * 4 * H);
       step.reset = reset;
-      step.grad_reset_c = computed.at(grad_reset_c, row * H);
+      const auto of_reset = [&](const Tensor& grad) -> void* {
+        if (!grad.defined()) return nullptr;
+        return computed.at(grad.mutable_data_ptr(), (sequence.reset_row(grad, s) + row) * H);
+      };
+      step.grad_reset_c = of_reset(reset_c);
       if (rows > 0)
         layer.step_gradient(step, block * kUnitBlocks,
                             std::min(unit_blocks, block_end * kUnitBlocks));
@@ -93,7 +101,7 @@ Tensor backward_loop(const StatesOutputGradients& grads, const StatesInputs& in,
           product.packed = computed.at(packed.const_data_ptr(), from * block_elements);
           product.grad_h = computed.at(grad_h.mutable_data_ptr(), row * H);
           product.reset = reset;
-          product.grad_reset_h = computed.at(grad_reset_h, row * H);
+          product.grad_reset_h = of_reset(reset_h);
           layer.state_gradient(product, from, to);
         });
     }
@@ -105,7 +113,8 @@ Tensor backward_loop(const StatesOutputGradients& grads, const StatesInputs& in,
 Tensor h_before(const StatesInputs& in, const SharedSequence& sequence, const Tensor& output) {
   const int64_t H = in.hx.size(1), bytes = H * output.element_size();
   const Tensor before = empty({sequence.S(), H}, output.scalar_type());
-  const Dense hx(in.hx), h(output), reset_h(in.reset_hx);
+  const Dense hx(in.hx), h(output);
+  const Tensor reset_h = dense(in.reset_hx);
   cpu::run(sequence.L(), sequence.S() * H, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {
       const int64_t t = sequence.time(s), rows = sequence.rows(t);
@@ -121,8 +130,11 @@ Tensor h_before(const StatesInputs& in, const SharedSequence& sequence, const Te
       for (int64_t row = 0; reset && row < rows; ++row) {
         if (!reset[row]) continue;
         void* of_row = advance(to, row * bytes);
-        if (reset_h.data())
-          std::memcpy(of_row, advance(reset_h.data(), row * bytes), bytes);
+        if (reset_h.defined())
+          std::memcpy(
+              of_row,
+              advance(reset_h.const_data_ptr(), (sequence.reset_row(reset_h, s) + row) * bytes),
+              bytes);
         else
           std::memset(of_row, 0, bytes);
       }
@@ -147,11 +159,11 @@ StatesGradients layer_backward(const StatesOutputGradients& grads, const StatesI
   if (S == 0 || H == 0) {
     for (const Target* target : {&input, &w_ih, &w_hh, &b_ih, &b_hh, &unit_weights})
       if (target->wanted()) target->tensor.zero_();
-    const Tensor zeros = at::zeros({N, H}, at::dtype(dtype));
-    states.h = defined(grads.hy) ? grads.hy->clone() : zeros.clone();
-    states.c = defined(grads.cy) ? grads.cy->clone() : zeros.clone();
-    states.reset_h = zeros.clone();
-    states.reset_c = zeros.clone();
+    const auto zeros = [&](at::IntArrayRef sizes) { return at::zeros(sizes, at::dtype(dtype)); };
+    states.h = defined(grads.hy) ? grads.hy->clone() : zeros({N, H});
+    states.c = defined(grads.cy) ? grads.cy->clone() : zeros({N, H});
+    states.reset_h = zeros(like_reset(in.reset_hx, in));
+    states.reset_c = zeros(like_reset(in.reset_cx, in));
   } else {
     const Tensor grad_gates = backward_loop(grads, in, sequence, kernels, results, wanted, states);
     if (b_ih.wanted() || b_hh.wanted()) {

@@ -36,19 +36,24 @@ void copy_or_zero(void* to, const void* from, int64_t bytes) {
     std::memset(to, 0, bytes);
 }
 
-// hx in both places of h, and the states of resets, null for zero, for rows that are reset before
-// they begin; reset_h as factors.
+// hx in both places of h, and the states of resets, undefined for zero, for rows that are reset
+// before they begin; reset_h as factors.
 void start_states(const SharedSequence& sequence, const Tensor& hx, void* const (&h)[2],
-                  const Tensor& c, const void* reset_h, const void* reset_c) {
+                  const Tensor& c, const Tensor& reset_h, const Tensor& reset_c) {
   const int64_t h_bytes = hx.size(1) * hx.element_size(), c_bytes = c.size(1) * c.element_size();
   for (void* place : h) std::memcpy(place, hx.const_data_ptr(), hx.nbytes());
   for (int64_t row = 0; row < sequence.N(); ++row) {
-    const bool* reset = sequence.reset(sequence.first_step(row));
+    const int64_t step = sequence.first_step(row);
+    const bool* reset = sequence.reset(step);
     if (!reset || !reset[row]) continue;
-    for (void* place : h)
-      copy_or_zero(advance(place, row * h_bytes), advance(reset_h, row * h_bytes), h_bytes);
-    copy_or_zero(advance(c.mutable_data_ptr(), row * c_bytes), advance(reset_c, row * c_bytes),
-                 c_bytes);
+    const auto set = [&](void* place, const Tensor& to, int64_t bytes) {
+      const int64_t first = to.defined() ? sequence.reset_row(to, step) : 0;
+      copy_or_zero(advance(place, row * bytes),
+                   to.defined() ? advance(to.const_data_ptr(), (first + row) * bytes) : nullptr,
+                   bytes);
+    };
+    for (void* place : h) set(place, reset_h, h_bytes);
+    set(c.mutable_data_ptr(), reset_c, c_bytes);
   }
 }
 
@@ -89,8 +94,8 @@ void forward_loop(const StatesInputs& in, const PackedWeights& packed_before,
   const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
   const int64_t blocks = layer.unit_blocks(H);
   const Elements stored(dtype), computed(compute), factor(factor_type(kernels.product, dtype));
-  const Dense w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih), b_hh(in.b_hh), reset_h(in.reset_hx),
-      reset_c(in.reset_cx);
+  const Dense w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih), b_hh(in.b_hh);
+  const Tensor reset_h = dense(in.reset_hx), reset_c = dense(in.reset_cx);
   const DenseCell cell(in);
 
   const Cut cut(sequence, H, blocks);
@@ -134,9 +139,14 @@ void forward_loop(const StatesInputs& in, const PackedWeights& packed_before,
   const Tensor hx = to_factors(kernels.product, in.hx);
   const bool steady = !defined(in.batch_sizes) && !defined(in.reset) && !kernels.product.pair_rows;
   if (!steady) {
-    const Tensor factors = reset_h.data() ? to_factors(kernels.product, *in.reset_hx) : Tensor();
-    start_states(sequence, hx, h, out.cy, factors.defined() ? factors.const_data_ptr() : nullptr,
-                 reset_c.data());
+    Tensor factors;
+    if (reset_h.defined()) {
+      std::vector<int64_t> sizes = reset_h.sizes().vec();
+      factors = to_factors(kernels.product, reset_h.view({-1, H}));
+      sizes.back() = factors.size(1);
+      factors = factors.view(sizes);
+    }
+    start_states(sequence, hx, h, out.cy, factors, reset_c);
   }
 
   Barrier barrier(cut.shares);
@@ -217,8 +227,15 @@ void forward_loop(const StatesInputs& in, const PackedWeights& packed_before,
           if (out.cells.defined())
             step.cells = stored.at(out.cells.mutable_data_ptr(), first_row * H);
           step.reset_next = reset_next ? reset_next + row : nullptr;
-          step.reset_h = stored.at(reset_h.data(), row * H);
-          step.reset_c = stored.at(reset_c.data(), row * H);
+          if (reset_next) {
+            const auto to = [&](const Tensor& state) -> const void* {
+              if (!state.defined()) return nullptr;
+              return stored.at(state.const_data_ptr(),
+                               (sequence.reset_row(state, s + 1) + row) * H);
+            };
+            step.reset_h = to(reset_h);
+            step.reset_c = to(reset_c);
+          }
           zigzag(block, block_end, rows == 1 ? kSideBlocks : 1, s % 2, [&](int64_t b, int64_t e) {
             product.packed = hh.at(b);
             weights.gate_product(product, b, e);
@@ -265,6 +282,9 @@ void forward_by_cells(const LayerInputs& in, const SharedSequence& sequence, con
     cpu::run(kernels.cell.forward_tasks(N, H), N * 4 * H * (I + H + 16),
              [&](int64_t first, int64_t last) { kernels.cell.forward(args, first, last); });
     std::memcpy(out.cy.mutable_data_ptr(), c_next.const_data_ptr(), out.cy.nbytes());
+    if (out.cells.defined())
+      std::memcpy(stored.at(out.cells.mutable_data_ptr(), row * H), c_next.const_data_ptr(),
+                  c_next.nbytes());
     h = output;
   }
 }
@@ -292,8 +312,7 @@ LayerTensors layer_forward(const StatesInputs& in, const LayerExtras& extras,
   const Kernels& kernels = cpu::kernels(kernel_dtype(dtype));
   const bool plain = !defined(in.batch_sizes) && !defined(in.reset);
   constexpr int64_t kShort = 4;  // steps
-  if (packed.data == nullptr && plain && !extras.cells && L < kShort &&
-      !kernels.cell.forward_packs(N))
+  if (packed.data == nullptr && plain && L < kShort && !kernels.cell.forward_packs(N))
     forward_by_cells(in, sequence, kernels, out);
   else
     forward_loop(in, packed, sequence, kernels, out);

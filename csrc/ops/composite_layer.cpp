@@ -1,6 +1,7 @@
 // The layer in plain tensor operations, step by step.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
@@ -25,8 +26,10 @@ at::Tensor reset_to(const std::optional<at::Tensor>& value, const at::Tensor& st
                     const LayerInputs& in, int64_t t) {
   if (!defined(in.reset)) return state;
   const int64_t n = state.size(0);
-  return at::where(reset_rows(in, t, n),
-                   defined(value) ? value->narrow(0, 0, n) : at::zeros_like(state), state);
+  const at::Tensor to = !defined(value)        ? at::zeros_like(state)
+                        : reset_by_step(value) ? value->select(0, t).narrow(0, 0, n)
+                                               : value->narrow(0, 0, n);
+  return at::where(reset_rows(in, t, n), to, state);
 }
 
 at::Tensor reset_to_zero(const at::Tensor& state, const LayerInputs& in, int64_t t) {
@@ -99,10 +102,37 @@ at::Tensor join_states(const Steps& steps, const std::vector<at::Tensor>& parts,
   return defined(in.batch_sizes) ? rows : rows.view({steps.sequence.L(), N, H});
 }
 
-// sum plus term, whose rows are the first of sum's.
-at::Tensor add_rows(const at::Tensor& sum, const at::Tensor& term) {
-  return over(sum.narrow(0, 0, term.size(0)) + term, sum);
-}
+// The gradient of a state that resets set: what they cut off of that of the state before a step.
+class CutOff {
+ public:
+  CutOff(bool wanted, const std::optional<at::Tensor>& state, const LayerInputs& in)
+      : wanted_(wanted), state_(state), in_(in), none_(at::zeros_like(in.hx)), sum_(none_) {
+    if (wanted && reset_by_step(state)) steps_.assign(state->size(0), none_);
+  }
+  // of_state: the first rows' at time t.
+  void add(int64_t t, const at::Tensor& of_state) {
+    if (!wanted_ || !defined(in_.reset)) return;
+    const int64_t n = of_state.size(0);
+    const at::Tensor cut = at::where(reset_rows(in_, t, n), of_state, at::zeros_like(of_state));
+    if (reset_by_step(state_))
+      steps_[t] = over(cut, none_);
+    else
+      sum_ = over(sum_.narrow(0, 0, n) + cut, sum_);
+  }
+  at::Tensor result() const {
+    if (!wanted_) return {};
+    if (!reset_by_step(state_)) return sum_;
+    return steps_.empty() ? at::zeros_like(*state_) : at::stack(steps_);
+  }
+
+ private:
+  const bool wanted_;
+  const std::optional<at::Tensor>& state_;
+  const LayerInputs& in_;
+  const at::Tensor none_;
+  at::Tensor sum_;
+  std::vector<at::Tensor> steps_;
+};
 
 }  // namespace
 
@@ -155,8 +185,8 @@ StatesGradients layer_states_backward(const StatesOutputGradients& grads, const 
   const at::Tensor grad_output = rows_of(grads.output), grad_cells = rows_of(grads.cells);
   std::vector<at::Tensor> grad_rows(L);
   StatesGradients sum;
-  if (wanted.reset_hx) sum.reset_hx = at::zeros_like(in.hx);
-  if (wanted.reset_cx) sum.reset_cx = at::zeros_like(in.cx);
+  CutOff of_reset_hx(wanted.reset_hx, in.reset_hx, in);
+  CutOff of_reset_cx(wanted.reset_cx, in.reset_cx, in);
   Wanted of_step = wanted;
   of_step.hx = of_step.cx = true;
   for (int64_t step = L - 1; step >= 0; --step) {
@@ -172,18 +202,15 @@ StatesGradients layer_states_backward(const StatesOutputGradients& grads, const 
     sum.b_ih = sum_of(sum.b_ih, found.b_ih);
     sum.b_hh = sum_of(sum.b_hh, found.b_hh);
     sum.unit_weights = sum_of(sum.unit_weights, found.unit_weights);
-    // What a reset cut off is the gradient of the state that it set.
-    const auto add_cut = [&](at::Tensor& into, const at::Tensor& of_state) {
-      if (into.defined() && defined(in.reset))
-        into = add_rows(into, at::where(reset_rows(in, t, n), of_state, at::zeros_like(of_state)));
-    };
-    add_cut(sum.reset_hx, found.hx);
-    add_cut(sum.reset_cx, found.cx);
+    of_reset_hx.add(t, found.hx);
+    of_reset_cx.add(t, found.cx);
     grad_h = over(reset_to_zero(found.hx, in, t), grad_h);
     grad_c = over(reset_to_zero(found.cx, in, t), grad_c);
   }
   if (wanted.input)
     sum.input = L > 0 ? at::cat(grad_rows).view_as(in.input) : at::zeros_like(in.input);
+  sum.reset_hx = of_reset_hx.result();
+  sum.reset_cx = of_reset_cx.result();
   if (wanted.hx) sum.hx = grad_h;
   if (wanted.cx) sum.cx = grad_c;
   return sum;

@@ -31,12 +31,23 @@ bool sizes_fit(const LayerInputs& in) {
 
 bool fusable(const LayerInputs& in) { return all_alike(in) && sizes_fit(in); }
 
+namespace {
+
+// Whether a state to be reset to, if there is one, is (N, H) or (L, N, H), and like hx.
+bool reset_state_fits(const std::optional<at::Tensor>& state, const StatesInputs& in) {
+  if (!defined(state)) return true;
+  c10::SymDimVector sizes(in.hx.sym_sizes().begin(), in.hx.sym_sizes().end());
+  if (reset_by_step(state))
+    sizes.insert(sizes.begin(),
+                 defined(in.batch_sizes) ? in.batch_sizes->sym_size(0) : in.input.sym_size(0));
+  return alike(*state, in.hx) && state->sym_sizes() == c10::SymIntArrayRef(sizes);
+}
+
+}  // namespace
+
 bool fusable(const StatesInputs& in) {
-  const auto fits = [&](const std::optional<at::Tensor>& state) {
-    return !defined(state) || (alike(*state, in.hx) && state->sym_sizes() == in.hx.sym_sizes());
-  };
   const LayerInputs& layer = in;
-  return fusable(layer) && fits(in.reset_hx) && fits(in.reset_cx);
+  return fusable(layer) && reset_state_fits(in.reset_hx, in) && reset_state_fits(in.reset_cx, in);
 }
 
 void check_states(const StatesInputs& in) {
@@ -44,8 +55,8 @@ void check_states(const StatesInputs& in) {
   const auto check = [&](const std::optional<at::Tensor>& state, const char* name) {
     if (!defined(state)) return;
     TORCH_CHECK(defined(in.reset), name, " is for a call with reset");
-    TORCH_CHECK(state->sym_sizes() == in.hx.sym_sizes() && alike(*state, in.hx), name,
-                " must be a tensor of shape (N, H) = ", in.hx.sym_sizes(), " of ",
+    TORCH_CHECK(reset_state_fits(state, in), name,
+                " must be a tensor of shape (N, H) = ", in.hx.sym_sizes(), ", or (L, N, H), of ",
                 in.hx.scalar_type(), " on ", in.hx.device(), ", like hx, got ",
                 state->scalar_type(), " of shape ", state->sym_sizes(), " on ", state->device());
   };

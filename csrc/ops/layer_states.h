@@ -14,7 +14,8 @@
 namespace lstm_ext {
 
 struct StatesInputs : LayerInputs {
-  // [N, H]: what h and c are before the steps of reset; zero where there is none.
+  // What h and c are before the steps of reset: [N, H], or [L, N, H], those of each step's own;
+  // zero where there is none.
   const std::optional<at::Tensor>& reset_hx;
   const std::optional<at::Tensor>& reset_cx;
 
@@ -112,6 +113,10 @@ struct lstm_layer_states_backward
 
 }  // namespace ops
 
+// Whether each step has states of its own to be reset to.
+inline bool reset_by_step(const std::optional<at::Tensor>& state) {
+  return defined(state) && state->dim() == 3;
+}
 // As for a layer; and whether the kernels take the states of resets.
 bool fusable(const StatesInputs& in);
 // As for a layer; and an error that says what is wrong with the states of resets.

@@ -211,7 +211,7 @@ def trace_gates(
         reset: bool, shaped like input without I ((L, N) for packed input): states are zero before
             these steps, or what ``reset_hx`` has. All true, every step is as if it were the first.
         reset_hx: h and c to reset to, as :class:`lstm_ext.LSTM` takes them; for a cell, shaped like
-            ``hx``, or (H) for all samples.
+            ``hx``, (H) for all samples, or (L, N, H).
         differentiable: keep the graph, so that a loss of the trace has gradients; in tensor
             operations, step by step.
 
