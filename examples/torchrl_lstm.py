@@ -62,9 +62,7 @@ class LSTMModule(modules.LSTMModule):
             outputs.append(x)
             cells.append(of_c)
         ends = torch.cat([is_init[:, 1:], torch.ones_like(is_init[:, :1])], 1)[..., None, None]
-        h, c = (
-            torch.where(ends, torch.stack(s, 2).transpose(0, 1), 0) for s in (outputs, cells)
-        )
+        h, c = (torch.where(ends, torch.stack(s, 2).transpose(0, 1), 0) for s in (outputs, cells))
         return x.transpose(0, 1), h, c
 
     def _weights(self) -> list[lstm_ext.LayerWeights]:

@@ -27,7 +27,9 @@ def record_call(module: nn.Module, input: Any, hx: Any, **options: Any) -> Any:
     Raises:
         RuntimeError: the module has hooks, which have been recorded and would run once more.
     """
-    options = {name: value for name, value in options.items() if value is not None and value is not False}
+    options = {
+        name: value for name, value in options.items() if value is not None and value is not False
+    }
     values = [input]
     for value in (hx, *options.values()):
         values += value if isinstance(value, (tuple, list)) else [value]

@@ -395,7 +395,9 @@ def _checkpointed_layer(
     cells: list[Tensor] = []
     for first, last, n, part, sizes in reversed(pieces) if reverse else pieces:
         resets = None if reset is None else reset[first:last, :n]
-        states = None if to is None else (_part(to[0], first, last, n), _part(to[1], first, last, n))
+        states = (
+            None if to is None else (_part(to[0], first, last, n), _part(to[1], first, last, n))
+        )
         of_part = Steps(sizes, resets, reverse, states)
         output, h_n, c_n, *c_of_all = checkpoint(
             _layer, part, h[:n], c[:n], w, cell, of_part, None, not_fused, with_cells,

@@ -321,7 +321,11 @@ SIZES = {
     "lstm_layer_states": STATES,
     "lstm_layer_states_forward": STATES,
     "lstm_layer_states_backward": [
-        "L N H", "N H", "N H", "L N H", *STATES, "L N H", "S 4H", "S H",
+        *["L N H", "N H", "N H", "L N H"],
+        *STATES,
+        "L N H",
+        "S 4H",
+        "S H",
     ],
     "lstm_layer_pack": ["4H I", "4H H"],
     "lstm_layer_packed": [*LAYER[:3], None, *LAYER[5:]],
@@ -342,9 +346,7 @@ def fits(patterns, arguments, known):
             return False
         if not isinstance(pattern, str) or not isinstance(value, torch.Tensor):
             continue
-        names = next(
-            (p.split() for p in pattern.split("|") if len(p.split()) == value.dim()), None
-        )
+        names = next((p.split() for p in pattern.split("|") if len(p.split()) == value.dim()), None)
         if names is None:
             return False
         for name, size in zip(names, value.shape, strict=True):

@@ -115,7 +115,12 @@ CALLS = (cells, layers, states, packed_weights, peepholes)
 @pytest.mark.parametrize(
     ("calls", "requires_grad"),
     [(calls, False) for calls in CALLS]
-    + [(cells, True), *slow((layers, True), (states, True)), (packed_weights, True), *slow((peepholes, True))],
+    + [
+        (cells, True),
+        *slow((layers, True), (states, True)),
+        (packed_weights, True),
+        *slow((peepholes, True)),
+    ],
 )
 def test_opcheck(device, calls, requires_grad):
     if calls is packed_weights and device == "cuda":

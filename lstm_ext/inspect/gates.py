@@ -385,9 +385,7 @@ class _Run:
         def keep(t: int, tensors: tuple[Tensor, ...]) -> None:
             kept[t] = tuple(nn.functional.pad(x, (0, 0, 0, N - x.shape[0])) for x in tensors)
 
-        output, _, _ = layer_in_steps(
-            input, h, c, self.w, self.cell, self._steps(), keep
-        )
+        output, _, _ = layer_in_steps(input, h, c, self.w, self.cell, self._steps(), keep)
         i, f, g, o, c, h = (torch.stack(parts) for parts in zip(*kept, strict=True))
         return output, (i, f, g, o, c, h)
 
