@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_ext import _backend, _ops, _variants
-from lstm_ext.functional import LayerWeights, lstm
+from lstm_ext.functional import LayerWeights, expand_reset_states, lstm
 
 States = tuple[Tensor, Tensor]
 
@@ -187,6 +187,7 @@ class Prepared(NamedTuple):
     reset: Tensor | None  # (L, N)
     is_batched: bool
     packed: PackedSequence | None
+    reset_hx: States | None = None  # like hx
 
     def as_asked(self, output: Tensor) -> Any:
         """Lay out an output as the module's own is."""
@@ -212,10 +213,11 @@ def prepare(
     input: Tensor | PackedSequence,
     hx: States | None,
     reset: Tensor | None,
+    reset_hx: Any = None,
 ) -> Prepared:
     """Check what an LSTM, ours or torch's, is called with, in torch's words."""
     if isinstance(input, PackedSequence):
-        return _prepare_packed(module, options, input, hx, reset)
+        return _prepare_packed(module, options, input, hx, reset, reset_hx)
     if input.dim() not in (2, 3):
         raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
     if input.is_nested:
@@ -227,6 +229,8 @@ def prepare(
     if not is_batched:
         input = input.unsqueeze(batch_dim)
         reset = None if reset is None else reset.unsqueeze(batch_dim)
+        if isinstance(reset_hx, (tuple, list)):
+            reset_hx = tuple(state.unsqueeze(-2) for state in reset_hx)
     if hx is None:
         hx = _zero_states(options, input, input.size(batch_dim))
     else:
@@ -238,11 +242,17 @@ def prepare(
     if options.batch_first:
         input = input.transpose(0, 1)
         reset = None if reset is None else reset.transpose(0, 1)
-    return Prepared(options, input, hx, None, reset, is_batched, None)
+    reset_hx = expand_reset_states(reset_hx, reset, hx)
+    return Prepared(options, input, hx, None, reset, is_batched, None, reset_hx)
 
 
 def _prepare_packed(
-    module: Any, options: Options, packed: PackedSequence, hx: States | None, reset: Tensor | None
+    module: Any,
+    options: Options,
+    packed: PackedSequence,
+    hx: States | None,
+    reset: Tensor | None,
+    reset_hx: States | None,
 ) -> Prepared:
     data, batch_sizes, order, _ = packed
     # torch does not look at the module's own input_size here.
@@ -264,9 +274,12 @@ def _prepare_packed(
             _check_arguments(module, options, data, hx, batch_sizes)
         except ValueError as error:  # what torch, which calls no check here, raises in the end
             raise RuntimeError(str(error)) from None
+    reset_hx = expand_reset_states(reset_hx, reset, hx)
     if reset is not None and order is not None:
         reset = reset.index_select(1, order)
-    return Prepared(options, data, hx, batch_sizes, reset, True, packed)
+        if reset_hx is not None:
+            reset_hx = reset_hx[0].index_select(-2, order), reset_hx[1].index_select(-2, order)
+    return Prepared(options, data, hx, batch_sizes, reset, True, packed, reset_hx)
 
 
 def _check_arguments(
@@ -300,22 +313,28 @@ def _check_rank(hx: States, is_batched: bool) -> None:
 
 
 def run(
-    module: Any, input: Tensor | PackedSequence, hx: States | None, reset: Tensor | None
-) -> tuple[Any, States]:
+    module: Any,
+    input: Tensor | PackedSequence,
+    hx: States | None,
+    reset: Tensor | None,
+    reset_hx: States | None,
+    return_cell_states: bool,
+) -> tuple[Any, ...]:
     """Call a module that is not frozen."""
+    given = {"reset": reset, "reset_hx": reset_hx, "return_cell_states": return_cell_states or None}
     _log_refusal(module, input, hx, reset)
     reason = _tool_is_looking(module)
     if reason is not None:
-        return by_torch(module, input, hx, reset, reason)
+        return by_torch(module, input, hx, given, reason)
     try:
         options = read(module, isinstance(input, PackedSequence))
     except TorchAnswersError as error:
-        return by_torch(module, input, hx, reset, str(error))
-    ready = prepare(module, options, input, hx, reset)
+        return by_torch(module, input, hx, given, str(error))
+    ready = prepare(module, options, input, hx, reset, reset_hx)
     torchs = options.cell is _variants.PLAIN and reset is None and module.checkpoint_every is None
     if torchs and _is_mixed(ready):
-        return by_torch(module, input, hx, None, "dtypes, devices or layouts differ")
-    output, h, c = lstm(
+        return by_torch(module, input, hx, given, "dtypes, devices or layouts differ")
+    output, h, c, *cells = lstm(
         ready.input,
         ready.hx,
         options.layers(),
@@ -325,8 +344,10 @@ def run(
         reset=ready.reset,
         checkpoint_every=module.checkpoint_every,
         variant=options.cell.name,
+        reset_hx=ready.reset_hx,
+        return_cell_states=return_cell_states,
     )
-    return ready.as_asked(output), ready.states_as_asked((h, c))
+    return ready.as_asked(output), ready.states_as_asked((h, c)), *map(ready.as_asked, cells)
 
 
 def _is_mixed(ready: Prepared) -> bool:
@@ -474,16 +495,19 @@ def _tool_is_looking(module: Any) -> str | None:
 
 
 def by_torch(
-    module: Any, input: Any, hx: Any, reset: Tensor | None, reason: str
-) -> tuple[Any, States]:
-    """Let torch.nn.LSTM compute, or raise its own error."""
+    module: Any, input: Any, hx: Any, given: dict[str, Any], reason: str
+) -> tuple[Any, ...]:
+    """Let torch.nn.LSTM compute, or raise its own error.
+
+    ``given`` are the options of the call that it has not, None where they were not given.
+    """
     data = input.data if isinstance(input, PackedSequence) else input
     _backend.log_path("LSTM", data, f"torch.nn.LSTM.forward: {reason}")
-    out: tuple[Any, States] = nn.LSTM.forward(module, input, hx)
+    out: tuple[Any, ...] = nn.LSTM.forward(module, input, hx)
     cell = _variants.of_module(module)
     options = {
         cell.name: cell is not _variants.PLAIN,
-        "reset": reset is not None,
+        **{name: value is not None for name, value in given.items()},
         "checkpoint_every": module.checkpoint_every is not None,
     }
     for option in (option for option, used in options.items() if used):

@@ -34,6 +34,8 @@ def _rows(input: Tensor) -> int:
         ops.lstm_layer,
         ops.lstm_layer_forward,
         ops.lstm_layer_packed,
+        ops.lstm_layer_states,
+        ops.lstm_layer_states_forward,
     ],
     get_raw=True,
 )
@@ -71,5 +73,10 @@ def _backward_formula(op: Any) -> Callable[..., int]:
     return formula
 
 
-for _op in (ops.lstm_cell_backward, ops.lstm_cell_backward_accumulate, ops.lstm_layer_backward):
+for _op in (
+    ops.lstm_cell_backward,
+    ops.lstm_cell_backward_accumulate,
+    ops.lstm_layer_backward,
+    ops.lstm_layer_states_backward,
+):
     register_flop_formula(_op, get_raw=True)(_backward_formula(_op))

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Proxy
 
 
-def record_call(module: nn.Module, input: Any, hx: Any, reset: Tensor | None = None) -> Any:
+def record_call(module: nn.Module, input: Any, hx: Any, **options: Any) -> Any:
     """Record the call of a module with what torch.fx traces with.
+
+    Args:
+        module: the module.
+        input: of the call.
+        hx: of the call.
+        options: of the call, by keyword; those that are None or false were not given.
 
     Returns:
         What stands for the result; None if nothing is traced, or the module by itself.
@@ -21,7 +27,12 @@ def record_call(module: nn.Module, input: Any, hx: Any, reset: Tensor | None = N
     Raises:
         RuntimeError: the module has hooks, which have been recorded and would run once more.
     """
-    values = (input, *hx, reset) if isinstance(hx, (tuple, list)) else (input, hx, reset)
+    options = {
+        name: value for name, value in options.items() if value is not None and value is not False
+    }
+    values = [input]
+    for value in (hx, *options.values()):
+        values += value if isinstance(value, (tuple, list)) else [value]
     tracer: Any = next((v.tracer for v in values if isinstance(v, Proxy)), None)
     if tracer is None or getattr(tracer, "root", module) is module:
         return None
@@ -33,5 +44,4 @@ def record_call(module: nn.Module, input: Any, hx: Any, reset: Tensor | None = N
             "torch.fx.Tracer whose is_leaf_module is true for it; or remove the hooks first"
         )
     args = (input,) if hx is None else (input, hx)
-    options = {} if reset is None else {"reset": reset}
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, options)

@@ -37,6 +37,14 @@ def _check(variant: int, batch_sizes: object, reset: object) -> None:
         _refuse("reset", "export a loop over an lstm_ext.LSTMCell, which zeroes the states itself")
 
 
+def refuse_states() -> NoReturn:
+    """Raise the error for reset_hx and return_cell_states."""
+    _refuse(
+        "reset_hx and no cell states of every step",
+        "export a loop over an lstm_ext.LSTMCell, which has both",
+    )
+
+
 # Which cells it has, by the operators' variant: of their weights of units, in which order ONNX has
 # them (its P: of the gates i, o, f).
 _PEEPHOLES: dict[int, tuple[int, ...]] = {

@@ -62,6 +62,8 @@ lstm_cell = torch.ops.lstm_ext.lstm_cell
 lstm = torch.ops.lstm_ext.lstm
 lstm_layer = torch.ops.lstm_ext.lstm_layer
 lstm_layer_forward = torch.ops.lstm_ext.lstm_layer_forward
+lstm_layer_states = torch.ops.lstm_ext.lstm_layer_states
+lstm_layer_states_forward = torch.ops.lstm_ext.lstm_layer_states_forward
 lstm_packed = torch.ops.lstm_ext.lstm_packed
 lstm_layer_pack = torch.ops.lstm_ext.lstm_layer_pack
 lstm_layer_packed = torch.ops.lstm_ext.lstm_layer_packed
@@ -155,13 +157,18 @@ def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @_fake("lstm_cell_backward")
 @_fake("lstm_layer_backward")
+@_fake("lstm_layer_states_backward")
 def _(a: Any) -> tuple[Tensor | None, ...]:
     bias = a.w_hh.shape[:1]
     units = None if a.unit_weights is None else a.unit_weights.shape
-    shapes = (a.input.shape, a.hx.shape, a.cx.shape, a.w_ih.shape, a.w_hh.shape, bias, bias, units)
+    states: tuple[Any, ...] = a.hx.shape, a.cx.shape
+    to = [getattr(a, name, None) for name in ("reset_hx", "reset_cx")]
+    resets = [s if r is None else r.shape for r, s in zip(to, states, strict=True)]
+    shapes = (a.input.shape, *states, a.w_ih.shape, a.w_hh.shape, bias, bias, units, *resets)
+    mask = a.output_mask  # with those of reset_hx and reset_cx, or without
     return tuple(
         a.gates.new_empty(shape) if wanted else None
-        for shape, wanted in zip(shapes, a.output_mask, strict=True)
+        for shape, wanted in zip(shapes[: len(mask)], mask, strict=True)
     )
 
 
@@ -186,3 +193,17 @@ def _(a: Any) -> tuple[Tensor, ...]:
     output, *states = layer_states(a)
     (rows, H) = output.flatten(0, -2).shape
     return output, *states, output.new_empty(rows, 4 * H), output.new_empty(rows, H)
+
+
+@_fake("lstm_layer_states")
+def _(a: Any) -> tuple[Tensor, ...]:
+    output, *states = layer_states(a)
+    return output, *states, torch.empty_like(output)
+
+
+@_fake("lstm_layer_states_forward")
+def _(a: Any) -> tuple[Tensor, ...]:
+    output, *states = layer_states(a)
+    (rows, H) = output.flatten(0, -2).shape
+    kept = output.new_empty(rows, 4 * H), output.new_empty(rows, H)
+    return output, *states, torch.empty_like(output), *kept

@@ -18,11 +18,16 @@ Kept = TypeVar("Kept")
 
 
 class Steps(NamedTuple):
-    """Which steps a layer goes through, and in which order: as in :func:`lstm`."""
+    """Which steps a layer goes through, and in which order: as in :func:`lstm`.
+
+    reset_hx are h (N, P) and c (N, H) of the resets, or (L, N, P) and (L, N, H), each step's own;
+    or None for zeros.
+    """
 
     batch_sizes: Tensor | None
     reset: Tensor | None
     reverse: bool
+    reset_hx: tuple[Tensor, Tensor] | None = None
 
 
 def run_layers(
@@ -31,11 +36,11 @@ def run_layers(
     weights: Sequence[LayerWeights],
     bidirectional: bool,
     dropout: float,
-    run: Callable[[Tensor, Tensor, Tensor, LayerWeights, bool], tuple[Tensor, Kept]],
+    run: Callable[[Tensor, Tensor, Tensor, LayerWeights, int], tuple[Tensor, Kept]],
 ) -> tuple[Tensor, list[Kept]]:
     """Run layers and directions one after the other (csrc/ops/lstm.cpp does the same).
 
-    ``run(input, h, c, weights, reverse)`` runs one, and returns its output and whatever else is to
+    ``run(input, h, c, weights, k)`` runs the k'th, and returns its output and whatever else is to
     be kept of it. Returns the last output, and what was kept of each.
     """
     (h, c), directions = hx, 2 if bidirectional else 1
@@ -45,7 +50,7 @@ def run_layers(
             input = torch.dropout(input, dropout, True)
         outputs = []
         for d in range(directions):
-            output, of_this = run(input, h[k + d], c[k + d], weights[k + d], d == 1)
+            output, of_this = run(input, h[k + d], c[k + d], weights[k + d], k + d)
             outputs.append(output)
             kept.append(of_this)
         input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
@@ -65,7 +70,7 @@ def layer_in_steps(
 
     (Sak, Senior & Beaufays 2014.) What a step makes, ``keep`` is told: t and (i, f, g, o, c', h').
     """
-    batch_sizes, reset, reverse = order
+    batch_sizes, reset, reverse, reset_hx = order
     L = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     sizes = [h.shape[0]] * L if batch_sizes is None else batch_sizes.tolist()
     if reset is not None and reset.shape != (L, h.shape[0]):
@@ -78,8 +83,14 @@ def layer_in_steps(
         n = sizes[t]
         h_t, c_t = h[:n], c[:n]
         if reset is not None:
-            zero = reset[t, :n].unsqueeze(1)
-            h_t, c_t = h_t.masked_fill(zero, 0), c_t.masked_fill(zero, 0)
+            anew = reset[t, :n].unsqueeze(1)
+            if reset_hx is None:
+                h_t, c_t = h_t.masked_fill(anew, 0), c_t.masked_fill(anew, 0)
+            else:
+                to = [s if s.dim() == 2 else s[t] for s in reset_hx]
+                h_t, c_t = (
+                    torch.where(anew, r[:n], s) for r, s in zip(to, (h_t, c_t), strict=True)
+                )
         pre = pre_activations(steps[t], h_t, *w[:4])
         activated, h_t, c_t = CELLS[cell.number].forward(pre, c_t, w.unit_weights)
         if w.w_hr is not None:

@@ -152,20 +152,48 @@ def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
     return _layer("lstm_layer_forward", info.batch_size, in_dims, args), (0, 0, 0, 0, 0)
 
 
+@torch.library.register_vmap("lstm_ext::lstm_layer_states")
+def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
+    return _layer("lstm_layer_states", info.batch_size, in_dims, args), (0, 0, 0, 0)
+
+
+@torch.library.register_vmap("lstm_ext::lstm_layer_states_forward")
+def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
+    results = _layer("lstm_layer_states_forward", info.batch_size, in_dims, args)
+    return results, (0, 0, 0, 0, 0, 0)
+
+
 def _layer(name: str, B: int, dims: Dims, args: tuple[Any, ...]) -> Results:
     op, (a, d) = getattr(torch.ops.lstm_ext, name), _named(name, args, dims)
     if _any_weight(d) or a.batch_sizes is not None:
         return _each(op, B, dims, args)
-    batch = {"input": 1, "hx": 0, "cx": 0, "reset": 1}  # where the batch is
+    # Where the batch is.
+    batch = {"input": 1, "hx": 0, "cx": 0, "reset": 1}
+    for key in ("reset_hx", "reset_cx"):
+        state, dim = getattr(a, key, None), getattr(d, key, None)
+        if state is not None:  # (N, H) or (L, N, H)
+            batch[key] = state.dim() - (dim is not None) - 2
     joined = {key: _join(getattr(a, key), getattr(d, key), B, at) for key, at in batch.items()}
     output, h, c, *kept = op(*a._replace(**joined))
     states = (_split(output, B, 1), _split(h, B, 0), _split(c, B, 0))
-    # Gates and c before each step have rows (L B N), and shall have (B, L N).
+    # Gates and c before each step have rows (L B N), and shall have (B, L N); the c of all steps is
+    # shaped like the output.
     L, rows = output.shape[0], h.shape[0]
-    return (*states, *(_split(k.reshape(L, rows, k.shape[1]), B, 1).flatten(1, 2) for k in kept))
+    return *states, *(
+        _split(k, B, 1)
+        if k.dim() == 3
+        else _split(k.reshape(L, rows, k.shape[1]), B, 1).flatten(1, 2)
+        for k in kept
+    )
 
 
 @torch.library.register_vmap("lstm_ext::lstm_layer_backward")
 def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
     results = _each(torch.ops.lstm_ext.lstm_layer_backward, info.batch_size, in_dims, args)
+    return results, _dims(results)
+
+
+@torch.library.register_vmap("lstm_ext::lstm_layer_states_backward")
+def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
+    results = _each(torch.ops.lstm_ext.lstm_layer_states_backward, info.batch_size, in_dims, args)
     return results, _dims(results)

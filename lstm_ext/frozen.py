@@ -589,7 +589,19 @@ class FrozenLSTM(_Frozen, LSTM):
 
     _direct = staticmethod(_ops.fast_frozen_lstm)
 
-    def _run(self, input: Any, hx: Any, reset: Tensor | None) -> tuple[Any, States]:
+    def _run(
+        self,
+        input: Any,
+        hx: Any,
+        reset: Tensor | None,
+        reset_hx: States | None,
+        return_cell_states: bool,
+    ) -> tuple[Any, ...]:
+        if return_cell_states or reset_hx is not None:
+            raise RuntimeError(
+                "a frozen module has neither return_cell_states nor reset_hx; the module that was "
+                "frozen has (lstm_ext.unfreeze)"
+            )
         if self._is_unpacked():
             self._pack_stored_weights()
             return LSTM.forward(self, input, hx, reset=reset)

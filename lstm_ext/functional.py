@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -102,6 +102,40 @@ class LayerWeights(NamedTuple):
     unit_weights: Tensor | None = None
 
 
+@overload
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: Sequence[LayerWeights],
+    *,
+    bidirectional: bool = ...,
+    dropout: float = ...,
+    batch_sizes: Tensor | None = ...,
+    reset: Tensor | None = ...,
+    checkpoint_every: int | None = ...,
+    variant: str = ...,
+    reset_hx: tuple[Tensor, Tensor] | None = ...,
+    return_cell_states: Literal[False] = False,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: Sequence[LayerWeights],
+    *,
+    bidirectional: bool = ...,
+    dropout: float = ...,
+    batch_sizes: Tensor | None = ...,
+    reset: Tensor | None = ...,
+    checkpoint_every: int | None = ...,
+    variant: str = ...,
+    reset_hx: tuple[Tensor, Tensor] | None = ...,
+    return_cell_states: bool,
+) -> tuple[Tensor, ...]: ...
+
+
 def lstm(
     input: Tensor,
     hx: tuple[Tensor, Tensor],
@@ -113,7 +147,9 @@ def lstm(
     reset: Tensor | None = None,
     checkpoint_every: int | None = None,
     variant: str = "plain",
-) -> tuple[Tensor, Tensor, Tensor]:
+    reset_hx: tuple[Tensor, Tensor] | None = None,
+    return_cell_states: bool = False,
+) -> tuple[Tensor, ...]:
     """Run one or more layers of an LSTM over a whole sequence.
 
     The formula is :func:`lstm_cell`'s, step by step; each layer and direction is one fused
@@ -127,27 +163,42 @@ def lstm(
         bidirectional: whether every second of them reads the sequence from its end.
         dropout: probability of dropout after each layer but the last; 0 for none, as in evaluation.
         batch_sizes: those of a packed sequence, int64 (L), on the CPU.
-        reset: bool (L, N): where it is true, h and c are zero before that step.
+        reset: bool (L, N): where it is true, h and c are zero before that step, or what reset_hx
+            has.
         checkpoint_every: keep the states of every so many steps alone, and compute the gates anew
             in backward: less memory for more time (for every 16th step, 1.5 times a training step
             of 200 x 16 x 128 -> 128, 2.7 times one of 100 x 1 x 256 -> 256).
         variant: which cell, as in :func:`lstm_cell`.
+        reset_hx: h and c before the steps of ``reset``, shaped like hx; without N or with N = 1,
+            the same for all sequences; (K D, L, N, P) and (K D, L, N, H), those of each step's own.
+            They have gradients.
+        return_cell_states: whether to return the c after every step too.
 
     Returns:
-        output (L, N, D P) or (S, D P), h_n and c_n, shaped like hx.
+        output (L, N, D P) or (S, D P), h_n and c_n, shaped like hx; with return_cell_states, also
+        the c of the last layer after every step, (L, N, D H) or (S, D H).
 
     float32, float64, bfloat16 and float16 run fused on the CPU (the halves are summed in float32).
     Kept for backward, per layer and direction: 5 S H numbers, the gates and the c of each step.
+    With ``reset_hx`` or ``return_cell_states``, a CUDA device computes in tensor operations, step
+    by step.
     On a CUDA device, :func:`lstm_ext.set_cuda_backend` chooses between our kernels and torch's own
     LSTM. What our kernels do not take (another device, projections) goes to torch's, or with
     ``reset``, ``checkpoint_every`` or a transform of ``torch.func`` is computed in tensor
     operations.
 
     Raises:
-        RuntimeError: sizes, dtypes or devices do not fit.
-        ValueError: checkpoint_every is not positive, or there is no such variant.
+        RuntimeError: sizes, dtypes or devices do not fit; ONNX, whose LSTM has neither, is given
+            reset_hx or return_cell_states.
+        ValueError: checkpoint_every is not positive, there is no such variant, or reset_hx comes
+            without reset.
     """
     h, c = hx
+    own_states = return_cell_states or reset_hx is not None
+    if own_states:
+        reset_hx = expand_reset_states(reset_hx, reset, hx)
+        if _onnx.exporting():
+            _onnx.refuse_states()
     cell = _variants.find(variant)
     if checkpoint_every is not None and checkpoint_every <= 0:
         raise ValueError(f"checkpoint_every should be positive, got {checkpoint_every}")
@@ -165,6 +216,7 @@ def lstm(
         projects=first.w_hr is not None,
         needs_ours=(
             reset is not None
+            or own_states
             or checkpoint_every is not None
             or cell is not _variants.PLAIN
             or _is_transformed()
@@ -175,11 +227,13 @@ def lstm(
     if reason is not None and _onnx.exporting():
         reason = None  # one translation for all devices
     empty = reset is None and cell is _variants.PLAIN and 0 in input.shape
-    if empty or (reason is not None and not call.needs_ours):
+    if empty and own_states:
+        _torch_lstm(input, hx, weights, bidirectional, dropout, batch_sizes)  # for its error
+    elif empty or (reason is not None and not call.needs_ours):
         reason = "the input is empty" if empty else reason
         _backend.log_path("lstm", input, f"torch's own LSTM: {reason}")
         return _torch_lstm(input, hx, weights, bidirectional, dropout, batch_sizes)
-    if reason is None and checkpoint_every is None:
+    if reason is None and checkpoint_every is None and not own_states:
         flat: list[Tensor | None] = []
         for w in weights:
             flat += w[:4]
@@ -190,16 +244,67 @@ def lstm(
         )
         return out
 
+    first_of_last = len(weights) - call.directions
+
     def run(
-        input: Tensor, h: Tensor, c: Tensor, w: LayerWeights, reverse: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        steps = Steps(batch_sizes, reset, reverse)
-        output, h_n, c_n = _layer(input, h, c, w, cell, steps, checkpoint_every, reason)
-        return output, (h_n, c_n)
+        input: Tensor, h: Tensor, c: Tensor, w: LayerWeights, k: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        to = None if reset_hx is None else (reset_hx[0][k], reset_hx[1][k])
+        steps = Steps(batch_sizes, reset, k % call.directions == 1, to)
+        cells = return_cell_states and k >= first_of_last
+        output, *states = _layer(input, h, c, w, cell, steps, checkpoint_every, reason, cells)
+        return output, tuple(states)
 
     output, last = run_layers(input, hx, weights, bidirectional, dropout, run)
-    h_n, c_n = zip(*last, strict=True)
-    return output, torch.stack(h_n), torch.stack(c_n)
+    h_n, c_n = (torch.stack([states[s] for states in last]) for s in range(2))
+    if not return_cell_states:
+        return output, h_n, c_n
+    cells = [states[2] for states in last[first_of_last:]]
+    return output, h_n, c_n, cells[0] if len(cells) == 1 else torch.cat(cells, -1)
+
+
+def expand_reset_states(
+    reset_hx: tuple[Tensor, Tensor] | None, reset: Tensor | None, hx: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """Return the states of resets for each sequence, or an error in torch's words.
+
+    Args:
+        reset_hx: h (K, N, P) and c (K, N, H), for N also 1 or nothing; or (K, L, N, P) and
+            (K, L, N, H), for N also 1; or None.
+        reset: the mask of the same call, (L, N).
+        hx: h (K, N, P) and c (K, N, H).
+
+    Returns:
+        h and c, each with N in full, and with L if it was given.
+    """
+    if reset_hx is None:
+        return None
+    if reset is None:
+        raise ValueError("reset_hx is for a call with reset, which says where")
+    if not (isinstance(reset_hx, (tuple, list)) and len(reset_hx) == 2):
+        raise RuntimeError("lstm expects two hidden states in reset_hx")
+    L = reset.shape[0]
+    h, c = (_expand_states(k, *pair, L) for k, pair in enumerate(zip(reset_hx, hx, strict=True)))
+    return h, c
+
+
+def _expand_states(k: int, state: Tensor, like: Tensor, L: int) -> Tensor:
+    layers, N, features = like.shape
+    whole = state.unsqueeze(1) if state.dim() == 2 else state
+    steps = (L,) if whole.dim() == 4 else ()
+    if whole.shape not in [(layers, *steps, n, features) for n in (1, N)]:
+        raise RuntimeError(
+            f"Expected reset_hx[{k}] size {(layers, N, features)}, or for each step "
+            f"{(layers, L, N, features)}, or with one for all sequences in place of {N}, "
+            f"got {list(state.shape)}"
+        )
+    autocast = torch._C._is_any_autocast_enabled()
+    if state.device != like.device or (state.dtype != like.dtype and not autocast):
+        raise RuntimeError(
+            f"Expected reset_hx[{k}] to have the states' dtype {like.dtype} and device "
+            f"{like.device}, got {state.dtype} and {state.device}"
+        )
+    return whole.expand(layers, *steps, N, features)
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
@@ -220,15 +325,47 @@ def _layer(
     steps: Steps,
     checkpoint_every: int | None,
     not_fused: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one layer in one direction; in tensor operations if not_fused says why."""
+    with_cells: bool,
+) -> tuple[Tensor, ...]:
+    """Run one layer in one direction; in tensor operations if not_fused says why.
+
+    Returns the output, h_n and c_n, and with_cells the c after every step.
+    """
     if checkpoint_every is not None:
-        return _checkpointed_layer(input, h, c, w, cell, steps, checkpoint_every, not_fused)
+        return _checkpointed_layer(
+            input, h, c, w, cell, steps, checkpoint_every, not_fused, with_cells
+        )
     if not_fused is not None:
         _backend.log_path("lstm_layer", input, f"plain tensor operations: {not_fused}")
+        return _layer_in_steps(input, h, c, w, cell, steps, with_cells)
+    *order, reset_hx = steps
+    arguments = input, h, c, *w[:4], *order, w.unit_weights, cell.number
+    if reset_hx is None and not with_cells:
+        output, h_n, c_n = _ops.lstm_layer(*arguments)
+        return output, h_n, c_n
+    output, h_n, c_n, cells = _ops.lstm_layer_states(*arguments, *(reset_hx or (None, None)))
+    return (output, h_n, c_n, cells) if with_cells else (output, h_n, c_n)
+
+
+def _layer_in_steps(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w: LayerWeights,
+    cell: _variants.Variant,
+    steps: Steps,
+    with_cells: bool,
+) -> tuple[Tensor, ...]:
+    if not with_cells:
         return layer_in_steps(input, h, c, w, cell, steps)
-    output, h_n, c_n = _ops.lstm_layer(input, h, c, *w[:4], *steps, w.unit_weights, cell.number)
-    return output, h_n, c_n
+    cells: dict[int, Tensor] = {}
+
+    def keep(t: int, tensors: tuple[Tensor, ...]) -> None:
+        cells[t] = tensors[-2]
+
+    results = layer_in_steps(input, h, c, w, cell, steps, keep)
+    joined = torch.cat([cells[t] for t in range(len(cells))])
+    return *results, joined.reshape(*input.shape[:-1], c.shape[1])
 
 
 def _checkpointed_layer(
@@ -240,9 +377,10 @@ def _checkpointed_layer(
     steps: Steps,
     every: int,
     not_fused: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_cells: bool,
+) -> tuple[Tensor, ...]:
     """The layer in pieces of some steps each, whose insides are made anew in backward."""
-    batch_sizes, reset, reverse = steps
+    batch_sizes, reset, reverse, to = steps
     L = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     pieces: list[tuple[int, int, int, Tensor, Tensor | None]] = []
     for first in range(0, L, every):
@@ -254,15 +392,27 @@ def _checkpointed_layer(
             n = int(batch_sizes[first])
             pieces.append((first, last, n, input[row:end], batch_sizes[first:last]))
     outputs: list[Tensor] = []
+    cells: list[Tensor] = []
     for first, last, n, part, sizes in reversed(pieces) if reverse else pieces:
-        of_part = Steps(sizes, None if reset is None else reset[first:last, :n], reverse)
-        output, h_n, c_n = checkpoint(
-            _layer, part, h[:n], c[:n], w, cell, of_part, None, not_fused,
+        resets = None if reset is None else reset[first:last, :n]
+        states = (
+            None if to is None else (_part(to[0], first, last, n), _part(to[1], first, last, n))
+        )
+        of_part = Steps(sizes, resets, reverse, states)
+        output, h_n, c_n, *c_of_all = checkpoint(
+            _layer, part, h[:n], c[:n], w, cell, of_part, None, not_fused, with_cells,
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
         outputs.append(output)
+        cells += c_of_all
         h, c = torch.cat([h_n, h[n:]]), torch.cat([c_n, c[n:]])
-    return torch.cat(outputs[::-1] if reverse else outputs), h, c
+    joined = [torch.cat(p[::-1] if reverse else p) for p in (outputs, cells) if p]
+    return joined[0], h, c, *joined[1:]
+
+
+def _part(state: Tensor, first: int, last: int, n: int) -> Tensor:
+    """Of a state to be reset to, (N, H) or (L, N, H): what n rows read from first to last."""
+    return state[:n] if state.dim() == 2 else state[first:last, :n]
 
 
 def _torch_lstm(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class LSTM(nn.LSTM):
             ``weight_cf_l0`` and ``weight_co_l0`` (H), and so on for each layer and direction
             (:class:`lstm_ext.reference.PeepholeCell`). torch.nn.LSTM has no such option.
 
-    Inputs: ``input``, ``(h_0, c_0)``, ``reset``
+    Inputs: ``input``, ``(h_0, c_0)``, ``reset``, ``reset_hx``, ``return_cell_states``
         - input: (L, N, I), (N, L, I) if ``batch_first``, (L, I) for a single sequence, or a
           :class:`~torch.nn.utils.rnn.PackedSequence`, sorted or not. Or a nested tensor of the
           layout ``torch.jagged``, (N, j, I), whatever ``batch_first`` says: sequences of different
@@ -59,16 +59,25 @@ class LSTM(nn.LSTM):
           zero before that step (before it in the order of computation, in the reverse direction).
           For a packed input: (L, N) in the order of the batch; for a nested one: nested, (N, j).
           torch.nn.LSTM has no such option.
+        - reset_hx: h and c to reset to in place of zero, shaped like h_0 and c_0; without N or with
+          N = 1, the same for all sequences, as a learned initial state is. Or one for each step,
+          (D num_layers, L, N, P) and (D num_layers, L, N, H), of which those of the steps of
+          ``reset`` are read. They have gradients. torch.nn.LSTM has no such option.
+        - return_cell_states: bool; whether to return the c after every step. torch.nn.LSTM has no
+          such option.
 
-    Outputs: ``output, (h_n, c_n)``
+    Outputs: ``output, (h_n, c_n)``; with ``return_cell_states``, ``output, (h_n, c_n), cells``
         - output: (L, N, D P), (N, L, D P), (L, D P), a PackedSequence, or nested, (N, j, D P), as
           the input.
         - h_n, c_n: shaped like h_0 and c_0. Those of a sequence of length 0 are its h_0 and c_0.
+        - cells: the c of the last layer after every step, as output has its h; laid out like it,
+          with D H features.
 
     Raises:
         ValueError, RuntimeError, TypeError: whatever ``torch.nn.LSTM`` raises for the same wrong
             input, in its words. ValueError for a nested one of another layout or shape, or with
-            a reset mask that does not fit it.
+            a reset mask that does not fit it; and for ``reset_hx`` without ``reset``. RuntimeError
+            for a nested input, or a frozen module, with ``reset_hx`` or ``return_cell_states``.
 
     Example::
 
@@ -114,17 +123,65 @@ class LSTM(nn.LSTM):
 
     @overload
     def forward(
-        self, input: Tensor, hx: States | None = None, *, reset: Tensor | None = None
+        self,
+        input: Tensor,
+        hx: States | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_hx: States | None = None,
+        return_cell_states: Literal[False] = False,
     ) -> tuple[Tensor, States]: ...
 
     @overload
     def forward(
-        self, input: PackedSequence, hx: States | None = None, *, reset: Tensor | None = None
+        self,
+        input: PackedSequence,
+        hx: States | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_hx: States | None = None,
+        return_cell_states: Literal[False] = False,
     ) -> tuple[PackedSequence, States]: ...
 
-    def forward(self, input: Any, hx: Any = None, *, reset: Tensor | None = None) -> Any:
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: States | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_hx: States | None = None,
+        return_cell_states: Literal[True],
+    ) -> tuple[Tensor, States, Tensor]: ...
+
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: States | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_hx: States | None = None,
+        return_cell_states: Literal[True],
+    ) -> tuple[PackedSequence, States, PackedSequence]: ...
+
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        reset: Tensor | None = None,
+        reset_hx: States | None = None,
+        return_cell_states: bool = False,
+    ) -> Any:
         """Run the sequence; see the class."""
-        if reset is None and not self._has_own_checks and not torch.compiler.is_compiling():
+        own_states = return_cell_states or reset_hx is not None
+        if (
+            reset is None
+            and not own_states
+            and not self._has_own_checks
+            and not torch.compiler.is_compiling()
+        ):
             # Here, and not in a method: TorchDynamo, which leaves this function alone, would look
             # into the method at every call.
             out: Any
@@ -140,12 +197,20 @@ class LSTM(nn.LSTM):
             if out is not None:
                 return out
         if not torch.compiler.is_compiling():
-            recorded = _fx.record_call(self, input, hx, reset)
+            recorded = _fx.record_call(
+                self, input, hx, reset=reset, reset_hx=reset_hx,
+                return_cell_states=return_cell_states,
+            )  # fmt: skip
             if recorded is not None:
                 return recorded
         if isinstance(input, Tensor) and input.is_nested:
+            if own_states:
+                raise RuntimeError(
+                    "LSTM: reset_hx and return_cell_states are not for a nested input; "
+                    "pack_sequence makes a packed one of its sequences"
+                )
             return _ragged.run_nested(self, input, hx, reset, self._run_packed)
-        return self._run(input, hx, reset)
+        return self._run(input, hx, reset, reset_hx, return_cell_states)
 
     def _run_packed_directly(
         self, input: PackedSequence, hx: Any
@@ -166,8 +231,15 @@ class LSTM(nn.LSTM):
         # Not by self.forward, which may be a subclass's, that has called this one.
         return LSTM.forward(self, input, hx, reset=reset)
 
-    def _run(self, input: Any, hx: Any, reset: Tensor | None) -> tuple[Any, States]:
-        return _call.run(self, input, hx, reset)
+    def _run(
+        self,
+        input: Any,
+        hx: Any,
+        reset: Tensor | None,
+        reset_hx: States | None,
+        return_cell_states: bool,
+    ) -> tuple[Any, ...]:
+        return _call.run(self, input, hx, reset, reset_hx, return_cell_states)
 
     def extra_repr(self) -> str:
         """Describe the options as torch.nn.LSTM does."""

@@ -215,6 +215,7 @@ def lstm(
     reverse: bool = False,
     unit_weights: Tensor | None = None,
     variant: int = 0,
+    reset_hx: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run :func:`lstm_cell` over a sequence: one layer, one direction.
 
@@ -226,27 +227,59 @@ def lstm(
         b_ih: (4H) or None.
         b_hh: (4H) or None.
         batch_sizes: of a packed input, int64 (L), falling: the rows of each step.
-        reset: bool (L, N): before these steps, h and c are zero. Or None.
+        reset: bool (L, N): before these steps, h and c are zero, or those of reset_hx. Or None.
         reverse: from the last step to the first.
         unit_weights: as in :func:`lstm_cell`.
         variant: as in :func:`lstm_cell`.
+        reset_hx: what h and c are before the steps of reset, each (N, H), or (L, N, H), those of
+            each step's own. Or None, for zeros.
 
     Returns:
         The h of every step, (L, N, H) or (S, H), and the last (h, c), each (N, H).
     """
+    output, _, last = lstm_with_cells(
+        input, hx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse, unit_weights, variant,
+        reset_hx,
+    )  # fmt: skip
+    return output, last
+
+
+def lstm_with_cells(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reset: Tensor | None = None,
+    reverse: bool = False,
+    unit_weights: Tensor | None = None,
+    variant: int = 0,
+    reset_hx: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Do what :func:`lstm` does, and return the c of every step too, shaped like the output.
+
+    Arguments as for :func:`lstm`. Returns the h and the c of every step, and the last (h, c).
+    """
     h, c = hx
     sizes = [len(h)] * len(input) if batch_sizes is None else batch_sizes.tolist()
     steps = list(input.unbind()) if batch_sizes is None else list(torch.split(input, sizes))
+    cells = list(steps)
     for t in reversed(range(len(steps))) if reverse else range(len(steps)):
         n = sizes[t]  # the first sequences; the others have ended, or in reverse not begun
         h_t, c_t = h[:n], c[:n]
         if reset is not None:
-            zero = reset[t, :n].unsqueeze(1)
-            h_t, c_t = h_t.masked_fill(zero, 0), c_t.masked_fill(zero, 0)
+            anew = reset[t, :n].unsqueeze(1)
+            to = [torch.zeros_like(s) for s in hx] if reset_hx is None else reset_hx
+            to = [s[t] if s.dim() == 3 else s for s in to]
+            h_t, c_t = (torch.where(anew, r[:n], s) for r, s in zip(to, (h_t, c_t), strict=True))
         weights = w_ih, w_hh, b_ih, b_hh, unit_weights
         h_t, c_t = lstm_cell(steps[t], (h_t, c_t), *weights, variant)
-        steps[t] = h_t
+        steps[t], cells[t] = h_t, c_t
         h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])
     if batch_sizes is not None:
-        return torch.cat(steps), (h, c)
-    return torch.stack(steps) if steps else h.new_empty(0, *h.shape), (h, c)
+        return torch.cat(steps), torch.cat(cells), (h, c)
+    if not steps:
+        return h.new_empty(0, *h.shape), c.new_empty(0, *c.shape), (h, c)
+    return torch.stack(steps), torch.stack(cells), (h, c)

@@ -113,6 +113,7 @@ def right_call(draw):
     kind = draw.choice(
         ["lstm_cell", "lstm_cell_forward", "lstm_cell_backward", "lstm_cell_backward_accumulate",
          "lstm_layer", "lstm_layer_forward", "lstm_layer_backward", "lstm", "lstm_layer_pack",
+         "lstm_layer_states", "lstm_layer_states_forward", "lstm_layer_states_backward",
          "lstm_layer_packed", "lstm_packed", "_C.lstm_cell", "lstm_module", "lstm_cell_module",
          "frozen_lstm_module", "frozen_lstm_cell_module"]
     )  # fmt: skip
@@ -146,6 +147,20 @@ def right_call(draw):
         return kind, function, [
             *grads(draw, output, h, c), *layer, *options, None, 0, output, gates, before,
             [*mask(draw, 7), False],
+        ]  # fmt: skip
+    if kind.startswith("lstm_layer_states"):
+        to, (h, c) = draw.choice([None, (), (L,)]), layer[1:3]
+        states = [None, None] if to is None or options[1] is None else [
+            torch.randn_like(s.expand(*to, *s.shape)).requires_grad_(s.requires_grad)
+            for s in (h, c)
+        ]  # fmt: skip
+        arguments = [*layer, *options, None, 0, *states]
+        if kind != "lstm_layer_states_backward":
+            return kind, function, arguments
+        output, h, c, cells, *kept = OPS.lstm_layer_states_forward(*arguments)
+        return kind, function, [
+            *grads(draw, output, h, c, cells), *arguments, output, *kept,
+            [*mask(draw, 7), False, *([False] * 2 if states[0] is None else mask(draw, 2))],
         ]  # fmt: skip
     if kind == "lstm_layer_pack":
         return kind, function, layer[3:5]
@@ -293,6 +308,8 @@ def dense(value):
 CELL = ["N I", "N H", "N H", "4H I", "4H H", "4H", "4H"]
 LAYER = ["L N I", *CELL[1:], "L", "L N"]
 WEIGHTS = CELL[3:]
+# reset_hx and reset_cx, whose time is no part of S.
+STATES = [*LAYER, None, None, None, "N H|L  N H", "N H|L  N H"]
 SIZES = {
     "lstm_cell": CELL,
     "lstm_cell_forward": CELL,
@@ -301,6 +318,15 @@ SIZES = {
     "lstm_layer": LAYER,
     "lstm_layer_forward": LAYER,
     "lstm_layer_backward": ["L N H", "N H", "N H", *LAYER, *[None] * 3, "L N H", "S 4H", "S H"],
+    "lstm_layer_states": STATES,
+    "lstm_layer_states_forward": STATES,
+    "lstm_layer_states_backward": [
+        *["L N H", "N H", "N H", "L N H"],
+        *STATES,
+        "L N H",
+        "S 4H",
+        "S H",
+    ],
     "lstm_layer_pack": ["4H I", "4H H"],
     "lstm_layer_packed": [*LAYER[:3], None, *LAYER[5:]],
     "lstm": ["L N I", "1 N H", "1 N H", WEIGHTS, None, None, "L", "L N"],
@@ -320,8 +346,8 @@ def fits(patterns, arguments, known):
             return False
         if not isinstance(pattern, str) or not isinstance(value, torch.Tensor):
             continue
-        names = pattern.split()
-        if len(names) != value.dim():
+        names = next((p.split() for p in pattern.split("|") if len(p.split()) == value.dim()), None)
+        if names is None:
             return False
         for name, size in zip(names, value.shape, strict=True):
             each = 4 if name.startswith("4") else 1

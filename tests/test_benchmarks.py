@@ -227,6 +227,22 @@ def test_ragged_benchmark(monkeypatch, capsys):
     ]
 
 
+def test_states_benchmark(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench_states = importlib.import_module("bench_states")
+    monkeypatch.setattr(bench_states.protocol, "ROUND_SECONDS", 0.001)
+    for table in ("cells", "resets"):
+        bench_states.measure(table, "4x3x3x2", 1)
+        lines = capsys.readouterr().out.splitlines()
+        modes = ["inference", "training"]
+        assert [line.split()[:3] for line in lines] == [[table, "4x3x3x2", m] for m in modes]
+    ways = {"on": lambda: [torch.ones(2), torch.ones(2)], "off": lambda: [torch.ones(2)]}
+    bench_states.compare(ways, ["on", "off"])
+    ways["loop of cells"] = lambda: [torch.ones(2), torch.zeros(2)]
+    with pytest.raises(AssertionError):
+        bench_states.compare(ways, ["on", "off", "loop of cells"])
+
+
 def test_a_wrong_way_of_ragged_sequences_is_not_timed(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     bench_ragged = importlib.import_module("bench_ragged")

@@ -55,6 +55,26 @@ def layers(device, requires_grad):
                                             *args, *rest, None, 0, *kept, ALL)  # fmt: skip
 
 
+def states(device, requires_grad):
+    """Layers with the c of every step, reset to nothing, zero, states and states of each step."""
+    for sizes, to in ((None, None), (PACKED, None), (PACKED, (N, H)), (None, (L, N, H))):
+        shapes = ((9, I) if sizes is not None else (L, N, I), *SHAPES[1:])
+        resets = () if to is None else (to, to)
+        tensors = draw((*shapes, *resets), device, requires_grad)
+        args, resets = tensors[:7], tensors[7:] or [None, None]
+        reset = None if sizes is None and to is None else (torch.rand(L, N) < 0.5).to(device)
+        rest = (sizes, reset, sizes is not None, None, 0)
+        yield OPS.lstm_layer_states, (*args, *rest, *resets)
+        yield OPS.lstm_layer_states_forward, (*args, *rest, *resets)
+        args, resets = ([t if t is None else t.detach() for t in ts] for ts in (args, resets))
+        output, hy, cy, cells, *kept = OPS.lstm_layer_states_forward(*args, *rest, *resets)
+        mask = [*ALL, to is not None, to is not None]
+        for grads in ((output, hy, cy, cells), (None, None, None, cells)):
+            grads = [g if g is None else g.clone() for g in grads]
+            yield (OPS.lstm_layer_states_backward,
+                   (*grads, *args, *rest, *resets, output, *kept, mask))  # fmt: skip
+
+
 def packed_weights(device, _):
     x, h, c, w_ih, w_hh, b, _ = draw(((L, N, I), *SHAPES[1:]), device)
     yield OPS.lstm_layer_pack, (w_ih, w_hh)
@@ -89,14 +109,16 @@ def peepholes(device, requires_grad):
     yield OPS.lstm_packed, (x.detach(), h, c, [packed, *args[5:]], False, None, None, 1)
 
 
-CALLS = (cells, layers, packed_weights, peepholes)
+CALLS = (cells, layers, states, packed_weights, peepholes)
 
 
 @pytest.mark.parametrize(
     ("calls", "requires_grad"),
     [
-        *[(layers, False), (packed_weights, False), (cells, True), (packed_weights, True)],
-        *slow((cells, False), (peepholes, False), (layers, True), (peepholes, True)),
+        *[(layers, False), (states, False), (packed_weights, False)],
+        *[(cells, True), (packed_weights, True)],
+        *slow((cells, False), (peepholes, False)),
+        *slow((layers, True), (states, True), (peepholes, True)),
     ],
 )
 def test_opcheck(device, calls, requires_grad):

@@ -437,6 +437,58 @@ def test_torchrl_resets():
     train_both(torchs, ours, loss, steps=2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_layers": 3, "bias": False}], ids=str)
+def test_torchrl_recurrent_mode_in_one_call(options):
+    """The module of examples/torchrl_lstm.py: outputs, states and gradients; by no packed call."""
+    modules, TensorDict = (
+        pytest.importorskip("torchrl.modules"),
+        pytest.importorskip("tensordict").TensorDict,
+    )
+    import torchrl_lstm
+
+    keys = {"in_keys": ["x", "h", "c"], "out_keys": ["y", ("next", "h"), ("next", "c")]}
+    torchs = modules.LSTMModule(4, 8, **keys, **options)
+    ours = torchrl_lstm.LSTMModule(4, 8, **keys, **options)
+    ours.load_state_dict(torchs.state_dict())
+    N, L, layers = 5, 12, options.get("num_layers", 1)
+    data = TensorDict(
+        {
+            "x": torch.randn(N, L, 4),
+            "h": torch.randn(N, L, layers, 8),  # as a rollout has stored them
+            "c": torch.randn(N, L, layers, 8),
+            "is_init": torch.rand(N, L, 1) < 0.2,
+        },
+        batch_size=[N, L],
+    )
+    assert data["is_init"][:, 1:].any()
+    assert not data["is_init"][:, 0].all()
+    found = []
+    for module in (torchs, ours):
+        with modules.set_recurrent_mode(True), operators() as calls:
+            out = module(data.clone())
+        results = [out["y"], out["next", "h"], out["next", "c"]]
+        grads = [torch.ones_like(t) for t in results]
+        found.append([*results, *torch.autograd.grad(results, list(module.parameters()), grads)])
+    assert set(calls) == {"lstm_ext::lstm_layer_states", "lstm_ext::lstm_layer_states_forward"}
+    assert calls["lstm_ext::lstm_layer_states"] == layers
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    # Step by step, as in an environment.
+    step = data[:, 0]
+    expected, found = (module(step.clone()) for module in (torchs, ours))
+    for key in ("y", ("next", "h"), ("next", "c")):
+        torch.testing.assert_close(found[key], expected[key])
+    # What the example leaves to TorchRL's own way.
+    both = [
+        kind(4, 8, bidirectional=True, **keys)
+        for kind in (modules.LSTMModule, torchrl_lstm.LSTMModule)
+    ]
+    both[1].load_state_dict(both[0].state_dict())
+    del data["h"], data["c"]
+    with modules.set_recurrent_mode(True):
+        expected, found = (module(data.clone()) for module in both)
+    torch.testing.assert_close(found["y"], expected["y"])
+
+
 def forecasting_data():
     forecasting = pytest.importorskip("pytorch_forecasting")
     import pandas as pd

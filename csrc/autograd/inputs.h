@@ -14,7 +14,8 @@ inline std::optional<at::Tensor> or_none(at::Tensor tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(std::move(tensor)) : std::nullopt;
 }
 
-inline torch::autograd::variable_list as_list(Gradients&& gradients) {
+template <class AnyGradients>
+torch::autograd::variable_list as_list(AnyGradients&& gradients) {
   return std::apply(
       [](auto&&... gradient) { return torch::autograd::variable_list{std::move(gradient)...}; },
       gradients.results());

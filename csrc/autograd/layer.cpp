@@ -12,6 +12,7 @@
 #include "autograd/node_compat.h"
 #include "autograd/recorded_node.h"
 #include "ops/composite.h"
+#include "ops/layer_states.h"
 
 namespace lstm_ext {
 namespace {
@@ -93,6 +94,75 @@ Gradients lstm_layer_backward(const LayerOutputGradients& grads, const LayerInpu
   return ops::lstm_layer_backward::call(grads, in, results, wanted);
 }
 
+// With the states of all steps: the same node, for one more output and the states of resets.
+struct LSTMLayerStatesBackward
+    : public RecordedNode<LSTMLayerStatesBackward, StatesInputs, LayerResults, StatesWanted> {
+  std::string name() const override { return "LSTMLayerStatesBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return gradients(grads, unpack(), wanted());
+  }
+
+  static variable_list gradients(const variable_list& grads, const Kept& kept,
+                                 const StatesWanted& wanted) {
+    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined() && !grads[3].defined())
+      return variable_list(kStatesTensors);
+    return as_list(ops::lstm_layer_states_backward::call(
+        {{or_none(grads[0]), or_none(grads[1]), or_none(grads[2])}, or_none(grads[3])},
+        kept.inputs(), kept.results(), wanted));
+  }
+};
+
+StatesTrainingOutputs states_with_graph(const StatesInputs& in) {
+  auto node = make_node<LSTMLayerStatesBackward>();
+  torch::autograd::edge_list edges = edges_to(in);
+  for (auto& edge :
+       torch::autograd::collect_next_edges(or_undefined(in.reset_hx), or_undefined(in.reset_cx)))
+    edges.push_back(std::move(edge));
+  node->set_next_edges(std::move(edges));
+  StatesTrainingOutputs out;
+  Tensor kept_output;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    out = ops::lstm_layer_states_forward::call(in);
+    kept_output = is_kept_as_it_is(in) ? std::get<0>(out) : std::get<0>(out).clone();
+  }
+  auto& [output, hy, cy, cells, gates, c_before] = out;
+  if (kept_output.is_same(output)) kept_output = output.detach();
+  node->keep(in, {kept_output, gates, c_before});
+  for (Tensor* of_node : {&output, &hy, &cy, &cells}) torch::autograd::set_history(*of_node, node);
+  return out;
+}
+
+StatesOutputs lstm_layer_states(const StatesInputs& in) {
+  const bool forward_ad = has_forward_grad(in);
+  if (!forward_ad && !requires_grad(in)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return ops::lstm_layer_states::call(in);
+  }
+  if (forward_ad || !fusable(in)) return composite::layer_states(in);
+  auto [output, hy, cy, cells, gates, c_before] = states_with_graph(in);
+  return {std::move(output), std::move(hy), std::move(cy), std::move(cells)};
+}
+
+StatesTrainingOutputs lstm_layer_states_forward(const StatesInputs& in) {
+  if (has_forward_grad(in)) return composite::layer_states_forward(in);
+  if (requires_grad(in))
+    return fusable(in) ? states_with_graph(in) : composite::layer_states_forward(in);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::lstm_layer_states_forward::call(in);
+}
+
+StatesGradients lstm_layer_states_backward(const StatesOutputGradients& grads,
+                                           const StatesInputs& in, const LayerResults& results,
+                                           const StatesWanted& wanted) {
+  if (requires_grad(in, grads) || has_forward_grad(in, grads))
+    return composite::layer_states_backward(grads, in, results, wanted);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::lstm_layer_states_backward::call(grads, in, results, wanted);
+}
+
 Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh, int64_t weights) {
   at::AutoDispatchBelowADInplaceOrView guard;
   return ops::lstm_layer_pack::call(w_ih, w_hh, weights);
@@ -112,6 +182,9 @@ TORCH_LIBRARY_IMPL(lstm_ext, Autograd, m) {
   ops::lstm_layer::implement<lstm_layer>(m);
   ops::lstm_layer_forward::implement<lstm_layer_forward>(m);
   ops::lstm_layer_backward::implement<lstm_layer_backward>(m);
+  ops::lstm_layer_states::implement<lstm_layer_states>(m);
+  ops::lstm_layer_states_forward::implement<lstm_layer_states_forward>(m);
+  ops::lstm_layer_states_backward::implement<lstm_layer_states_backward>(m);
   ops::lstm_layer_pack::implement<lstm_layer_pack>(m);
   ops::lstm_layer_packed::implement<lstm_layer_packed>(m);
 }

@@ -75,10 +75,10 @@ struct FieldsOfGroup {
 
 // Derived has
 //   static variable_list gradients(const variable_list& grads, const Kept& kept,
-//                                  const Wanted& wanted);
-// with the gradients of CellInputs, which Inputs begins with. Results is what the forward kept
-// beside them.
-template <class Derived, class Inputs, class Results>
+//                                  const Asked& wanted);
+// with the gradients that Asked names, of tensors of Inputs, which begins with those of CellInputs.
+// Results is what the forward kept beside them.
+template <class Derived, class Inputs, class Results, class Asked = Wanted>
 struct RecordedNode : public torch::autograd::Node {
   using variable_list = torch::autograd::variable_list;
   using OfInputs = FieldsOfGroup<Inputs>;
@@ -125,7 +125,7 @@ struct RecordedNode : public torch::autograd::Node {
     return kept;
   }
 
-  Wanted wanted() const { return Wanted(mask()); }
+  Asked wanted() const { return Asked(mask()); }
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     for (const auto& variable : saved_) args.collect(variable, /*is_output=*/false);
@@ -142,7 +142,7 @@ struct RecordedNode : public torch::autograd::Node {
     args.pack(kept);
     args.pack(mask());
     std::vector<at::TypePtr> types = {IValuePacker<KeptList>::packed_type(),
-                                      IValuePacker<Wanted::Mask>::packed_type()};
+                                      IValuePacker<typename Asked::Mask>::packed_type()};
     const auto pack_option = [&](auto option) {
       args.pack(option);
       types.push_back(IValuePacker<decltype(option)>::packed_type());
@@ -165,8 +165,8 @@ struct RecordedNode : public torch::autograd::Node {
  private:
   using KeptList = std::vector<std::optional<at::Tensor>>;
 
-  Wanted::Mask mask() const {
-    Wanted::Mask mask;
+  typename Asked::Mask mask() const {
+    typename Asked::Mask mask;
     for (size_t k = 0; k < mask.size(); ++k) mask[k] = task_should_compute_output(k);
     return mask;
   }
@@ -179,7 +179,7 @@ struct RecordedNode : public torch::autograd::Node {
     Kept kept;
     for (size_t k = 0; k < kTensors; ++k)
       if (defined(list[k])) kept.tensors[k] = list[k];
-    const Wanted wanted(args.unpack<Wanted::Mask>());
+    const Asked wanted(args.unpack<typename Asked::Mask>());
     std::apply(
         [&](auto&... option) { ((option = args.unpack<std::decay_t<decltype(option)>>()), ...); },
         kept.options);

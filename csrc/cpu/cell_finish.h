@@ -42,7 +42,7 @@ struct UnitWeights {
 };
 
 // Where the states of some rows lie; each pointer is to the first of them. The biases and the
-// last four may be null.
+// last seven may be null.
 template <class S>
 struct CellRows {
   int64_t H;
@@ -54,7 +54,9 @@ struct CellRows {
   FactorElement<S>* h_factors;  // [rows, factor_row(H)]
   S* gates;                     // [rows, 4H], activated
   S* c_before;                  // a copy of cx
-  const bool* reset_next;       // rows whose cy and h_factors shall be zero
+  S* cells;                     // a copy of c'
+  const bool* reset_next;       // rows whose cy and h_factors shall be reset
+  const S *reset_h, *reset_c;   // [rows, H], to this; null for zero
 };
 
 // One vector of hidden units.
@@ -83,7 +85,11 @@ void finish_cells_of(const CellRows<S>& cells, int64_t rows, int64_t unit, int u
     if (cells.c_before) store(cells.c_before + state, c, units);
     store(cells.hy + state, h_next, units);
     if (cells.gates) store_gates(cells.gates + r * kGates * H + unit, H, gate, units);
-    if (cells.reset_next && cells.reset_next[r]) c_next = h_next = zeros<V>();
+    if (cells.cells) store(cells.cells + state, c_next, units);
+    if (cells.reset_next && cells.reset_next[r]) {
+      h_next = cells.reset_h ? load(cells.reset_h + state, units) : zeros<V>();
+      c_next = cells.reset_c ? load(cells.reset_c + state, units) : zeros<V>();
+    }
     store(cells.cy + state, c_next, units);
     if (cells.h_factors) store(cells.h_factors + r * factor_row<S>(H) + unit, h_next, units);
   }

@@ -9,15 +9,26 @@
 #include "cpu/shares.h"
 #include "cpu/team.h"
 #include "cpu/tensors.h"
-#include "ops/layer.h"
+#include "ops/layer_states.h"
 
 namespace lstm_ext::cpu {
 namespace {
 
-// The gradients of the gates [S, 4H] of all steps, with those of the initial states on the way.
-Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
+// The sizes of the gradient of a state that resets set.
+at::IntArrayRef like_reset(const std::optional<Tensor>& state, const StatesInputs& in) {
+  return defined(state) ? state->sizes() : in.hx.sizes();
+}
+
+// In the compute type: of the initial states, and of those that resets set, if they are wanted.
+struct StateGradients {
+  Tensor h, c, reset_h, reset_c;
+};
+
+// The gradients of the gates [S, 4H] of all steps, with those of states on the way.
+Tensor backward_loop(const StatesOutputGradients& grads, const StatesInputs& in,
                      const SharedSequence& sequence, const Kernels& kernels,
-                     const LayerResults& results, bool want_hx, Tensor& grad_h, Tensor& grad_c) {
+                     const LayerResults& results, const StatesWanted& wanted,
+                     StateGradients& states) {
   const LayerKernels& layer = kernels.layer;
   const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1);
   const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
@@ -28,14 +39,18 @@ Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
     return defined(grad) ? grad->to(compute).clone(at::MemoryFormat::Contiguous)
                          : at::zeros({N, H}, at::dtype(compute));
   };
-  grad_h = initial(grads.hy);
-  grad_c = initial(grads.cy);
+  const Tensor &grad_h = states.h = initial(grads.hy), &grad_c = states.c = initial(grads.cy);
+  const auto zeros = [&](bool asked, const std::optional<Tensor>& state) {
+    return asked ? at::zeros(like_reset(state, in), at::dtype(compute)) : Tensor();
+  };
+  const Tensor &reset_h = states.reset_h = zeros(wanted.reset_hx, in.reset_hx),
+               &reset_c = states.reset_c = zeros(wanted.reset_cx, in.reset_cx);
   const Tensor grad_gates = empty_large({sequence.S(), 4 * H}, compute);
   const bool pairs = kernels.product.pair_rows != nullptr;
   const Tensor halves = pairs ? empty({sequence.S(), 4 * H}, dtype) : grad_gates;
   const Elements factor = pairs ? stored : computed;
   const Dense w_hh(in.w_hh), gates(results.gates), c_before(results.c_before),
-      grad_output(grads.output);
+      grad_output(grads.output), grad_cells(grads.cells);
   const DenseCell cell(in);
   const Tensor packed = empty_large({layer.packed_columns(H)}, compute);
   const int64_t block_elements = layer.packed_columns(H) / column_blocks;
@@ -59,6 +74,7 @@ Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
       step.rows = rows;
       step.H = H;
       step.grad_output = stored.at(grad_output.data(), first_row * H);
+      step.grad_cells = stored.at(grad_cells.data(), first_row * H);
       step.grad_h = computed.at(grad_h.const_data_ptr(), row * H);
       step.grad_c = computed.at(grad_c.mutable_data_ptr(), row * H);
       step.gates = stored.at(gates.data(), first_row * 4 * H);
@@ -67,11 +83,16 @@ Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
       step.grad_gates = computed.at(grad_gates.mutable_data_ptr(), first_row * 4 * H);
       if (pairs) step.grad_gates_factors = stored.at(halves.mutable_data_ptr(), first_row * 4 * H);
       step.reset = reset;
+      const auto of_reset = [&](const Tensor& grad) -> void* {
+        if (!grad.defined()) return nullptr;
+        return computed.at(grad.mutable_data_ptr(), (sequence.reset_row(grad, s) + row) * H);
+      };
+      step.grad_reset_c = of_reset(reset_c);
       if (rows > 0)
         layer.step_gradient(step, block * kUnitBlocks,
                             std::min(unit_blocks, block_end * kUnitBlocks));
       if (!cut.by_rows) barrier.wait(last - first, L - s);
-      if (rows > 0 && (s > 0 || want_hx))
+      if (rows > 0 && (s > 0 || wanted.hx || wanted.reset_hx))
         zigzag(block, block_end, rows == 1 ? kSideBlocks : 1, s % 2, [&](int64_t from, int64_t to) {
           StateGradientArgs product = {};
           product.rows = rows;
@@ -80,6 +101,7 @@ Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
           product.packed = computed.at(packed.const_data_ptr(), from * block_elements);
           product.grad_h = computed.at(grad_h.mutable_data_ptr(), row * H);
           product.reset = reset;
+          product.grad_reset_h = of_reset(reset_h);
           layer.state_gradient(product, from, to);
         });
     }
@@ -88,10 +110,11 @@ Tensor backward_loop(const LayerOutputGradients& grads, const LayerInputs& in,
 }
 
 // The h that each step started from [S, H].
-Tensor h_before(const LayerInputs& in, const SharedSequence& sequence, const Tensor& output) {
+Tensor h_before(const StatesInputs& in, const SharedSequence& sequence, const Tensor& output) {
   const int64_t H = in.hx.size(1), bytes = H * output.element_size();
   const Tensor before = empty({sequence.S(), H}, output.scalar_type());
   const Dense hx(in.hx), h(output);
+  const Tensor reset_h = dense(in.reset_hx);
   cpu::run(sequence.L(), sequence.S() * H, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {
       const int64_t t = sequence.time(s), rows = sequence.rows(t);
@@ -104,8 +127,17 @@ Tensor h_before(const LayerInputs& in, const SharedSequence& sequence, const Ten
       std::memcpy(advance(to, went_on * bytes), advance(hx.data(), went_on * bytes),
                   (rows - went_on) * bytes);
       const bool* reset = sequence.reset(s);
-      for (int64_t row = 0; reset && row < rows; ++row)
-        if (reset[row]) std::memset(advance(to, row * bytes), 0, bytes);
+      for (int64_t row = 0; reset && row < rows; ++row) {
+        if (!reset[row]) continue;
+        void* of_row = advance(to, row * bytes);
+        if (reset_h.defined())
+          std::memcpy(
+              of_row,
+              advance(reset_h.const_data_ptr(), (sequence.reset_row(reset_h, s) + row) * bytes),
+              bytes);
+        else
+          std::memset(of_row, 0, bytes);
+      }
     }
   });
   return before;
@@ -113,8 +145,8 @@ Tensor h_before(const LayerInputs& in, const SharedSequence& sequence, const Ten
 
 }  // namespace
 
-Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
-                         const LayerResults& results, const Wanted& wanted) {
+StatesGradients layer_backward(const StatesOutputGradients& grads, const StatesInputs& in,
+                               const LayerResults& results, const StatesWanted& wanted) {
   const SharedSequence sequence(in);
   const int64_t N = sequence.N(), H = in.hx.size(1), I = in.input.size(-1), S = sequence.S();
   const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
@@ -123,15 +155,17 @@ Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& i
          w_hh = Target::fresh(wanted.w_hh, in.w_hh), b_ih = Target::bias(wanted.b_ih, in.w_hh),
          b_hh = Target::bias(wanted.b_hh, in.w_hh),
          unit_weights = Target::fresh(wanted.unit_weights, or_undefined(in.unit_weights));
-  Tensor grad_h, grad_c;
+  StateGradients states;
   if (S == 0 || H == 0) {
     for (const Target* target : {&input, &w_ih, &w_hh, &b_ih, &b_hh, &unit_weights})
       if (target->wanted()) target->tensor.zero_();
-    grad_h = defined(grads.hy) ? grads.hy->clone() : at::zeros({N, H}, at::dtype(dtype));
-    grad_c = defined(grads.cy) ? grads.cy->clone() : at::zeros({N, H}, at::dtype(dtype));
+    const auto zeros = [&](at::IntArrayRef sizes) { return at::zeros(sizes, at::dtype(dtype)); };
+    states.h = defined(grads.hy) ? grads.hy->clone() : zeros({N, H});
+    states.c = defined(grads.cy) ? grads.cy->clone() : zeros({N, H});
+    states.reset_h = zeros(like_reset(in.reset_hx, in));
+    states.reset_c = zeros(like_reset(in.reset_cx, in));
   } else {
-    const Tensor grad_gates =
-        backward_loop(grads, in, sequence, kernels, results, wanted.hx, grad_h, grad_c);
+    const Tensor grad_gates = backward_loop(grads, in, sequence, kernels, results, wanted, states);
     if (b_ih.wanted() || b_hh.wanted()) {
       const Tensor sums = empty({bias_blocks(S), 4 * H}, compute);
       cpu::run(bias_blocks(S), S * 4 * H, [&](int64_t first, int64_t last) {
@@ -166,14 +200,14 @@ Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& i
     products.run();
   }
   if (input.wanted()) input.tensor = input.tensor.view(in.input.sizes());
-  return {std::move(input.tensor),
-          wanted.hx ? grad_h.to(dtype) : Tensor(),
-          wanted.cx ? grad_c.to(dtype) : Tensor(),
-          std::move(w_ih.tensor),
-          std::move(w_hh.tensor),
-          std::move(b_ih.tensor),
-          std::move(b_hh.tensor),
-          std::move(unit_weights.tensor)};
+  const auto stored = [&](bool asked, const Tensor& grad) {
+    return asked ? grad.to(dtype) : Tensor();
+  };
+  return {{std::move(input.tensor), stored(wanted.hx, states.h), stored(wanted.cx, states.c),
+           std::move(w_ih.tensor), std::move(w_hh.tensor), std::move(b_ih.tensor),
+           std::move(b_hh.tensor), std::move(unit_weights.tensor)},
+          stored(wanted.reset_hx, states.reset_h),
+          stored(wanted.reset_cx, states.reset_c)};
 }
 
 }  // namespace lstm_ext::cpu

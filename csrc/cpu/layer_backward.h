@@ -51,11 +51,15 @@ void step_gradient_of(const StepGradientArgs& args, int64_t first_block, int64_t
       const Gates<V> grad = Cell::template backward<Activations<T>>(
           load_gates(static_cast<const S*>(args.gates) + gates, H, units),
           load(static_cast<const S*>(args.c_before) + state, units), weights.at, grad_h,
-          load(grad_c, units), grad_c_before);
+          load(grad_c, units) + load_or_zero<S>(args.grad_cells, state, units), grad_c_before);
       store_gates(static_cast<T*>(args.grad_gates) + gates, H, grad, units);
       if (args.grad_gates_factors)
         store_gates(static_cast<S*>(args.grad_gates_factors) + gates, H, grad, units);
-      if (args.reset && args.reset[r]) grad_c_before = zeros<V>();
+      if (args.reset && args.reset[r]) {
+        if (T* sum = static_cast<T*>(args.grad_reset_c))
+          store(sum + state, load(sum + state, units) + grad_c_before, units);
+        grad_c_before = zeros<V>();
+      }
       store(grad_c, grad_c_before, units);
     }
   }
@@ -88,8 +92,15 @@ void state_gradient(const StateGradientArgs& args, int64_t first_block, int64_t 
                                          {grad_h, H, columns, false},
                                          width},
       last_block - first_block);
-  for (int64_t r = 0; args.reset && r < args.rows; ++r)
-    if (args.reset[r]) std::memset(grad_h + r * H, 0, columns * sizeof(T));
+  for (int64_t r = 0; args.reset && r < args.rows; ++r) {
+    if (!args.reset[r]) continue;
+    T* of_row = grad_h + r * H;
+    if (args.grad_reset_h) {
+      T* sum = static_cast<T*>(args.grad_reset_h) + r * H + column;
+      for (int64_t k = 0; k < columns; ++k) sum[k] += of_row[k];
+    }
+    std::memset(of_row, 0, columns * sizeof(T));
+  }
 }
 
 template <class S>

@@ -10,7 +10,7 @@
 #include "cpu/shares.h"
 #include "cpu/team.h"
 #include "cpu/tensors.h"
-#include "ops/layer.h"
+#include "ops/layer_states.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -29,16 +29,31 @@ at::ScalarType factor_type(const ProductKernels& kernels, at::ScalarType dtype) 
   return kernels.pair_rows ? dtype : compute_type(dtype);
 }
 
-// hx in both places of h, and zero states for rows that are reset before they begin.
+void copy_or_zero(void* to, const void* from, int64_t bytes) {
+  if (from)
+    std::memcpy(to, from, bytes);
+  else
+    std::memset(to, 0, bytes);
+}
+
+// hx in both places of h, and the states of resets, undefined for zero, for rows that are reset
+// before they begin; reset_h as factors.
 void start_states(const SharedSequence& sequence, const Tensor& hx, void* const (&h)[2],
-                  const Tensor& c) {
+                  const Tensor& c, const Tensor& reset_h, const Tensor& reset_c) {
   const int64_t h_bytes = hx.size(1) * hx.element_size(), c_bytes = c.size(1) * c.element_size();
   for (void* place : h) std::memcpy(place, hx.const_data_ptr(), hx.nbytes());
   for (int64_t row = 0; row < sequence.N(); ++row) {
-    const bool* reset = sequence.reset(sequence.first_step(row));
+    const int64_t step = sequence.first_step(row);
+    const bool* reset = sequence.reset(step);
     if (!reset || !reset[row]) continue;
-    for (void* place : h) std::memset(advance(place, row * h_bytes), 0, h_bytes);
-    std::memset(advance(c.mutable_data_ptr(), row * c_bytes), 0, c_bytes);
+    const auto set = [&](void* place, const Tensor& to, int64_t bytes) {
+      const int64_t first = to.defined() ? sequence.reset_row(to, step) : 0;
+      copy_or_zero(advance(place, row * bytes),
+                   to.defined() ? advance(to.const_data_ptr(), (first + row) * bytes) : nullptr,
+                   bytes);
+    };
+    for (void* place : h) set(place, reset_h, h_bytes);
+    set(c.mutable_data_ptr(), reset_c, c_bytes);
   }
 }
 
@@ -72,7 +87,7 @@ class Rows {
   int64_t row_bytes_ = 0;
 };
 
-void forward_loop(const LayerInputs& in, const PackedWeights& packed_before,
+void forward_loop(const StatesInputs& in, const PackedWeights& packed_before,
                   const SharedSequence& sequence, const Kernels& kernels, LayerTensors& out) {
   const LayerKernels& layer = kernels.layer;
   const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1), I = in.input.size(-1);
@@ -80,6 +95,7 @@ void forward_loop(const LayerInputs& in, const PackedWeights& packed_before,
   const int64_t blocks = layer.unit_blocks(H);
   const Elements stored(dtype), computed(compute), factor(factor_type(kernels.product, dtype));
   const Dense w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih), b_hh(in.b_hh);
+  const Tensor reset_h = dense(in.reset_hx), reset_c = dense(in.reset_cx);
   const DenseCell cell(in);
 
   const Cut cut(sequence, H, blocks);
@@ -122,7 +138,16 @@ void forward_loop(const LayerInputs& in, const PackedWeights& packed_before,
   // Where every step writes every row, the first can read what it was given.
   const Tensor hx = to_factors(kernels.product, in.hx);
   const bool steady = !defined(in.batch_sizes) && !defined(in.reset) && !kernels.product.pair_rows;
-  if (!steady) start_states(sequence, hx, h, out.cy);
+  if (!steady) {
+    Tensor factors;
+    if (reset_h.defined()) {
+      std::vector<int64_t> sizes = reset_h.sizes().vec();
+      factors = to_factors(kernels.product, reset_h.view({-1, H}));
+      sizes.back() = factors.size(1);
+      factors = factors.view(sizes);
+    }
+    start_states(sequence, hx, h, out.cy, factors, reset_c);
+  }
 
   Barrier barrier(cut.shares);
 
@@ -199,7 +224,18 @@ void forward_loop(const LayerInputs& in, const PackedWeights& packed_before,
             step.gates = stored.at(out.gates.mutable_data_ptr(), first_row * 4 * H);
             step.c_before = stored.at(out.c_before.mutable_data_ptr(), first_row * H);
           }
+          if (out.cells.defined())
+            step.cells = stored.at(out.cells.mutable_data_ptr(), first_row * H);
           step.reset_next = reset_next ? reset_next + row : nullptr;
+          if (reset_next) {
+            const auto to = [&](const Tensor& state) -> const void* {
+              if (!state.defined()) return nullptr;
+              return stored.at(state.const_data_ptr(),
+                               (sequence.reset_row(state, s + 1) + row) * H);
+            };
+            step.reset_h = to(reset_h);
+            step.reset_c = to(reset_c);
+          }
           zigzag(block, block_end, rows == 1 ? kSideBlocks : 1, s % 2, [&](int64_t b, int64_t e) {
             product.packed = hh.at(b);
             weights.gate_product(product, b, e);
@@ -246,21 +282,26 @@ void forward_by_cells(const LayerInputs& in, const SharedSequence& sequence, con
     cpu::run(kernels.cell.forward_tasks(N, H), N * 4 * H * (I + H + 16),
              [&](int64_t first, int64_t last) { kernels.cell.forward(args, first, last); });
     std::memcpy(out.cy.mutable_data_ptr(), c_next.const_data_ptr(), out.cy.nbytes());
+    if (out.cells.defined())
+      std::memcpy(stored.at(out.cells.mutable_data_ptr(), row * H), c_next.const_data_ptr(),
+                  c_next.nbytes());
     h = output;
   }
 }
 
 }  // namespace
 
-LayerTensors layer_forward(const LayerInputs& in, bool training, const PackedWeights& packed) {
-  check_sequence(in);
+LayerTensors layer_forward(const StatesInputs& in, const LayerExtras& extras,
+                           const PackedWeights& packed) {
+  check_states(in);
   const SharedSequence sequence(in);
   const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1);
   const at::ScalarType dtype = in.hx.scalar_type();
   LayerTensors out;
   out.output = defined(in.batch_sizes) ? empty({sequence.S(), H}, dtype) : empty({L, N, H}, dtype);
   out.cy = in.cx.clone(at::MemoryFormat::Contiguous);
-  if (training) {
+  if (extras.cells) out.cells = empty(out.output.sizes(), dtype);
+  if (extras.training) {
     out.gates = empty_large({sequence.S(), 4 * H}, dtype);
     out.c_before = empty_large({sequence.S(), H}, dtype);
   }

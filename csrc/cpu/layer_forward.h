@@ -188,7 +188,10 @@ void step(const StepArgs& args, int64_t first_block, int64_t last_block) {
   cells.h_factors = static_cast<FactorElement<S>*>(args.h_factors);
   cells.gates = static_cast<S*>(args.gates);
   cells.c_before = static_cast<S*>(args.c_before);
+  cells.cells = static_cast<S*>(args.cells);
   cells.reset_next = args.reset_next;
+  cells.reset_h = static_cast<const S*>(args.reset_h);
+  cells.reset_c = static_cast<const S*>(args.reset_c);
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t unit = block * kWidthOf<S>;
     finish_cells<S>(Cells(), cells, args.rows, unit,

@@ -43,13 +43,17 @@ struct StepArgs {
   void* output;            // [rows, H], h
   void* gates;             // [rows, 4H], activated; null in inference
   void* c_before;          // [rows, H], the c that the step read; null in inference
-  const bool* reset_next;  // rows whose states the next step shall find zero; or null
+  void* cells;             // [rows, H], the c after the step; or null
+  const bool* reset_next;  // rows that the next step shall find reset; or null
+  const void* reset_h;     // [rows, H], to what they are reset; null for zero
+  const void* reset_c;
 };
 
 // One time step backward: the gradients of the pre-activations.
 struct StepGradientArgs {
   int64_t rows, H;
   const void* grad_output;  // [rows, H] or null for zero
+  const void* grad_cells;   // [rows, H] or null for zero: of the c after the step
   const void* grad_h;       // [rows, H] in the compute type: from the step after
   void* grad_c;             // [rows, H] in the compute type, replaced
   const void* gates;        // [rows, 4H]
@@ -57,7 +61,8 @@ struct StepGradientArgs {
   CellKind cell;
   void* grad_gates;          // [rows, 4H] in the compute type
   void* grad_gates_factors;  // [rows, 4H] as factors where those are pairs, else null
-  const bool* reset;         // rows whose states the step found zero; or null
+  const bool* reset;         // rows whose states the step found reset; or null
+  void* grad_reset_c;        // [rows, H] in the compute type: added to where reset; or null
 };
 
 // grad_h [rows, H] = grad_gates [rows, 4H] W_hh, zero where reset.
@@ -67,6 +72,7 @@ struct StateGradientArgs {
   const void* packed;
   void* grad_h;  // in the compute type
   const bool* reset;
+  void* grad_reset_h;  // as grad_reset_c
 };
 
 // How packed weights are stored (weight_types.h, integer_weights.h), the last in 8 bits for rows in

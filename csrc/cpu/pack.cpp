@@ -98,7 +98,7 @@ LayerOutputs lstm_layer_packed(const PackedLayerInputs& from) {
               "lstm_layer_packed: the weights were packed for ", describe(found), ", not for ",
               describe(wanted.header), "; pack (freeze) them again");
   const PackedWeights before = {advance(packed.const_data_ptr(), sizeof(found)), type};
-  LayerTensors out = layer_forward(in, false, before);
+  LayerTensors out = layer_forward(StatesInputs::plain(in), {}, before);
   return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
 }
 

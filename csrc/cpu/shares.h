@@ -37,6 +37,10 @@ class SharedSequence : public Sequence {
   const bool* reset(int64_t step) const {
     return reset_ && step < L() ? reset_.get() + time(step) * N() : nullptr;
   }
+  // Of a state that resets set, [N, H] or [L, N, H]: the row with which those of a step begin.
+  int64_t reset_row(const at::Tensor& state, int64_t step) const {
+    return state.dim() == 3 ? time(step) * N() : 0;
+  }
   // The step with which a row begins, and the time at which it ends.
   int64_t first_step(int64_t row) const { return reverse() ? L() - length(row) : 0; }
   int64_t last_time(int64_t row) const { return reverse() ? 0 : length(row) - 1; }

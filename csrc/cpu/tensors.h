@@ -72,6 +72,10 @@ class Dense {
   const c10::MaybeOwned<Tensor> tensor_;
 };
 
+inline Tensor dense(const std::optional<Tensor>& tensor) {
+  return defined(tensor) ? tensor->contiguous() : Tensor();
+}
+
 // What makes a cell one of its kind, for the kernels.
 class DenseCell {
  public:

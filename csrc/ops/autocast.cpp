@@ -9,6 +9,7 @@
 
 #include "ops/cell.h"
 #include "ops/layer.h"
+#include "ops/layer_states.h"
 
 namespace lstm_ext {
 namespace {
@@ -36,15 +37,33 @@ LayerOutputs cast_layer(at::DeviceType device, const LayerInputs& in) {
   });
 }
 
+// What the kernels do not take is computed by operations that autocast sees.
+c10::DispatchKeySet below_autocast(c10::DispatchKeySet keys) {
+  return keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::AutocastCPU);
+}
+
 LayerOutputs lstm_layer_cpu(c10::DispatchKeySet keys, const LayerInputs& in) {
   if (!defined(in.batch_sizes)) return cast_layer(at::kCPU, in);
-  // What the kernels do not take is computed by operations that autocast sees.
-  const auto below =
-      keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::AutocastCPU);
-  return ops::lstm_layer::redispatch(below, in);
+  return ops::lstm_layer::redispatch(below_autocast(keys), in);
 }
 
 LayerOutputs lstm_layer_cuda(const LayerInputs& in) { return cast_layer(at::kCUDA, in); }
+
+StatesOutputs cast_states(at::DeviceType device, const StatesInputs& in) {
+  const auto cast = caster(device);
+  const auto reset_hx = cast(in.reset_hx), reset_cx = cast(in.reset_cx);
+  return with_cast(device, in, [&](const CellInputs& cell) {
+    return ops::lstm_layer_states::call(
+        {{cell, in.batch_sizes, in.reset, in.reverse}, reset_hx, reset_cx});
+  });
+}
+
+StatesOutputs lstm_layer_states_cpu(c10::DispatchKeySet keys, const StatesInputs& in) {
+  if (!defined(in.batch_sizes)) return cast_states(at::kCPU, in);
+  return ops::lstm_layer_states::redispatch(below_autocast(keys), in);
+}
+
+StatesOutputs lstm_layer_states_cuda(const StatesInputs& in) { return cast_states(at::kCUDA, in); }
 
 CellOutputs lstm_cell_cuda(const CellInputs& in) {
   return with_cast(at::kCUDA, in,
@@ -55,10 +74,12 @@ CellOutputs lstm_cell_cuda(const CellInputs& in) {
 
 TORCH_LIBRARY_IMPL(lstm_ext, AutocastCPU, m) {
   ops::lstm_layer::implement_with_keys<lstm_layer_cpu>(m);
+  ops::lstm_layer_states::implement_with_keys<lstm_layer_states_cpu>(m);
 }
 
 TORCH_LIBRARY_IMPL(lstm_ext, AutocastCUDA, m) {
   ops::lstm_layer::implement<lstm_layer_cuda>(m);
+  ops::lstm_layer_states::implement<lstm_layer_states_cuda>(m);
   ops::lstm_cell::implement<lstm_cell_cuda>(m);
 }
 

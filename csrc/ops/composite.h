@@ -4,6 +4,7 @@
 
 #include "ops/cell.h"
 #include "ops/layer.h"
+#include "ops/layer_states.h"
 
 namespace lstm_ext::composite {
 
@@ -25,7 +26,14 @@ LayerOutputs layer(const LayerInputs& in);
 // checked.
 Gradients layer_backward(const LayerOutputGradients& grads, const LayerInputs& in,
                          const LayerResults& results, const Wanted& wanted);
-// The first rows of h or c, with zeros in those that time t starts anew.
+// The same with the states of all steps.
+StatesTrainingOutputs layer_states_forward(const StatesInputs& in);
+StatesOutputs layer_states(const StatesInputs& in);
+StatesGradients layer_states_backward(const StatesOutputGradients& grads, const StatesInputs& in,
+                                      const LayerResults& results, const StatesWanted& wanted);
+// The first rows of h or c, with those of value, or zeros, in those that time t starts anew.
+at::Tensor reset_to(const std::optional<at::Tensor>& value, const at::Tensor& state,
+                    const LayerInputs& in, int64_t t);
 at::Tensor reset_to_zero(const at::Tensor& state, const LayerInputs& in, int64_t t);
 
 }  // namespace lstm_ext::composite

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/sequence.h"
+#include "ops/layer_states.h"
 
 namespace lstm_ext {
 
@@ -29,6 +30,39 @@ bool sizes_fit(const LayerInputs& in) {
 }
 
 bool fusable(const LayerInputs& in) { return all_alike(in) && sizes_fit(in); }
+
+namespace {
+
+// Whether a state to be reset to, if there is one, is (N, H) or (L, N, H), and like hx.
+bool reset_state_fits(const std::optional<at::Tensor>& state, const StatesInputs& in) {
+  if (!defined(state)) return true;
+  c10::SymDimVector sizes(in.hx.sym_sizes().begin(), in.hx.sym_sizes().end());
+  if (reset_by_step(state))
+    sizes.insert(sizes.begin(),
+                 defined(in.batch_sizes) ? in.batch_sizes->sym_size(0) : in.input.sym_size(0));
+  return alike(*state, in.hx) && state->sym_sizes() == c10::SymIntArrayRef(sizes);
+}
+
+}  // namespace
+
+bool fusable(const StatesInputs& in) {
+  const LayerInputs& layer = in;
+  return fusable(layer) && reset_state_fits(in.reset_hx, in) && reset_state_fits(in.reset_cx, in);
+}
+
+void check_states(const StatesInputs& in) {
+  check_sequence(in);
+  const auto check = [&](const std::optional<at::Tensor>& state, const char* name) {
+    if (!defined(state)) return;
+    TORCH_CHECK(defined(in.reset), name, " is for a call with reset");
+    TORCH_CHECK(reset_state_fits(state, in), name,
+                " must be a tensor of shape (N, H) = ", in.hx.sym_sizes(), ", or (L, N, H), of ",
+                in.hx.scalar_type(), " on ", in.hx.device(), ", like hx, got ",
+                state->scalar_type(), " of shape ", state->sym_sizes(), " on ", state->device());
+  };
+  check(in.reset_hx, "reset_hx");
+  check(in.reset_cx, "reset_cx");
+}
 
 void check_sequence(const LayerInputs& in) {
   TORCH_CHECK(states_fit(in), "input and states do not fit each other: got an input of shape ",
@@ -100,10 +134,10 @@ void check_backward_sizes(const LayerOutputGradients& grads, const LayerInputs& 
               "lstm_layer_forward");
 }
 
-void check_backward(const LayerOutputGradients& grads, const LayerInputs& in,
-                    const LayerResults& results) {
-  check_sequence(in);
-  check_backward_sizes(grads, in, results);
+namespace {
+
+template <class Grads>
+void check_backward_types(const Grads& grads, const LayerInputs& in, const LayerResults& results) {
   for_each_tensor(
       [&](const at::Tensor& grad) {
         TORCH_CHECK(alike(grad, in.hx), "lstm_layer_backward: a gradient must have the states' ",
@@ -115,9 +149,36 @@ void check_backward(const LayerOutputGradients& grads, const LayerInputs& in,
               "lstm_layer_forward");
 }
 
+}  // namespace
+
+void check_backward_sizes(const StatesOutputGradients& grads, const StatesInputs& in,
+                          const LayerResults& results) {
+  const LayerOutputGradients& of_layer = grads;
+  const LayerInputs& layer = in;
+  check_backward_sizes(of_layer, layer, results);
+  TORCH_CHECK(!defined(grads.cells) || grads.cells->sizes() == results.output.sizes(),
+              "lstm_layer_states_backward: a gradient must have its tensor's shape ",
+              results.output.sizes());
+}
+
+void check_backward(const StatesOutputGradients& grads, const StatesInputs& in,
+                    const LayerResults& results) {
+  check_states(in);
+  check_backward_sizes(grads, in, results);
+  check_backward_types(grads, in, results);
+}
+
+void check_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                    const LayerResults& results) {
+  check_sequence(in);
+  check_backward_sizes(grads, in, results);
+  check_backward_types(grads, in, results);
+}
+
 TORCH_LIBRARY_FRAGMENT(lstm_ext, m) {
   define<ops::lstm_layer, ops::lstm_layer_forward, ops::lstm_layer_backward, ops::lstm_layer_pack,
-         ops::lstm_layer_packed>(m);
+         ops::lstm_layer_packed, ops::lstm_layer_states, ops::lstm_layer_states_forward,
+         ops::lstm_layer_states_backward>(m);
 }
 
 }  // namespace lstm_ext

@@ -19,7 +19,7 @@ from lstm_ext._call import States
 from lstm_ext._steps import Steps, layer_in_steps, run_layers
 from lstm_ext.cell import LSTMCell
 from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell
-from lstm_ext.functional import LayerWeights
+from lstm_ext.functional import LayerWeights, expand_reset_states
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -193,6 +193,7 @@ def trace_gates(
     hx: States | None = None,
     *,
     reset: Tensor | None = None,
+    reset_hx: States | None = None,
     differentiable: bool = False,
 ) -> GateTrace:
     """Run an LSTM and return its gates and states of every step.
@@ -208,7 +209,9 @@ def trace_gates(
             For a cell (N, I) or (I), one step; or (L, N, I), that it is taken through.
         hx: h and c before the first step, as the module takes them. Zeros when left out.
         reset: bool, shaped like input without I ((L, N) for packed input): states are zero before
-            these steps. All true, every step is as if it were the first.
+            these steps, or what ``reset_hx`` has. All true, every step is as if it were the first.
+        reset_hx: h and c to reset to, as :class:`lstm_ext.LSTM` takes them; for a cell, shaped like
+            ``hx``, (H) for all samples, or (L, N, H).
         differentiable: keep the graph, so that a loss of the trace has gradients; in tensor
             operations, step by step.
 
@@ -229,7 +232,7 @@ def trace_gates(
     if isinstance(module, (FrozenLSTM, FrozenLSTMCell)):
         module = module.find_original("trace_gates: the frozen module")
     if isinstance(module, nn.LSTMCell):
-        return _trace_cell(module, input, hx, reset, differentiable)
+        return _trace_cell(module, input, hx, reset, reset_hx, differentiable)
     if not isinstance(module, nn.LSTM):
         raise TypeError(
             f"trace_gates: expected an LSTM or LSTMCell, of torch.nn or lstm_ext, "
@@ -240,15 +243,17 @@ def trace_gates(
     except _call.TorchAnswersError as error:
         module(input, hx)  # raises torch's own error, if that is one
         raise ValueError(f"trace_gates: {error}") from None
-    ready = _call.prepare(module, options, input, hx, reset)
+    ready = _call.prepare(module, options, input, hx, reset, reset_hx)
     if 0 in ready.input.shape:
         module(input, hx)  # raises torch's own error, if that is one
     data, sizes, weights = ready.input, ready.batch_sizes, options.layers()
 
     def run(
-        input: Tensor, h: Tensor, c: Tensor, w: LayerWeights, reverse: bool
+        input: Tensor, h: Tensor, c: Tensor, w: LayerWeights, k: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        layer = _Run(w, options.cell, sizes, ready.reset, reverse)
+        to = None if ready.reset_hx is None else (ready.reset_hx[0][k], ready.reset_hx[1][k])
+        reverse = k % options.directions == 1
+        layer = _Run(w, options.cell, sizes, ready.reset, reverse, to)
         return layer.in_steps(input, h, c) if differentiable else layer(input, h, c)
 
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
@@ -269,7 +274,12 @@ def trace_gates(
 
 
 def _trace_cell(
-    cell: nn.LSTMCell, input: Any, hx: Any, reset: Tensor | None, differentiable: bool
+    cell: nn.LSTMCell,
+    input: Any,
+    hx: Any,
+    reset: Tensor | None,
+    reset_hx: States | None,
+    differentiable: bool,
 ) -> GateTrace:
     sequence = isinstance(input, Tensor) and input.dim() == 3
     if not sequence or len(input):
@@ -285,11 +295,15 @@ def _trace_cell(
         reset = None if reset is None else reset.unsqueeze(-1)
     if hx is None:
         hx = (input.new_zeros(input.shape[1], cell.hidden_size),) * 2
+    if reset_hx is not None:
+        h, c = (state.unsqueeze(0) for state in reset_hx)  # of the one layer
+        to = expand_reset_states((h, c), reset, (hx[0].unsqueeze(0), hx[1].unsqueeze(0)))
+        reset_hx = None if to is None else (to[0][0], to[1][0])
     weights = LayerWeights(
         cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh,
         unit_weights=_variants.unit_weights(cell),
     )  # fmt: skip
-    run = _Run(weights, _variants.of_module(cell), None, reset, False)
+    run = _Run(weights, _variants.of_module(cell), None, reset, False, reset_hx)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         _, tensors = run.in_steps(input, *hx) if differentiable else run(input, *hx)
     i, f, g, o, c, h = (t.unsqueeze(0) for t in tensors)
@@ -305,6 +319,7 @@ class _Run:
     batch_sizes: Tensor | None
     reset: Tensor | None
     reverse: bool
+    reset_hx: States | None = None
 
     def __call__(self, input: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run fused."""
@@ -319,10 +334,16 @@ class _Run:
         )
         if _backend.why_layer_by_torch(input, call):
             return self.in_steps(input, h, c)
-        output, _, c_n, gates, c_before = _ops.lstm_layer_forward(
+        arguments = (
             input, h, c, *self.w[:4], self.batch_sizes, self.reset, self.reverse,
             self.w.unit_weights, self.cell.number,
         )  # fmt: skip
+        if self.reset_hx is None:
+            output, _, c_n, gates, c_before = _ops.lstm_layer_forward(*arguments)
+        else:
+            output, _, c_n, _, gates, c_before = _ops.lstm_layer_states_forward(
+                *arguments, *self.reset_hx
+            )
         L = len(input) if self.batch_sizes is None else len(self.batch_sizes)
         padded_gates, c_before, padded_h = (
             self._pad(t.reshape(L, -1, t.shape[-1]) if self.batch_sizes is None else t)
@@ -330,6 +351,9 @@ class _Run:
         )
         i, f, g, o = padded_gates.chunk(4, -1)
         return output, (i, f, g, o, self._c_after(c_before, c_n, i, f, g), padded_h)
+
+    def _steps(self) -> Steps:
+        return Steps(self.batch_sizes, self.reset, self.reverse, self.reset_hx)
 
     def _c_after(self, before: Tensor, last: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Tensor:
         """Return the c after each step, (L, N, H): what the next one starts from."""
@@ -347,7 +371,7 @@ class _Run:
             steps = torch.arange(len(after)).unsqueeze(1)
             after[(steps >= lengths).to(after.device)] = 0
         if self.reset is not None:
-            # There the next step starts from zero.
+            # There the next step starts from another.
             none = torch.zeros_like(self.reset[:1])
             parts = [none, self.reset[:-1]] if self.reverse else [self.reset[1:], none]
             after = torch.where(torch.cat(parts).unsqueeze(-1), f * before + i * g, after)
@@ -361,9 +385,7 @@ class _Run:
         def keep(t: int, tensors: tuple[Tensor, ...]) -> None:
             kept[t] = tuple(nn.functional.pad(x, (0, 0, 0, N - x.shape[0])) for x in tensors)
 
-        output, _, _ = layer_in_steps(
-            input, h, c, self.w, self.cell, Steps(self.batch_sizes, self.reset, self.reverse), keep
-        )
+        output, _, _ = layer_in_steps(input, h, c, self.w, self.cell, self._steps(), keep)
         i, f, g, o, c, h = (torch.stack(parts) for parts in zip(*kept, strict=True))
         return output, (i, f, g, o, c, h)
 
