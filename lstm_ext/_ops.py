@@ -62,6 +62,8 @@ lstm_cell = torch.ops.lstm_ext.lstm_cell
 lstm = torch.ops.lstm_ext.lstm
 lstm_layer = torch.ops.lstm_ext.lstm_layer
 lstm_layer_forward = torch.ops.lstm_ext.lstm_layer_forward
+lstm_layer_projected = torch.ops.lstm_ext.lstm_layer_projected
+lstm_layer_projected_forward = torch.ops.lstm_ext.lstm_layer_projected_forward
 lstm_packed = torch.ops.lstm_ext.lstm_packed
 lstm_layer_pack = torch.ops.lstm_ext.lstm_layer_pack
 lstm_layer_packed = torch.ops.lstm_ext.lstm_layer_packed
@@ -155,10 +157,13 @@ def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @_fake("lstm_cell_backward")
 @_fake("lstm_layer_backward")
+@_fake("lstm_layer_projected_backward")
 def _(a: Any) -> tuple[Tensor | None, ...]:
     bias = a.w_hh.shape[:1]
     units = None if a.unit_weights is None else a.unit_weights.shape
     shapes = (a.input.shape, a.hx.shape, a.cx.shape, a.w_ih.shape, a.w_hh.shape, bias, bias, units)
+    if hasattr(a, "w_hr"):
+        shapes += (a.w_hr.shape,)
     return tuple(
         a.gates.new_empty(shape) if wanted else None
         for shape, wanted in zip(shapes, a.output_mask, strict=True)
@@ -175,6 +180,7 @@ def _(a: Any) -> tuple[Tensor | None, ...]:
 
 @_fake("lstm_layer")
 @_fake("lstm_layer_packed")
+@_fake("lstm_layer_projected")
 def layer_states(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, h_n and c_n of a layer."""
     output = a.input.new_empty(*a.input.shape[:-1], a.hx.shape[1])
@@ -186,3 +192,10 @@ def _(a: Any) -> tuple[Tensor, ...]:
     output, *states = layer_states(a)
     (rows, H) = output.flatten(0, -2).shape
     return output, *states, output.new_empty(rows, 4 * H), output.new_empty(rows, H)
+
+
+@_fake("lstm_layer_projected_forward")
+def _(a: Any) -> tuple[Tensor, ...]:
+    output, *states = layer_states(a)
+    rows, H = output.shape[:-1].numel(), a.cx.shape[1]
+    return output, *states, *(output.new_empty(rows, k) for k in (4 * H, H, H))

@@ -66,7 +66,7 @@ def _named(name: str, args: tuple[Any, ...], dims: Dims) -> tuple[Any, Any]:
 
 def _any_weight(a: Any) -> bool:
     """Whether weights or biases have a dimension of vmap's."""
-    return any(x is not None for x in (a.w_ih, a.w_hh, a.b_ih, a.b_hh, a.unit_weights))
+    return any(x is not None for x in (a.w_ih, a.w_hh, a.b_ih, a.b_hh, a.unit_weights, getattr(a, "w_hr", None)))
 
 
 def _unit_weights(a: Any, d: Any) -> Tensor | None:
@@ -152,6 +152,16 @@ def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
     return _layer("lstm_layer_forward", info.batch_size, in_dims, args), (0, 0, 0, 0, 0)
 
 
+@torch.library.register_vmap("lstm_ext::lstm_layer_projected")
+def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
+    return _layer("lstm_layer_projected", info.batch_size, in_dims, args), (0,) * 3
+
+
+@torch.library.register_vmap("lstm_ext::lstm_layer_projected_forward")
+def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
+    return _layer("lstm_layer_projected_forward", info.batch_size, in_dims, args), (0,) * 6
+
+
 def _layer(name: str, B: int, dims: Dims, args: tuple[Any, ...]) -> Results:
     op, (a, d) = getattr(torch.ops.lstm_ext, name), _named(name, args, dims)
     if _any_weight(d) or a.batch_sizes is not None:
@@ -160,7 +170,7 @@ def _layer(name: str, B: int, dims: Dims, args: tuple[Any, ...]) -> Results:
     joined = {key: _join(getattr(a, key), getattr(d, key), B, at) for key, at in batch.items()}
     output, h, c, *kept = op(*a._replace(**joined))
     states = (_split(output, B, 1), _split(h, B, 0), _split(c, B, 0))
-    # Gates and c before each step have rows (L B N), and shall have (B, L N).
+    # What backward needs of each step has rows (L B N), and shall have (B, L N).
     L, rows = output.shape[0], h.shape[0]
     return (*states, *(_split(k.reshape(L, rows, k.shape[1]), B, 1).flatten(1, 2) for k in kept))
 
@@ -168,4 +178,11 @@ def _layer(name: str, B: int, dims: Dims, args: tuple[Any, ...]) -> Results:
 @torch.library.register_vmap("lstm_ext::lstm_layer_backward")
 def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
     results = _each(torch.ops.lstm_ext.lstm_layer_backward, info.batch_size, in_dims, args)
+    return results, _dims(results)
+
+
+@torch.library.register_vmap("lstm_ext::lstm_layer_projected_backward")
+def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
+    op = torch.ops.lstm_ext.lstm_layer_projected_backward
+    results = _each(op, info.batch_size, in_dims, args)
     return results, _dims(results)

@@ -137,11 +137,12 @@ def lstm(
         output (L, N, D P) or (S, D P), h_n and c_n, shaped like hx.
 
     float32, float64, bfloat16 and float16 run fused on the CPU (the halves are summed in float32).
-    Kept for backward, per layer and direction: 5 S H numbers, the gates and the c of each step.
+    Kept for backward, per layer and direction: 5 S H numbers, the gates and the c of each step;
+    with a projection another S H, what is projected.
     On a CUDA device, :func:`lstm_ext.set_cuda_backend` chooses between our kernels and torch's own
-    LSTM. What our kernels do not take (another device, projections) goes to torch's, or with
-    ``reset``, ``checkpoint_every`` or a transform of ``torch.func`` is computed in tensor
-    operations.
+    LSTM. What our kernels do not take (another device; projections but on the CPU) goes to
+    torch's, or with ``reset``, ``checkpoint_every`` or a transform of ``torch.func`` is computed in
+    tensor operations.
 
     Raises:
         RuntimeError: sizes, dtypes or devices do not fit.
@@ -183,11 +184,14 @@ def lstm(
         flat: list[Tensor | None] = []
         for w in weights:
             flat += w[:4]
+            if call.projects:
+                flat.append(w.w_hr)
             if cell.unit_weights:
                 flat.append(w.unit_weights)
         out: tuple[Tensor, Tensor, Tensor] = _ops.lstm(
-            input, h, c, flat, bidirectional, dropout, batch_sizes, reset, cell.number
-        )
+            input, h, c, flat, bidirectional, dropout, batch_sizes, reset, cell.number,
+            *([True] if call.projects else []),
+        )  # fmt: skip
         return out
 
     def run(
@@ -227,7 +231,11 @@ def _layer(
     if not_fused is not None:
         _backend.log_path("lstm_layer", input, f"plain tensor operations: {not_fused}")
         return layer_in_steps(input, h, c, w, cell, steps)
-    output, h_n, c_n = _ops.lstm_layer(input, h, c, *w[:4], *steps, w.unit_weights, cell.number)
+    arguments = input, h, c, *w[:4], *steps, w.unit_weights, cell.number
+    if w.w_hr is None:
+        output, h_n, c_n = _ops.lstm_layer(*arguments)
+    else:
+        output, h_n, c_n = _ops.lstm_layer_projected(*arguments, w.w_hr)
     return output, h_n, c_n
 
 

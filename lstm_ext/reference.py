@@ -12,7 +12,7 @@ notation and gate order of torch.nn.LSTMCell)::
 The lecture that this project grew from prints the last line once as ``tanh(o * c')``. Its code and
 its numbers use ``o * tanh(c')``, which is right.
 
-Shapes: N batch, L time, I input, H hidden.
+Shapes: N batch, L time, I input, H hidden, P projected.
 """
 
 from __future__ import annotations
@@ -215,14 +215,20 @@ def lstm(
     reverse: bool = False,
     unit_weights: Tensor | None = None,
     variant: int = 0,
+    w_hr: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run :func:`lstm_cell` over a sequence: one layer, one direction.
 
+    With w_hr, the h of a step is projected before it is used (Sak, Senior & Beaufays 2014)::
+
+        r  = o * tanh(c')
+        h' = r W_hr^T
+
     Args:
         input: (L, N, I); or packed (S, I), S the sum of batch_sizes.
-        hx: h and c before the first step, each (N, H).
+        hx: h (N, P) and c (N, H) before the first step. P is H without w_hr.
         w_ih: (4H, I).
-        w_hh: (4H, H).
+        w_hh: (4H, P).
         b_ih: (4H) or None.
         b_hh: (4H) or None.
         batch_sizes: of a packed input, int64 (L), falling: the rows of each step.
@@ -230,9 +236,10 @@ def lstm(
         reverse: from the last step to the first.
         unit_weights: as in :func:`lstm_cell`.
         variant: as in :func:`lstm_cell`.
+        w_hr: (P, H) or None.
 
     Returns:
-        The h of every step, (L, N, H) or (S, H), and the last (h, c), each (N, H).
+        The h of every step, (L, N, P) or (S, P), and the last h (N, P) and c (N, H).
     """
     h, c = hx
     sizes = [len(h)] * len(input) if batch_sizes is None else batch_sizes.tolist()
@@ -245,6 +252,8 @@ def lstm(
             h_t, c_t = h_t.masked_fill(zero, 0), c_t.masked_fill(zero, 0)
         weights = w_ih, w_hh, b_ih, b_hh, unit_weights
         h_t, c_t = lstm_cell(steps[t], (h_t, c_t), *weights, variant)
+        if w_hr is not None:
+            h_t = h_t @ w_hr.mT
         steps[t] = h_t
         h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])
     if batch_sizes is not None:

@@ -93,9 +93,10 @@ Gradients lstm_layer_backward(const LayerOutputGradients& grads, const LayerInpu
   return ops::lstm_layer_backward::call(grads, in, results, wanted);
 }
 
-Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh, int64_t weights) {
+Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh, int64_t weights,
+                       const std::optional<Tensor>& w_hr) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::lstm_layer_pack::call(w_ih, w_hh, weights);
+  return ops::lstm_layer_pack::call(w_ih, w_hh, weights, w_hr);
 }
 
 LayerOutputs lstm_layer_packed(const PackedLayerInputs& in) {

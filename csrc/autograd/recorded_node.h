@@ -76,11 +76,12 @@ struct FieldsOfGroup {
 // Derived has
 //   static variable_list gradients(const variable_list& grads, const Kept& kept,
 //                                  const Wanted& wanted);
-// with the gradients of CellInputs, which Inputs begins with. Results is what the forward kept
-// beside them.
-template <class Derived, class Inputs, class Results>
+// with the gradients of CellInputs, which Inputs begins with, or of as many tensors as Wanted has.
+// Results is what the forward kept beside them.
+template <class Derived, class Inputs, class Results, class Wanted = lstm_ext::Wanted>
 struct RecordedNode : public torch::autograd::Node {
   using variable_list = torch::autograd::variable_list;
+  using Mask = typename Wanted::Mask;
   using OfInputs = FieldsOfGroup<Inputs>;
   using OfResults = FieldsOfGroup<Results>;
   static constexpr size_t kTensors = OfInputs::kTensors + OfResults::kTensors;
@@ -142,7 +143,7 @@ struct RecordedNode : public torch::autograd::Node {
     args.pack(kept);
     args.pack(mask());
     std::vector<at::TypePtr> types = {IValuePacker<KeptList>::packed_type(),
-                                      IValuePacker<Wanted::Mask>::packed_type()};
+                                      IValuePacker<Mask>::packed_type()};
     const auto pack_option = [&](auto option) {
       args.pack(option);
       types.push_back(IValuePacker<decltype(option)>::packed_type());
@@ -165,8 +166,8 @@ struct RecordedNode : public torch::autograd::Node {
  private:
   using KeptList = std::vector<std::optional<at::Tensor>>;
 
-  Wanted::Mask mask() const {
-    Wanted::Mask mask;
+  Mask mask() const {
+    Mask mask;
     for (size_t k = 0; k < mask.size(); ++k) mask[k] = task_should_compute_output(k);
     return mask;
   }
@@ -179,7 +180,7 @@ struct RecordedNode : public torch::autograd::Node {
     Kept kept;
     for (size_t k = 0; k < kTensors; ++k)
       if (defined(list[k])) kept.tensors[k] = list[k];
-    const Wanted wanted(args.unpack<Wanted::Mask>());
+    const Wanted wanted(args.unpack<Mask>());
     std::apply(
         [&](auto&... option) { ((option = args.unpack<std::decay_t<decltype(option)>>()), ...); },
         kept.options);

@@ -55,6 +55,7 @@ struct CellRows {
   S* gates;                     // [rows, 4H], activated
   S* c_before;                  // a copy of cx
   const bool* reset_next;       // rows whose cy and h_factors shall be zero
+  bool projects;                // but for h_factors
 };
 
 // One vector of hidden units.
@@ -83,7 +84,10 @@ void finish_cells_of(const CellRows<S>& cells, int64_t rows, int64_t unit, int u
     if (cells.c_before) store(cells.c_before + state, c, units);
     store(cells.hy + state, h_next, units);
     if (cells.gates) store_gates(cells.gates + r * kGates * H + unit, H, gate, units);
-    if (cells.reset_next && cells.reset_next[r]) c_next = h_next = zeros<V>();
+    if (cells.reset_next && cells.reset_next[r]) {
+      c_next = zeros<V>();
+      if (!cells.projects) h_next = c_next;
+    }
     store(cells.cy + state, c_next, units);
     if (cells.h_factors) store(cells.h_factors + r * factor_row<S>(H) + unit, h_next, units);
   }

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "ops/composite.h"
+#include "ops/projected.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -35,12 +36,44 @@ Gradients lstm_layer_backward(const LayerOutputGradients& grads, const LayerInpu
   return layer_backward(grads, in, results, wanted);
 }
 
+LayerOutputs lstm_layer_projected(const ProjectedInputs& in) {
+  if (!fusable(in)) return composite::projected(in);
+  check_all_allocated(in);
+  log_cpu_path("lstm_layer_projected", in.input, in.hx);
+  LayerTensors out = layer_forward(in, false, {}, in.w_hr);
+  return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
+}
+
+ProjectedTrainingOutputs lstm_layer_projected_forward(const ProjectedInputs& in) {
+  if (!fusable(in)) return composite::projected_forward(in);
+  check_all_allocated(in);
+  log_cpu_path("lstm_layer_projected_forward", in.input, in.hx);
+  LayerTensors out = layer_forward(in, true, {}, in.w_hr);
+  return {std::move(out.output), std::move(out.hy),       std::move(out.cy),
+          std::move(out.gates),  std::move(out.c_before), std::move(out.r)};
+}
+
+ProjectedGradients lstm_layer_projected_backward(const LayerOutputGradients& grads,
+                                                 const ProjectedInputs& in,
+                                                 const ProjectedResults& results,
+                                                 const ProjectedWanted& wanted) {
+  if (!fusable(in)) return composite::projected_backward(grads, in, results, wanted);
+  check_allocated_for_backward(in);
+  check_all_allocated(in.w_hr, in.batch_sizes, in.reset, grads, results);
+  check_backward(grads, in, results);
+  log_cpu_path("lstm_layer_projected_backward", in.input, in.hx);
+  return projected_backward(grads, in, results, wanted);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) {
   ops::lstm_layer::implement<lstm_layer>(m);
   ops::lstm_layer_forward::implement<lstm_layer_forward>(m);
   ops::lstm_layer_backward::implement<lstm_layer_backward>(m);
+  ops::lstm_layer_projected::implement<lstm_layer_projected>(m);
+  ops::lstm_layer_projected_forward::implement<lstm_layer_projected_forward>(m);
+  ops::lstm_layer_projected_backward::implement<lstm_layer_projected_backward>(m);
 }
 
 }  // namespace lstm_ext::cpu

@@ -189,6 +189,7 @@ void step(const StepArgs& args, int64_t first_block, int64_t last_block) {
   cells.gates = static_cast<S*>(args.gates);
   cells.c_before = static_cast<S*>(args.c_before);
   cells.reset_next = args.reset_next;
+  cells.projects = args.projects;
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t unit = block * kWidthOf<S>;
     finish_cells<S>(Cells(), cells, args.rows, unit,

@@ -12,26 +12,27 @@ namespace lstm_ext {
 namespace {
 
 // Whether the input is a batch, padded or packed, of as many sequences as there are states.
-bool states_fit(const LayerInputs& in) {
+bool states_fit(const LayerInputs& in, bool projected) {
   const bool packed = defined(in.batch_sizes);
   return in.input.dim() == (packed ? 2 : 3) && in.hx.dim() == 2 && in.cx.dim() == 2 &&
-         in.hx.sym_sizes() == in.cx.sym_sizes() &&
+         in.hx.sym_size(0) == in.cx.sym_size(0) &&
+         (projected || in.hx.sym_size(1) == in.cx.sym_size(1)) &&
          (packed || in.input.sym_size(1) == in.hx.sym_size(0));
 }
 
 }  // namespace
 
-bool sizes_fit(const LayerInputs& in) {
+bool sizes_fit(const LayerInputs& in, bool projected) {
   const CellInputs recurrent = {in.hx,   in.hx,   in.cx,           in.w_hh,   in.w_hh,
                                 in.b_ih, in.b_hh, in.unit_weights, in.variant};
-  return states_fit(in) && sizes_fit(recurrent) && in.w_ih.dim() == 2 &&
+  return states_fit(in, projected) && sizes_fit(recurrent, projected) && in.w_ih.dim() == 2 &&
          in.w_ih.sym_size(0) == in.w_hh.sym_size(0) && in.w_ih.sym_size(1) == in.input.sym_size(-1);
 }
 
 bool fusable(const LayerInputs& in) { return all_alike(in) && sizes_fit(in); }
 
-void check_sequence(const LayerInputs& in) {
-  TORCH_CHECK(states_fit(in), "input and states do not fit each other: got an input of shape ",
+void check_sequence(const LayerInputs& in, bool projected) {
+  TORCH_CHECK(states_fit(in, projected), "input and states do not fit each other: got an input of shape ",
               in.input.sizes(), ", states of ", in.hx.sizes(), " and ", in.cx.sizes());
   if (defined(in.batch_sizes)) {
     const at::Tensor& sizes = *in.batch_sizes;
@@ -65,13 +66,13 @@ void check_sequence(const LayerInputs& in) {
   }
 }
 
-void check_packed_inputs(const LayerInputs& in) {
+void check_packed_inputs(const LayerInputs& in, bool projected) {
   const at::Tensor &input = in.input, &hx = in.hx, &cx = in.cx;
-  bool fits = fused_dtype(input.scalar_type()) && states_fit(in);
+  bool fits = fused_dtype(input.scalar_type()) && states_fit(in, projected);
   for (const at::Tensor* t : {&input, &hx, &cx}) fits = fits && alike(*t, input);
   for (const auto* bias : {&in.b_ih, &in.b_hh})
-    fits = fits && bias_fits(*bias, 4 * hx.size(1)) && (!defined(*bias) || alike(**bias, input));
-  if (fits) check_variant(in, hx.size(1));
+    fits = fits && bias_fits(*bias, 4 * cx.size(1)) && (!defined(*bias) || alike(**bias, input));
+  if (fits) check_variant(in, cx.size(1));
   fits = fits && (!defined(in.unit_weights) || alike(*in.unit_weights, input));
   TORCH_CHECK(fits,
               "lstm_layer_packed: input, states and biases do not fit each other: got an input of ",
@@ -89,7 +90,7 @@ void check_backward_sizes(const LayerOutputGradients& grads, const LayerInputs& 
   check(grads.output, output);
   check(grads.hy, in.hx.sizes());
   check(grads.cy, in.cx.sizes());
-  const int64_t H = in.hx.size(1),
+  const int64_t H = in.cx.size(1),
                 S = in.input.size(0) * (defined(in.batch_sizes) ? 1 : in.input.size(1));
   const auto has = [](const at::Tensor& tensor, int64_t rows, int64_t columns) {
     return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns;
@@ -104,6 +105,11 @@ void check_backward(const LayerOutputGradients& grads, const LayerInputs& in,
                     const LayerResults& results) {
   check_sequence(in);
   check_backward_sizes(grads, in, results);
+  check_alike_for_backward(grads, in, results);
+}
+
+void check_alike_for_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                              const LayerResults& results) {
   for_each_tensor(
       [&](const at::Tensor& grad) {
         TORCH_CHECK(alike(grad, in.hx), "lstm_layer_backward: a gradient must have the states' ",

@@ -319,10 +319,15 @@ class _Run:
         )
         if _backend.why_layer_by_torch(input, call):
             return self.in_steps(input, h, c)
-        output, _, c_n, gates, c_before = _ops.lstm_layer_forward(
+        arguments = (
             input, h, c, *self.w[:4], self.batch_sizes, self.reset, self.reverse,
             self.w.unit_weights, self.cell.number,
         )  # fmt: skip
+        if self.w.w_hr is None:
+            output, _, c_n, gates, c_before = _ops.lstm_layer_forward(*arguments)
+        else:
+            forward = _ops.lstm_layer_projected_forward
+            output, _, c_n, gates, c_before, _ = forward(*arguments, self.w.w_hr)
         L = len(input) if self.batch_sizes is None else len(self.batch_sizes)
         padded_gates, c_before, padded_h = (
             self._pad(t.reshape(L, -1, t.shape[-1]) if self.batch_sizes is None else t)
