@@ -197,5 +197,5 @@ def _(a: Any) -> tuple[Tensor, ...]:
 @_fake("lstm_layer_projected_forward")
 def _(a: Any) -> tuple[Tensor, ...]:
     output, *states = layer_states(a)
-    rows, H = output.shape[:-1].numel(), a.cx.shape[1]
+    rows, H = output.flatten(0, -2).shape[0], a.cx.shape[1]
     return output, *states, *(output.new_empty(rows, k) for k in (4 * H, H, H))

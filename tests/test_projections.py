@@ -211,7 +211,8 @@ def test_autocast_has_torchs_dtypes(low, packed, given):
         theirs, mine = theirs.double(), mine.double()
     exact = copy.deepcopy(theirs).double()
     x, states, lengths = sequence(mine, 5, 3)
-    for hx in (None, states, tuple(s.float() for s in states)):
+    others = [] if given == torch.float64 else [tuple(s.float() for s in states)]
+    for hx in (None, states, *others):
         found = []
         for module, dtype in ((theirs, given), (mine, given), (exact, torch.float64)):
             module.zero_grad()
@@ -347,8 +348,7 @@ def test_export():
     lstm = lstm_ext.LSTM(3, 6, proj_size=2, bidirectional=True).eval()
     x = torch.randn(5, 2, 3)
     program = torch.export.export(lstm, (x,), dynamic_shapes=({0: torch.export.Dim("L")},))
-    names = {str(node.target) for node in program.run_decompositions({}).graph.nodes}
-    assert "lstm_ext.lstm_layer_projected.default" in names
+    assert "lstm_ext.lstm.default" in {str(node.target) for node in program.graph.nodes}
     longer = torch.randn(8, 2, 3)
     torch.testing.assert_close(program.module()(longer), lstm(longer))
 

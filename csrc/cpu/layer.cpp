@@ -39,7 +39,7 @@ Gradients lstm_layer_backward(const LayerOutputGradients& grads, const LayerInpu
 LayerOutputs lstm_layer_projected(const ProjectedInputs& in) {
   if (!fusable(in)) return composite::projected(in);
   check_all_allocated(in);
-  log_cpu_path("lstm_layer_projected", in.input, in.hx);
+  log_cpu_path("lstm_layer_projected", in.input, in.cx);
   LayerTensors out = layer_forward(in, false, {}, in.w_hr);
   return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
 }
@@ -47,7 +47,7 @@ LayerOutputs lstm_layer_projected(const ProjectedInputs& in) {
 ProjectedTrainingOutputs lstm_layer_projected_forward(const ProjectedInputs& in) {
   if (!fusable(in)) return composite::projected_forward(in);
   check_all_allocated(in);
-  log_cpu_path("lstm_layer_projected_forward", in.input, in.hx);
+  log_cpu_path("lstm_layer_projected_forward", in.input, in.cx);
   LayerTensors out = layer_forward(in, true, {}, in.w_hr);
   return {std::move(out.output), std::move(out.hy),       std::move(out.cy),
           std::move(out.gates),  std::move(out.c_before), std::move(out.r)};
@@ -61,7 +61,7 @@ ProjectedGradients lstm_layer_projected_backward(const LayerOutputGradients& gra
   check_allocated_for_backward(in);
   check_all_allocated(in.w_hr, in.batch_sizes, in.reset, grads, results);
   check_backward(grads, in, results);
-  log_cpu_path("lstm_layer_projected_backward", in.input, in.hx);
+  log_cpu_path("lstm_layer_projected_backward", in.input, in.cx);
   return projected_backward(grads, in, results, wanted);
 }
 

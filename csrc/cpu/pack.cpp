@@ -115,7 +115,7 @@ LayerOutputs lstm_layer_packed(const PackedLayerInputs& from) {
   const bool projects = in.hx.dim() == 2 && in.cx.dim() == 2 && is_packed_projection(packed);
   check_packed_inputs(in, projects);
   check_all_allocated(from);
-  log_cpu_path("lstm_layer_packed", in.input, in.hx);
+  log_cpu_path("lstm_layer_packed", in.input, in.cx);
   const at::ScalarType dtype = in.hx.scalar_type();
   const int64_t I = in.input.size(-1), H = in.cx.size(1), P = projects ? in.hx.size(1) : 0;
   PackedHeader found(dtype, WeightType::kWhole, I, H, P, 0);
