@@ -34,7 +34,7 @@ class LayerCall(NamedTuple):
     layers: int
     directions: int
     packed: bool
-    projects: bool  # h is projected, which our kernels do not do
+    projects: bool  # h is projected, which our kernels do on the CPU alone
     needs_ours: bool  # an option is used that torch's kernels do not have
     trains: bool = True  # something requires a gradient
 
@@ -159,10 +159,10 @@ def cell_by_torch(input: Tensor) -> bool:
 
 def why_layer_by_torch(input: Tensor, call: LayerCall) -> str | None:
     """Say why a layer goes to torch's own kernels; None if it runs in ours."""
-    if call.projects:
-        return "projections have no kernel"
     if input.is_cpu:
         return None
+    if call.projects:
+        return f"projections have no kernel for {input.device.type}"
     if not input.is_cuda:
         return None if call.needs_ours else f"no kernel for {input.device.type}"
     if _mode == "torch":

@@ -379,7 +379,9 @@ def run_frozen(
     arguments = (
         list(wanted), options.bidirectional, ready.batch_sizes, ready.reset, options.cell.number
     )  # fmt: skip
-    low = None if ready.batch_sizes is not None else _autocast_dtype(ready.input)
+    projects = options.proj_size > 0
+    as_given = ready.batch_sizes is not None and not projects
+    low = None if as_given else _autocast_dtype(ready.input)
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     run: Any = _packed_by_layers if tracing else _ops.lstm_packed
     if low is None:
@@ -389,7 +391,9 @@ def run_frozen(
         own = options.weights[0].dtype
         cast = [t.to(own) for t in (ready.input, *ready.hx)]
         with torch.autocast("cpu", enabled=False):
-            output, h, c = (t.to(low) for t in run(*cast, *arguments))
+            output, h, c = run(*cast, *arguments)
+        output, h = output.to(low), h.to(low)
+        c = c.to(ready.hx[1].dtype if projects else low)
     return ready.as_asked(output), ready.states_as_asked((h, c))
 
 
@@ -461,7 +465,6 @@ def _why_not_direct(module: Any, data: Tensor, hx: Any, reset: Tensor | None) ->
         "the cell is not torch's": _variants.of_module(module) is not _variants.PLAIN,
         "reset": reset is not None,
         "checkpoint_every": module.checkpoint_every is not None,
-        "projections": bool(module.proj_size),
         "dropout is to be drawn": bool(module.training and module.dropout),
         "the class has checks of its own": module._has_own_checks,
         "torch.func or a mode of torch's is at work": _backend.is_transformed(),

@@ -2,7 +2,8 @@
 
 As of torch's own LSTM, where it is counted: nn.LSTMCell, and nn.LSTM but for what goes to oneDNN or
 cuDNN, each of which is one operator without a formula. S rows of the batch in all steps (N of a
-cell), I input, H hidden; a product of (S, 4H) and (4H, I) is 2 * 4 S H I operations.
+cell), I input, H hidden, P projected (else H); a product of (S, 4H) and (4H, I) is 2 * 4 S H I
+operations.
 """
 
 from __future__ import annotations
@@ -36,23 +37,27 @@ def _rows(input: Tensor) -> int:
         ops.lstm_layer_packed,
         ops.lstm_layer_states,
         ops.lstm_layer_states_forward,
+        ops.lstm_layer_projected,
+        ops.lstm_layer_projected_forward,
     ],
     get_raw=True,
 )
-def _forward(input: Tensor, hx: Tensor, *_: Any, **__: Any) -> int:
-    I, H = input.shape[-1], hx.shape[-1]
-    return _product(_rows(input), H, I) + _product(_rows(input), H, H)
+def _forward(input: Tensor, hx: Tensor, cx: Tensor, *_: Any, **__: Any) -> int:
+    rows, I, H, P = _rows(input), input.shape[-1], cx.shape[-1], hx.shape[-1]
+    flops = _product(rows, H, I) + _product(rows, H, P)
+    return flops + (2 * rows * H * P if P != H else 0)
 
 
-def _backward(rows: int, first_rows: int, I: int, H: int, mask: Sequence[bool]) -> int:
+def _backward(rows: int, first_rows: int, I: int, H: int, P: int, mask: Sequence[bool]) -> int:
     """Of those gradients that are wanted; mask: input, hx, cx, w_ih, w_hh, ...
 
-    The gradient of h goes on from each step but the first of all, where it is that of hx.
+    The ninth is w_hr, where h is projected. The gradient of h goes on from each step but the first of all, where it is that of hx.
     """
     want_input, want_hx, _, want_w_ih, want_w_hh = mask[:5]
     flops = (want_input + want_w_ih) * _product(rows, H, I)
-    flops += _product(rows if want_hx else rows - first_rows, H, H)
-    return flops + want_w_hh * _product(rows, H, H)
+    flops += _product(rows if want_hx else rows - first_rows, H, P)
+    flops += want_w_hh * _product(rows, H, P)
+    return flops + (1 + mask[8]) * 2 * rows * P * H if len(mask) > 8 else flops
 
 
 def _backward_formula(op: Any) -> Callable[..., int]:
@@ -61,14 +66,15 @@ def _backward_formula(op: Any) -> Callable[..., int]:
 
     def formula(*arguments: Any, **options: Any) -> int:
         given = {**dict(zip(names, arguments, strict=False)), **options}
-        input, (N, H), mask = given["input"], given["hx"].shape, [*given["output_mask"]]
+        input, (N, P), mask = given["input"], given["hx"].shape, [*given["output_mask"]]
+        H = given["cx"].shape[1]
         # lstm_cell_backward_accumulate has no mask of the weights, but tensors or None.
         mask += [given[name] is not None for name in ("grad_w_ih", "grad_w_hh") if name in given]
         sizes = given.get("batch_sizes")
         # A packed sequence in reverse begins with its last step. (A fake tensor has no numbers.)
         if given.get("reverse") and type(sizes) is Tensor:
             N = int(sizes[-1])
-        return _backward(_rows(input), N, input.shape[-1], H, mask)
+        return _backward(_rows(input), N, input.shape[-1], H, P, mask)
 
     return formula
 
@@ -78,5 +84,6 @@ for _op in (
     ops.lstm_cell_backward_accumulate,
     ops.lstm_layer_backward,
     ops.lstm_layer_states_backward,
+    ops.lstm_layer_projected_backward,
 ):
     register_flop_formula(_op, get_raw=True)(_backward_formula(_op))

@@ -119,6 +119,24 @@ def _onnx_order(weight: Tensor) -> Tensor:
     return torch.cat([weight[:H], weight[3 * H :], weight[H : 3 * H]]).unsqueeze(0)
 
 
+@_decomposition("lstm_layer_projected", _ops.layer_states)
+def _decompose_projected_layer(a: Any) -> Any:
+    if not torch.onnx.is_in_onnx_export():
+        return NotImplemented
+    _check(a.variant, a.batch_sizes, a.reset)
+    h, c, w_ih, w_hh, b_ih, b_hh = _without_projection(
+        a.hx, a.cx, a.w_ih, a.w_hh, a.b_ih, a.b_hh, a.w_hr
+    )
+    units, P = a.unit_weights, a.hx.shape[1]
+    units = None if units is None else torch.nn.functional.pad(units, (0, P))
+    make = _ops.arguments_of("lstm_layer")
+    r, r_n, c_n = _decompose_layer(
+        make(a.input, h, c, w_ih, w_hh, b_ih, b_hh, None, None, a.reverse, units, a.variant)
+    )
+    H = a.cx.shape[1]
+    return r[..., :H] @ a.w_hr.mT, r_n[:, :H] @ a.w_hr.mT, c_n[:, :H]
+
+
 @_decomposition("lstm_layer_packed", _ops.layer_states)
 def _decompose_packed_layer(_: Any) -> Any:
     return _refuse_packed_weights() if torch.onnx.is_in_onnx_export() else NotImplemented
@@ -147,26 +165,21 @@ def projected_lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run an LSTM with projections in the operator without, for ONNX has none.
 
-    With r = o * tanh(c), of which h = W_hr r, the recurrent product is (W_hh W_hr) r at every step
-    but the first, which has W_hh h_0. For that one there are P more units: their first state is
-    h_0, and with no weights towards them they are zero from then on.
+    As :func:`_without_projection` says; the projection comes after.
     """
     (h, c), directions = hx, 2 if bidirectional else 1
-    H, P = c.shape[2], h.shape[2]
-    h, c = (torch.cat(pair, 2) for pair in ((torch.zeros_like(c), h), (c, torch.zeros_like(h))))
-
-    def wider(weight: Tensor) -> Tensor:
-        rows = weight.reshape(4, H, -1)
-        return torch.nn.functional.pad(rows, (0, 0, 0, P)).flatten(0, 1)
-
+    H = c.shape[2]
     h_n, c_n = [], []
+    wide: list[tuple[Tensor | None, ...]] = []
+    for k, w in enumerate(weights):
+        assert w.w_hr is not None
+        wide.append(_without_projection(h[k], c[k], *w[:4], w.w_hr))
+    h, c = (torch.stack([states[k] for states in wide]) for k in (0, 1))  # type: ignore[misc]
     for k in range(0, len(weights), directions):
         flat: list[Tensor | None] = []
         pair = weights[k : k + directions]
-        for w in pair:
-            assert w.w_hr is not None
-            flat += [wider(w.w_ih), wider(torch.cat([w.w_hh @ w.w_hr, w.w_hh], 1))]
-            flat += [None if b is None else wider(b).flatten() for b in (w.b_ih, w.b_hh)]
+        for of_layer in wide[k : k + directions]:
+            flat += of_layer[2:]
         if k > 0 and dropout > 0:
             input = torch.dropout(input, dropout, True)
         states = h[k : k + directions], c[k : k + directions]
@@ -177,6 +190,33 @@ def projected_lstm(
         h_n += [x[:, :H] @ p for x, p in zip(r_n, projections, strict=True)]
         c_n.append(c_k[..., :H])
     return input, torch.stack(h_n), torch.cat(c_n)
+
+
+def _without_projection(
+    h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+    w_hr: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return states (N, H + P) and weights of a layer without a projection that does the same.
+
+    With r = o * tanh(c), of which h = W_hr r, the recurrent product is (W_hh W_hr) r at every step
+    but the first, which has W_hh h_0. For that one there are P more units: their first state is
+    h_0, and with no weights towards them they are zero from then on.
+    """
+    H, P = c.shape[1], h.shape[1]
+
+    def wider(weight: Tensor) -> Tensor:
+        rows = weight.reshape(4, H, -1)
+        return torch.nn.functional.pad(rows, (0, 0, 0, P)).flatten(0, 1)
+
+    biases = [None if b is None else wider(b).flatten() for b in (b_ih, b_hh)]
+    return (
+        torch.cat([torch.zeros_like(c), h], 1),
+        torch.cat([c, torch.zeros_like(h)], 1),
+        wider(w_ih),
+        wider(torch.cat([w_hh @ w_hr, w_hh], 1)),
+        biases[0],
+        biases[1],
+    )
 
 
 # With a table.

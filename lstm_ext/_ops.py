@@ -64,6 +64,8 @@ lstm_layer = torch.ops.lstm_ext.lstm_layer
 lstm_layer_forward = torch.ops.lstm_ext.lstm_layer_forward
 lstm_layer_states = torch.ops.lstm_ext.lstm_layer_states
 lstm_layer_states_forward = torch.ops.lstm_ext.lstm_layer_states_forward
+lstm_layer_projected = torch.ops.lstm_ext.lstm_layer_projected
+lstm_layer_projected_forward = torch.ops.lstm_ext.lstm_layer_projected_forward
 lstm_packed = torch.ops.lstm_ext.lstm_packed
 lstm_layer_pack = torch.ops.lstm_ext.lstm_layer_pack
 lstm_layer_packed = torch.ops.lstm_ext.lstm_layer_packed
@@ -158,17 +160,21 @@ def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
 @_fake("lstm_cell_backward")
 @_fake("lstm_layer_backward")
 @_fake("lstm_layer_states_backward")
+@_fake("lstm_layer_projected_backward")
 def _(a: Any) -> tuple[Tensor | None, ...]:
     bias = a.w_hh.shape[:1]
     units = None if a.unit_weights is None else a.unit_weights.shape
     states: tuple[Any, ...] = a.hx.shape, a.cx.shape
-    to = [getattr(a, name, None) for name in ("reset_hx", "reset_cx")]
-    resets = [s if r is None else r.shape for r, s in zip(to, states, strict=True)]
-    shapes = (a.input.shape, *states, a.w_ih.shape, a.w_hh.shape, bias, bias, units, *resets)
-    mask = a.output_mask  # with those of reset_hx and reset_cx, or without
+    shapes = (a.input.shape, *states, a.w_ih.shape, a.w_hh.shape, bias, bias, units)
+    if hasattr(a, "reset_hx"):
+        resets = zip((a.reset_hx, a.reset_cx), states, strict=True)
+        shapes += tuple(s if r is None else r.shape for r, s in resets)
+    if hasattr(a, "w_hr"):
+        shapes += (a.w_hr.shape,)
+    mask = a.output_mask
     return tuple(
         a.gates.new_empty(shape) if wanted else None
-        for shape, wanted in zip(shapes[: len(mask)], mask, strict=True)
+        for shape, wanted in zip(shapes, mask, strict=True)
     )
 
 
@@ -182,6 +188,7 @@ def _(a: Any) -> tuple[Tensor | None, ...]:
 
 @_fake("lstm_layer")
 @_fake("lstm_layer_packed")
+@_fake("lstm_layer_projected")
 def layer_states(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, h_n and c_n of a layer."""
     output = a.input.new_empty(*a.input.shape[:-1], a.hx.shape[1])
@@ -207,3 +214,10 @@ def _(a: Any) -> tuple[Tensor, ...]:
     (rows, H) = output.flatten(0, -2).shape
     kept = output.new_empty(rows, 4 * H), output.new_empty(rows, H)
     return output, *states, torch.empty_like(output), *kept
+
+
+@_fake("lstm_layer_projected_forward")
+def _(a: Any) -> tuple[Tensor, ...]:
+    output, *states = layer_states(a)
+    rows, H = output.flatten(0, -2).shape[0], a.cx.shape[1]
+    return output, *states, *(output.new_empty(rows, k) for k in (4 * H, H, H))

@@ -66,7 +66,10 @@ def _named(name: str, args: tuple[Any, ...], dims: Dims) -> tuple[Any, Any]:
 
 def _any_weight(a: Any) -> bool:
     """Whether weights or biases have a dimension of vmap's."""
-    return any(x is not None for x in (a.w_ih, a.w_hh, a.b_ih, a.b_hh, a.unit_weights))
+    return any(
+        x is not None
+        for x in (a.w_ih, a.w_hh, a.b_ih, a.b_hh, a.unit_weights, getattr(a, "w_hr", None))
+    )
 
 
 def _unit_weights(a: Any, d: Any) -> Tensor | None:
@@ -154,13 +157,22 @@ def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
 
 @torch.library.register_vmap("lstm_ext::lstm_layer_states")
 def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
-    return _layer("lstm_layer_states", info.batch_size, in_dims, args), (0, 0, 0, 0)
+    return _layer("lstm_layer_states", info.batch_size, in_dims, args), (0,) * 4
 
 
 @torch.library.register_vmap("lstm_ext::lstm_layer_states_forward")
 def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
-    results = _layer("lstm_layer_states_forward", info.batch_size, in_dims, args)
-    return results, (0, 0, 0, 0, 0, 0)
+    return _layer("lstm_layer_states_forward", info.batch_size, in_dims, args), (0,) * 6
+
+
+@torch.library.register_vmap("lstm_ext::lstm_layer_projected")
+def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
+    return _layer("lstm_layer_projected", info.batch_size, in_dims, args), (0,) * 3
+
+
+@torch.library.register_vmap("lstm_ext::lstm_layer_projected_forward")
+def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
+    return _layer("lstm_layer_projected_forward", info.batch_size, in_dims, args), (0,) * 6
 
 
 def _layer(name: str, B: int, dims: Dims, args: tuple[Any, ...]) -> Results:
@@ -176,8 +188,8 @@ def _layer(name: str, B: int, dims: Dims, args: tuple[Any, ...]) -> Results:
     joined = {key: _join(getattr(a, key), getattr(d, key), B, at) for key, at in batch.items()}
     output, h, c, *kept = op(*a._replace(**joined))
     states = (_split(output, B, 1), _split(h, B, 0), _split(c, B, 0))
-    # Gates and c before each step have rows (L B N), and shall have (B, L N); the c of all steps is
-    # shaped like the output.
+    # What backward needs of each step has rows (L B N), and shall have (B, L N); the c of all steps
+    # is shaped like the output.
     L, rows = output.shape[0], h.shape[0]
     return *states, *(
         _split(k, B, 1)
@@ -196,4 +208,11 @@ def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
 @torch.library.register_vmap("lstm_ext::lstm_layer_states_backward")
 def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
     results = _each(torch.ops.lstm_ext.lstm_layer_states_backward, info.batch_size, in_dims, args)
+    return results, _dims(results)
+
+
+@torch.library.register_vmap("lstm_ext::lstm_layer_projected_backward")
+def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
+    op = torch.ops.lstm_ext.lstm_layer_projected_backward
+    results = _each(op, info.batch_size, in_dims, args)
     return results, _dims(results)

@@ -91,7 +91,7 @@ def freeze(
         TypeError: keep_weights is no bool.
         RuntimeError: the module is in training mode.
         ValueError: weights or activations is unknown, or not for the module's dtype; the model has
-            nothing to freeze, or something that has no packed form: projections, another device or
+            nothing to freeze, or something that has no packed form: another device or
             dtype than the CPU kernels know, a weight that something writes at each call (a dropout
             of weights, for one), a ``forward`` put on the instance. What torch.nn.utils'
             weight_norm, spectral_norm and prune write is computed first.
@@ -189,8 +189,6 @@ def _freeze_one(module: nn.Module, name: str, how: tuple[str | None, str | None,
             stacklevel=3,
         )
     if isinstance(module, LSTM):
-        if module.proj_size:
-            raise ValueError(f"{where} has projections (proj_size), which have no packed form")
         return FrozenLSTM(module, where, *how)
     assert isinstance(module, LSTMCell)
     return FrozenLSTMCell(module, where, *how)
@@ -235,7 +233,7 @@ def _check_weights(module: nn.Module, where: str) -> None:
 
 
 @functools.cache
-def _layout(dtype: torch.dtype, kind: int) -> str:
+def _layout(dtype: torch.dtype, kind: int, projects: bool = False) -> str:
     """Return what tells layouts of packed weights apart: the kernels' name, and how they pack.
 
     The latter is a hash of a small layer as they pack it, whose numbers are exact in every type.
@@ -243,7 +241,11 @@ def _layout(dtype: torch.dtype, kind: int) -> str:
     I, H = 19, 70  # whole blocks and a part of one, for any width of vectors
     w = (torch.arange(4 * H * (I + H), device="cpu") * 7 % 255 - 127).to(dtype) / 128
     w = w.view(4 * H, -1)
-    packed = _ops.lstm_layer_pack(w[:, :I], w[:, I:], kind)
+    w_ih, w_hh = w[:, :I], w[:, I:]
+    if projects:
+        packed = _ops.lstm_layer_pack(w_ih, w_hh[:, : H - 1], kind, w_hh[: H - 1])
+    else:
+        packed = _ops.lstm_layer_pack(w_ih, w_hh, kind)
     digest = hashlib.sha256(bytes(packed.tolist())).hexdigest()
     return f"{_ops._C.build_info()['cpu_instruction_set']} {digest}"
 
@@ -381,12 +383,22 @@ class _Frozen(nn.Module):
     def _pack_original(self, original: Any, where: str) -> list[Tensor | None]:
         raise NotImplementedError
 
+    def _own_layout(self) -> str:
+        projects = getattr(self, "proj_size", 0) > 0
+        return _layout(self.like_weights.dtype, self._kind, projects)
+
     @property
     def _kind(self) -> int:
         return _WEIGHT_TYPES[self._weights, self._activations]
 
     def _pack(
-        self, where: str, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None
+        self,
+        where: str,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
+        w_hr: Tensor | None = None,
     ) -> list[Tensor | None]:
         if w_ih.device.type != "cpu" or w_ih.dtype not in _FUSED:
             raise ValueError(
@@ -398,8 +410,8 @@ class _Frozen(nn.Module):
                 f"{where} is {w_ih.dtype}: weights={self._weights!r} is for modules in float32"
             )
         with torch.no_grad():
-            copies = [None if b is None else b.detach().clone() for b in biases]
-            return [_ops.lstm_layer_pack(w_ih, w_hh, self._kind), *copies]
+            copies = [None if b is None else b.detach().clone() for b in (b_ih, b_hh)]
+            return [_ops.lstm_layer_pack(w_ih, w_hh, self._kind, w_hr), *copies]
 
     def _packed(self) -> tuple[Tensor | None, ...]:
         if self._is_unpacked():
@@ -513,7 +525,7 @@ class _Frozen(nn.Module):
                 names = state.pop("_packed_names")
                 plain = {k: b for k, b in self._buffers.items() if k not in names}
                 return {**state, "_buffers": plain, "_expected": digest}
-        return {**state, "_packed_for": _layout(self.like_weights.dtype, self._kind)}
+        return {**state, "_packed_for": self._own_layout()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         packed_for = state.get("_packed_for")
@@ -546,7 +558,7 @@ class _Frozen(nn.Module):
 
     def _check_layout(self, packed_for: Any) -> None:
         """Raise an error if weights that came with a pickle are not for these kernels."""
-        here = _layout(self.like_weights.dtype, self._kind)
+        here = self._own_layout()
         if packed_for != here:
             theirs, ours = str(packed_for).split()[0], here.split()[0]
             versions = "" if theirs != ours else " of another version of lstm_ext"
@@ -582,7 +594,7 @@ class FrozenLSTM(_Frozen, LSTM):
         except _call.TorchAnswersError as error:
             raise TypeError(f"{where}: {error}") from None
         for weights in options.layers():
-            packed += self._pack(where, *weights[:4])
+            packed += self._pack(where, *weights[:5])
             if weights.unit_weights is not None:
                 packed.append(weights.unit_weights.detach())
         return packed

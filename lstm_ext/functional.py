@@ -179,13 +179,14 @@ def lstm(
         the c of the last layer after every step, (L, N, D H) or (S, D H).
 
     float32, float64, bfloat16 and float16 run fused on the CPU (the halves are summed in float32).
-    Kept for backward, per layer and direction: 5 S H numbers, the gates and the c of each step.
-    With ``reset_hx`` or ``return_cell_states``, a CUDA device computes in tensor operations, step
-    by step.
+    Kept for backward, per layer and direction: 5 S H numbers, the gates and the c of each step;
+    with a projection another S H, what is projected.
+    With ``reset_hx`` or ``return_cell_states``, a CUDA device, and any device with projections,
+    computes in tensor operations, step by step.
     On a CUDA device, :func:`lstm_ext.set_cuda_backend` chooses between our kernels and torch's own
-    LSTM. What our kernels do not take (another device, projections) goes to torch's, or with
-    ``reset``, ``checkpoint_every`` or a transform of ``torch.func`` is computed in tensor
-    operations.
+    LSTM. What our kernels do not take (another device; projections but on the CPU) goes to
+    torch's, or with ``reset``, ``checkpoint_every`` or a transform of ``torch.func`` is computed in
+    tensor operations.
 
     Raises:
         RuntimeError: sizes, dtypes or devices do not fit; ONNX, whose LSTM has neither, is given
@@ -233,15 +234,20 @@ def lstm(
         reason = "the input is empty" if empty else reason
         _backend.log_path("lstm", input, f"torch's own LSTM: {reason}")
         return _torch_lstm(input, hx, weights, bidirectional, dropout, batch_sizes)
+    if reason is None and own_states and call.projects:
+        reason = "cell states, or resets to states, of a layer with projections"
     if reason is None and checkpoint_every is None and not own_states:
         flat: list[Tensor | None] = []
         for w in weights:
             flat += w[:4]
+            if call.projects:
+                flat.append(w.w_hr)
             if cell.unit_weights:
                 flat.append(w.unit_weights)
         out: tuple[Tensor, Tensor, Tensor] = _ops.lstm(
-            input, h, c, flat, bidirectional, dropout, batch_sizes, reset, cell.number
-        )
+            input, h, c, flat, bidirectional, dropout, batch_sizes, reset, cell.number,
+            *([True] if call.projects else []),
+        )  # fmt: skip
         return out
 
     first_of_last = len(weights) - call.directions
@@ -340,6 +346,9 @@ def _layer(
         return _layer_in_steps(input, h, c, w, cell, steps, with_cells)
     *order, reset_hx = steps
     arguments = input, h, c, *w[:4], *order, w.unit_weights, cell.number
+    if w.w_hr is not None:
+        output, h_n, c_n = _ops.lstm_layer_projected(*arguments, w.w_hr)
+        return output, h_n, c_n
     if reset_hx is None and not with_cells:
         output, h_n, c_n = _ops.lstm_layer(*arguments)
         return output, h_n, c_n

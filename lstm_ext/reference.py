@@ -12,7 +12,7 @@ notation and gate order of torch.nn.LSTMCell)::
 The lecture that this project grew from prints the last line once as ``tanh(o * c')``. Its code and
 its numbers use ``o * tanh(c')``, which is right.
 
-Shapes: N batch, L time, I input, H hidden.
+Shapes: N batch, L time, I input, H hidden, P projected.
 """
 
 from __future__ import annotations
@@ -216,14 +216,20 @@ def lstm(
     unit_weights: Tensor | None = None,
     variant: int = 0,
     reset_hx: tuple[Tensor, Tensor] | None = None,
+    w_hr: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run :func:`lstm_cell` over a sequence: one layer, one direction.
 
+    With w_hr, the h of a step is projected before it is used (Sak, Senior & Beaufays 2014)::
+
+        r  = o * tanh(c')
+        h' = r W_hr^T
+
     Args:
         input: (L, N, I); or packed (S, I), S the sum of batch_sizes.
-        hx: h and c before the first step, each (N, H).
+        hx: h (N, P) and c (N, H) before the first step. P is H without w_hr.
         w_ih: (4H, I).
-        w_hh: (4H, H).
+        w_hh: (4H, P).
         b_ih: (4H) or None.
         b_hh: (4H) or None.
         batch_sizes: of a packed input, int64 (L), falling: the rows of each step.
@@ -231,15 +237,16 @@ def lstm(
         reverse: from the last step to the first.
         unit_weights: as in :func:`lstm_cell`.
         variant: as in :func:`lstm_cell`.
-        reset_hx: what h and c are before the steps of reset, each (N, H), or (L, N, H), those of
-            each step's own. Or None, for zeros.
+        reset_hx: what h and c are before the steps of reset, (N, P) and (N, H), or (L, N, P) and
+            (L, N, H), those of each step's own. Or None, for zeros.
+        w_hr: (P, H), which projects h; or None, and P = H.
 
     Returns:
-        The h of every step, (L, N, H) or (S, H), and the last (h, c), each (N, H).
+        The h of every step, (L, N, P) or (S, P), and the last h (N, P) and c (N, H).
     """
     output, _, last = lstm_with_cells(
         input, hx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse, unit_weights, variant,
-        reset_hx,
+        reset_hx, w_hr,
     )  # fmt: skip
     return output, last
 
@@ -257,6 +264,7 @@ def lstm_with_cells(
     unit_weights: Tensor | None = None,
     variant: int = 0,
     reset_hx: tuple[Tensor, Tensor] | None = None,
+    w_hr: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Do what :func:`lstm` does, and return the c of every step too, shaped like the output.
 
@@ -276,6 +284,8 @@ def lstm_with_cells(
             h_t, c_t = (torch.where(anew, r[:n], s) for r, s in zip(to, (h_t, c_t), strict=True))
         weights = w_ih, w_hh, b_ih, b_hh, unit_weights
         h_t, c_t = lstm_cell(steps[t], (h_t, c_t), *weights, variant)
+        if w_hr is not None:
+            h_t = h_t @ w_hr.mT
         steps[t], cells[t] = h_t, c_t
         h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])
     if batch_sizes is not None:

@@ -292,11 +292,9 @@ def test_the_log_of_paths():
         f"lstm_cell_backward, Float input [2, 4], hidden 3, {cpu}",
         f"lstm_layer_forward, Float input [5, 2, 4], hidden 3, {cpu}",
         f"lstm_layer_backward, Float input [5, 2, 4], hidden 3, {cpu}",
-        "LSTM, float32 input [5, 2, 4], cpu: not the direct call: projections",
-        "lstm, float32 input [5, 2, 4], cpu: torch's own LSTM: projections have no kernel",
+        f"lstm_layer_projected_forward, Float input [5, 2, 4], hidden 3, {cpu}",
         "LSTM, float32 input [5, 2, 4], cpu: not the direct call: reset",
-        "lstm_layer, float32 input [5, 2, 4], cpu: plain tensor operations: projections have no "
-        "kernel",
+        f"lstm_layer_projected_forward, Float input [5, 2, 4], hidden 3, {cpu}",
         "lstm_cell, Float input [2, 4], hidden 3, cpu: torch's own cell, for what the kernels do "
         "not take: a dtype, layout, size or device",
         f"lstm_layer_packed, Float input [5, 2, 4], hidden 3, {cpu}",

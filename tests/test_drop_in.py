@@ -343,11 +343,9 @@ def test_last_states_are_tensors_of_their_own(call, options):
     if call is CALLS["one sequence"]:
         pytest.skip("torch's own are views there")
     theirs, ours = pair(**options)
-    modules = [theirs, ours]
-    if "proj_size" not in options:
-        modules.append(lstm_ext.freeze(pair(**options)[1].eval()))
+    modules = [theirs, ours, lstm_ext.freeze(pair(**options)[1].eval())]
     for module in modules:
-        with torch.set_grad_enabled(module is not modules[-1] or "proj_size" in options):
+        with torch.set_grad_enabled(module is not modules[-1]):
             _, (h, c) = call(module, data())
         for state in (h, c):
             assert not state._is_view()
@@ -466,7 +464,7 @@ def test_the_verbose_mode_says_why_the_direct_call_was_left(monkeypatch, capsys)
     cases = [
         ([], pair()[1], (x,), {}),
         (["reset"], pair()[1], (x,), {"reset": torch.zeros(L, N, dtype=torch.bool)}),
-        (["projections"], pair(proj_size=2)[1], (x,), {}),
+        ([], pair(proj_size=2)[1], (x,), {}),
         (["dropout is to be drawn"], pair(num_layers=2, dropout=0.5)[1], (x,), {}),
         (["checkpoint_every"], lstm_ext.LSTM(I, H, checkpoint_every=2), (x,), {}),
         (["the class has checks of its own"], Checked(I, H), (x,), {}),

@@ -109,16 +109,42 @@ def peepholes(device, requires_grad):
     yield OPS.lstm_packed, (x.detach(), h, c, [packed, *args[5:]], False, None, None, 1)
 
 
-CALLS = (cells, layers, states, packed_weights, peepholes)
+def projections(device, requires_grad):
+    P = 3
+    shapes = ((L, N, I), (N, P), (N, H), (4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H))
+    for sizes, reverse in ((None, False), (PACKED, True)):
+        shapes = ((9, I) if sizes is not None else (L, N, I), *shapes[1:])
+        *args, w_hr = draw(shapes, device, requires_grad)
+        rest = sizes, None, reverse, None, 0
+        yield OPS.lstm_layer_projected, (*args, *rest, w_hr)
+        yield OPS.lstm_layer_projected_forward, (*args, *rest, w_hr)
+        x, h, c, *weights = args
+        states = h.detach().unsqueeze(0), c.detach().unsqueeze(0)
+        yield OPS.lstm, (x, *states, [*weights, w_hr], False, 0.0, sizes, None, 0, True)
+        *args, w_hr = draw(shapes, device)
+        output, hy, cy, *kept = OPS.lstm_layer_projected_forward(*args, *rest, w_hr)
+        for grads in ((output, hy, cy), (output, None, None), (None, hy, None)):
+            grads = [g if g is None else g.clone() for g in grads]
+            kept_all = output, *kept
+            yield (OPS.lstm_layer_projected_backward,
+                   (*grads, *args, *rest, w_hr, *kept_all, [*ALL, True]))  # fmt: skip
+    if device == "cpu":
+        yield OPS.lstm_layer_pack, (args[3], args[4], 0, w_hr)
+        packed = OPS.lstm_layer_pack(args[3], args[4], 0, w_hr)
+        x, h, c, _, _, *biases = args
+        yield OPS.lstm_layer_packed, (x, h, c, packed, *biases, *rest[:3])
+
+
+CALLS = (cells, layers, states, packed_weights, peepholes, projections)
 
 
 @pytest.mark.parametrize(
     ("calls", "requires_grad"),
     [
-        *[(layers, False), (states, False), (packed_weights, False)],
+        *[(layers, False), (states, False), (projections, False), (packed_weights, False)],
         *[(cells, True), (packed_weights, True)],
         *slow((cells, False), (peepholes, False)),
-        *slow((layers, True), (states, True), (peepholes, True)),
+        *slow((layers, True), (states, True), (peepholes, True), (projections, True)),
     ],
 )
 def test_opcheck(device, calls, requires_grad):

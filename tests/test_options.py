@@ -174,8 +174,6 @@ def test_changed_after_construction(change, path, dtype):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("built", BUILT)
 def test_given_at_construction(built, path):
-    if built == "projected" and path.startswith("frozen"):
-        pytest.skip("freeze refuses projections")
     if path.startswith("frozen") and type(BUILT[built].get("bidirectional", True)) is not bool:
         with pytest.raises(TypeError):
             modules(path, False, torch.float32, BUILT[built], {})

@@ -33,8 +33,9 @@ bool requires_grad(const Parts&... parts) {
          any_tensor([](const at::Tensor& t) { return t.defined() && t.requires_grad(); }, parts...);
 }
 
-// Edges to the inputs of the cell, in their order: what a node of ours has gradients of.
-inline torch::autograd::edge_list edges_to(const CellInputs& in) {
+// Edges to the tensors of the inputs, in their order: what a node of ours has gradients of.
+template <class Inputs>
+torch::autograd::edge_list edges_to(const Inputs& in) {
   return std::apply(
       [](const auto&... field) {
         return torch::autograd::collect_next_edges(or_undefined(field)...);

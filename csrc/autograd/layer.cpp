@@ -116,11 +116,7 @@ struct LSTMLayerStatesBackward
 
 StatesTrainingOutputs states_with_graph(const StatesInputs& in) {
   auto node = make_node<LSTMLayerStatesBackward>();
-  torch::autograd::edge_list edges = edges_to(in);
-  for (auto& edge :
-       torch::autograd::collect_next_edges(or_undefined(in.reset_hx), or_undefined(in.reset_cx)))
-    edges.push_back(std::move(edge));
-  node->set_next_edges(std::move(edges));
+  node->set_next_edges(edges_to(in));
   StatesTrainingOutputs out;
   Tensor kept_output;
   {
@@ -163,9 +159,10 @@ StatesGradients lstm_layer_states_backward(const StatesOutputGradients& grads,
   return ops::lstm_layer_states_backward::call(grads, in, results, wanted);
 }
 
-Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh, int64_t weights) {
+Tensor lstm_layer_pack(const Tensor& w_ih, const Tensor& w_hh, int64_t weights,
+                       const std::optional<Tensor>& w_hr) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::lstm_layer_pack::call(w_ih, w_hh, weights);
+  return ops::lstm_layer_pack::call(w_ih, w_hh, weights, w_hr);
 }
 
 LayerOutputs lstm_layer_packed(const PackedLayerInputs& in) {

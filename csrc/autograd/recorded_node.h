@@ -75,12 +75,13 @@ struct FieldsOfGroup {
 
 // Derived has
 //   static variable_list gradients(const variable_list& grads, const Kept& kept,
-//                                  const Asked& wanted);
-// with the gradients that Asked names, of tensors of Inputs, which begins with those of CellInputs.
-// Results is what the forward kept beside them.
-template <class Derived, class Inputs, class Results, class Asked = Wanted>
+//                                  const Wanted& wanted);
+// with the gradients that Wanted names, of tensors of Inputs, which begins with those of
+// CellInputs. Results is what the forward kept beside them.
+template <class Derived, class Inputs, class Results, class Wanted = lstm_ext::Wanted>
 struct RecordedNode : public torch::autograd::Node {
   using variable_list = torch::autograd::variable_list;
+  using Mask = typename Wanted::Mask;
   using OfInputs = FieldsOfGroup<Inputs>;
   using OfResults = FieldsOfGroup<Results>;
   static constexpr size_t kTensors = OfInputs::kTensors + OfResults::kTensors;
@@ -125,7 +126,7 @@ struct RecordedNode : public torch::autograd::Node {
     return kept;
   }
 
-  Asked wanted() const { return Asked(mask()); }
+  Wanted wanted() const { return Wanted(mask()); }
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     for (const auto& variable : saved_) args.collect(variable, /*is_output=*/false);
@@ -142,7 +143,7 @@ struct RecordedNode : public torch::autograd::Node {
     args.pack(kept);
     args.pack(mask());
     std::vector<at::TypePtr> types = {IValuePacker<KeptList>::packed_type(),
-                                      IValuePacker<typename Asked::Mask>::packed_type()};
+                                      IValuePacker<Mask>::packed_type()};
     const auto pack_option = [&](auto option) {
       args.pack(option);
       types.push_back(IValuePacker<decltype(option)>::packed_type());
@@ -165,8 +166,8 @@ struct RecordedNode : public torch::autograd::Node {
  private:
   using KeptList = std::vector<std::optional<at::Tensor>>;
 
-  typename Asked::Mask mask() const {
-    typename Asked::Mask mask;
+  Mask mask() const {
+    Mask mask;
     for (size_t k = 0; k < mask.size(); ++k) mask[k] = task_should_compute_output(k);
     return mask;
   }
@@ -179,7 +180,7 @@ struct RecordedNode : public torch::autograd::Node {
     Kept kept;
     for (size_t k = 0; k < kTensors; ++k)
       if (defined(list[k])) kept.tensors[k] = list[k];
-    const Asked wanted(args.unpack<typename Asked::Mask>());
+    const Wanted wanted(args.unpack<Mask>());
     std::apply(
         [&](auto&... option) { ((option = args.unpack<std::decay_t<decltype(option)>>()), ...); },
         kept.options);

@@ -57,6 +57,7 @@ struct CellRows {
   S* cells;                     // a copy of c'
   const bool* reset_next;       // rows whose cy and h_factors shall be reset
   const S *reset_h, *reset_c;   // [rows, H], to this; null for zero
+  bool projects;                // h_factors are not reset
 };
 
 // One vector of hidden units.
@@ -87,7 +88,7 @@ void finish_cells_of(const CellRows<S>& cells, int64_t rows, int64_t unit, int u
     if (cells.gates) store_gates(cells.gates + r * kGates * H + unit, H, gate, units);
     if (cells.cells) store(cells.cells + state, c_next, units);
     if (cells.reset_next && cells.reset_next[r]) {
-      h_next = cells.reset_h ? load(cells.reset_h + state, units) : zeros<V>();
+      if (!cells.projects) h_next = cells.reset_h ? load(cells.reset_h + state, units) : zeros<V>();
       c_next = cells.reset_c ? load(cells.reset_c + state, units) : zeros<V>();
     }
     store(cells.cy + state, c_next, units);

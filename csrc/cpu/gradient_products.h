@@ -46,7 +46,8 @@ inline void unit_gradients(const Kernels& kernels, int64_t variant, const Tensor
                          target.tensor.mutable_data_ptr(), target.accumulate);
 }
 
-// The gradients of the gates [N, 4H] as the left factors of the products, made when asked for.
+// The gradients of the gates [N, 4H], or others, as the left factors of the products, made when
+// asked for.
 class GateFactors {
  public:
   GateFactors(const ProductKernels& kernels, Tensor grad_gates)

@@ -15,6 +15,7 @@
 #include "cpu/layer_backward.h"
 #include "cpu/layer_forward.h"
 #include "cpu/product.h"
+#include "cpu/projection.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -62,10 +63,10 @@ template <class S>
 constexpr LayerKernels layer_table() {
   LayerKernels table = {};
   table.unit_blocks = unit_blocks<S>;
-  table.column_blocks = column_blocks<S>;
   table.sums_per_row = sums_per_row<S>;
-  table.packed_columns = packed_columns<S>;
-  table.pack_columns = pack_state_columns<S>;
+  table.panel_elements = block_size<S>;
+  table.pack_columns = pack_column_panels<S>;
+  table.pack_rows = pack_row_panels<S>;
   set_weights<S>(typename WeightTypesOf<S>::Type(), table.weights);
   if constexpr (std::is_same_v<S, float>) {
     table.weights[static_cast<int>(WeightType::kInt8)] =
@@ -76,6 +77,9 @@ constexpr LayerKernels layer_table() {
   table.step = step<S>;
   table.step_gradient = step_gradient<S>;
   table.state_gradient = state_gradient<S>;
+  table.project = project<S>;
+  table.projection_gradient = projection_gradient<S>;
+  table.output_gradient = output_gradient<S>;
   table.block_sums = block_sums<S>;
   return table;
 }

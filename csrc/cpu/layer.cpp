@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "ops/composite.h"
+#include "ops/projected.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -64,6 +65,35 @@ StatesGradients lstm_layer_states_backward(const StatesOutputGradients& grads,
   return layer_backward(grads, in, results, wanted);
 }
 
+LayerOutputs lstm_layer_projected(const ProjectedInputs& in) {
+  if (!fusable(in)) return composite::projected(in);
+  check_all_allocated(in);
+  log_cpu_path("lstm_layer_projected", in.input, in.cx);
+  LayerTensors out = layer_forward(StatesInputs::plain(in), {}, {}, in.w_hr);
+  return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
+}
+
+ProjectedTrainingOutputs lstm_layer_projected_forward(const ProjectedInputs& in) {
+  if (!fusable(in)) return composite::projected_forward(in);
+  check_all_allocated(in);
+  log_cpu_path("lstm_layer_projected_forward", in.input, in.cx);
+  LayerTensors out = layer_forward(StatesInputs::plain(in), {/*training=*/true}, {}, in.w_hr);
+  return {std::move(out.output), std::move(out.hy),       std::move(out.cy),
+          std::move(out.gates),  std::move(out.c_before), std::move(out.r)};
+}
+
+ProjectedGradients lstm_layer_projected_backward(const LayerOutputGradients& grads,
+                                                 const ProjectedInputs& in,
+                                                 const ProjectedResults& results,
+                                                 const ProjectedWanted& wanted) {
+  if (!fusable(in)) return composite::projected_backward(grads, in, results, wanted);
+  check_allocated_for_backward(in);
+  check_all_allocated(in.w_hr, in.batch_sizes, in.reset, grads, results);
+  check_backward(grads, in, results);
+  log_cpu_path("lstm_layer_projected_backward", in.input, in.cx);
+  return projected_backward(grads, in, results, wanted);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) {
@@ -73,6 +103,9 @@ TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) {
   ops::lstm_layer_states::implement<lstm_layer_states>(m);
   ops::lstm_layer_states_forward::implement<lstm_layer_states_forward>(m);
   ops::lstm_layer_states_backward::implement<lstm_layer_states_backward>(m);
+  ops::lstm_layer_projected::implement<lstm_layer_projected>(m);
+  ops::lstm_layer_projected_forward::implement<lstm_layer_projected_forward>(m);
+  ops::lstm_layer_projected_backward::implement<lstm_layer_projected_backward>(m);
 }
 
 }  // namespace lstm_ext::cpu

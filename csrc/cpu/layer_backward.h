@@ -7,31 +7,12 @@
 #include "cpu/layer_forward.h"
 #include "cpu/layer_kernels.h"
 #include "cpu/product.h"
+#include "cpu/projection.h"
 
 namespace lstm_ext::cpu {
 namespace {
 
 static_assert(kUnitBlocks == kPanelVectors);
-
-template <class S>
-int64_t column_blocks(int64_t H) {
-  return blocks(H, Panel<FactorType<S>>::kColumns);
-}
-
-template <class S>
-int64_t packed_columns(int64_t H) {
-  return column_blocks<S>(H) * block_size<S>(4 * H);
-}
-
-template <class S>
-void pack_state_columns(const void* w_hh, int64_t H, void* packed, int64_t first, int64_t last) {
-  for (int64_t block = first; block < last; ++block) {
-    const int64_t column = block * Panel<FactorType<S>>::kColumns;
-    pack_columns<S>(static_cast<const S*>(w_hh) + column, H, H - column, 4 * H,
-                    reinterpret_cast<PackedRows<S>>(static_cast<FactorType<S>*>(packed) +
-                                                    (block - first) * block_size<S>(4 * H)));
-  }
-}
 
 template <class S, class Cell>
 void step_gradient_of(const StepGradientArgs& args, int64_t first_block, int64_t last_block) {
@@ -80,26 +61,18 @@ void step_gradient(const StepGradientArgs& args, int64_t first_block, int64_t la
 template <class S>
 void state_gradient(const StateGradientArgs& args, int64_t first_block, int64_t last_block) {
   using T = ComputeType<S>;
-  constexpr int64_t width = Panel<FactorType<S>>::kColumns;
-  const int64_t H = args.H, column = first_block * width;
-  const int64_t columns = at_most(last_block * width, H) - column;
-  T* grad_h = static_cast<T*>(args.grad_h) + column;
-  packed_product<S>(
-      PackedProduct<S, T, FactorType<S>>{args.rows,
-                                         4 * H,
-                                         static_cast<const FactorType<S>*>(args.grad_gates),
-                                         static_cast<const FactorType<S>*>(args.packed),
-                                         {grad_h, H, columns, false},
-                                         width},
-      last_block - first_block);
+  const PanelColumns own = panel_columns<S>(args.panels, first_block, last_block);
+  column_product<S>(args.panels, args.rows, args.grad_gates, args.packed, args.grad_h, first_block,
+                    last_block);
+  const int64_t columns = args.panels.columns;
   for (int64_t r = 0; args.reset && r < args.rows; ++r) {
     if (!args.reset[r]) continue;
-    T* of_row = grad_h + r * H;
+    T* of_row = static_cast<T*>(args.grad_h) + r * columns + own.first;
     if (args.grad_reset_h) {
-      T* sum = static_cast<T*>(args.grad_reset_h) + r * H + column;
-      for (int64_t k = 0; k < columns; ++k) sum[k] += of_row[k];
+      T* sum = static_cast<T*>(args.grad_reset_h) + r * columns + own.first;
+      for (int64_t k = 0; k < own.count; ++k) sum[k] += of_row[k];
     }
-    std::memset(of_row, 0, columns * sizeof(T));
+    std::memset(of_row, 0, own.count * sizeof(T));
   }
 }
 

@@ -87,18 +87,55 @@ class Rows {
   int64_t row_bytes_ = 0;
 };
 
-void forward_loop(const StatesInputs& in, const PackedWeights& packed_before,
+// What a step works with where h is projected: the rows of r, those as factors, and sums.
+class ProjectionScratch {
+ public:
+  // r may be kept elsewhere; its rows are the factors where the two are alike.
+  ProjectionScratch(bool projects, int64_t N, int64_t H, int64_t P, Elements stored,
+                    Elements computed, Elements factor, int64_t factor_columns, bool keeps_r)
+      : stored_(stored),
+        computed_(computed),
+        factor_(factor),
+        H_(H),
+        P_(P),
+        columns_(factor_columns),
+        made_(factor.size != stored.size || factor_columns != H),
+        r_bytes_(projects && !keeps_r ? N * H * stored.size : 0),
+        factor_bytes_(projects && made_ ? N * factor_columns * factor.size : 0),
+        sum_bytes_(projects ? N * P * computed.size : 0) {}
+  int64_t bytes() const { return r_bytes_ + factor_bytes_ + sum_bytes_; }
+  // The last of an odd number of pairs is never written.
+  void clear(void* place) const { std::memset(advance(place, r_bytes_), 0, factor_bytes_); }
+
+  void* r(void* place, int64_t row) const { return stored_.at(place, row * H_); }
+  void* r_factors(void* place, int64_t row) const {
+    return made_ ? factor_.at(advance(place, r_bytes_), row * columns_) : nullptr;
+  }
+  void* sums(void* place, int64_t row) const {
+    return computed_.at(advance(place, r_bytes_ + factor_bytes_), row * P_);
+  }
+
+ private:
+  const Elements stored_, computed_, factor_;
+  const int64_t H_, P_, columns_;
+  const bool made_;
+  const int64_t r_bytes_, factor_bytes_, sum_bytes_;
+};
+
+void forward_loop(const StatesInputs& in, const PackedWeights& packed_before, const Tensor& w_hr,
                   const SharedSequence& sequence, const Kernels& kernels, LayerTensors& out) {
   const LayerKernels& layer = kernels.layer;
-  const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1), I = in.input.size(-1);
+  const int64_t N = sequence.N(), L = sequence.L(), H = in.cx.size(1), I = in.input.size(-1);
+  const int64_t P = in.hx.size(1);  // H where h is not projected
+  const bool projects = w_hr.defined() || packed_before.projection;
   const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
   const int64_t blocks = layer.unit_blocks(H);
   const Elements stored(dtype), computed(compute), factor(factor_type(kernels.product, dtype));
-  const Dense w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih), b_hh(in.b_hh);
+  const Dense w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih), b_hh(in.b_hh), dense_hr(w_hr);
   const Tensor reset_h = dense(in.reset_hx), reset_c = dense(in.reset_cx);
   const DenseCell cell(in);
 
-  const Cut cut(sequence, H, blocks);
+  const Cut cut(sequence, H, blocks, projects ? kRowsOfAProjectingThread : kRowsOfAThread);
   const bool one_chunk = cut.own_blocks() && sequence.S() <= kOneChunkRows;
   const int64_t chunk_rows = kChunkRows * (cut.by_rows ? cut.shares : 1);
   const int64_t chunk_steps = one_chunk ? L : std::clamp<int64_t>(chunk_rows / N, 1, L);
@@ -107,34 +144,49 @@ void forward_loop(const StatesInputs& in, const PackedWeights& packed_before,
   // and to get their pages anew takes as long as to fill them.
   const WeightKernels& weights = weight_kernels(kernel_dtype(dtype), packed_before.type);
   PackedGates ih(kernel_dtype(dtype), packed_before.type, I, H),
-      hh(kernel_dtype(dtype), packed_before.type, H, H);
+      hh(kernel_dtype(dtype), packed_before.type, P, H);
   const bool pack = packed_before.data == nullptr, pack_by_block = pack && one_chunk;
   const int64_t ih_bytes = pack_by_block ? cut.shares * ih.block_bytes() : pack ? ih.bytes() : 0;
   const int64_t hh_bytes = pack ? hh.bytes() : 0;
+  // Panels that were packed before know nothing of threads.
+  PackedColumns hr(layer, compute, H, P, pack && !cut.by_rows ? cut.shares : 1);
+  const int64_t hr_bytes = projects && pack ? hr.bytes() : 0;
   const int64_t sums_bytes = chunk_steps * N * layer.sums_per_row(H) * computed.size;
-  const int64_t h_bytes = N * factor_columns(kernels.product, H) * factor.size;
-  const Rows rows_of(weights, cut, chunk_steps * N, I, H);
-  const Tensor scratch =
-      empty_large({ih_bytes + hh_bytes + sums_bytes + 2 * h_bytes + rows_of.bytes()}, at::kByte);
+  const int64_t h_bytes = N * factor_columns(kernels.product, P) * factor.size;
+  const Rows rows_of(weights, cut, chunk_steps * N, I, P);
+  const bool keeps_r = out.r.defined();
+  const ProjectionScratch of_projection(projects, N, H, P, stored, computed, factor,
+                                        factor_columns(kernels.product, H), keeps_r);
+  const Tensor scratch = empty_large({ih_bytes + hh_bytes + hr_bytes + sums_bytes + 2 * h_bytes +
+                                      rows_of.bytes() + of_projection.bytes()},
+                                     at::kByte);
   void* memory = scratch.mutable_data_ptr();
   void* packed = pack ? memory : const_cast<void*>(packed_before.data);  // then only read
   ih.lie_at(packed);
   hh.lie_at(advance(packed, pack ? ih_bytes : ih.bytes()));
-  void* sums = advance(memory, ih_bytes + hh_bytes);
+  hr.lie_at(pack ? advance(memory, ih_bytes + hh_bytes)
+                 : const_cast<void*>(packed_before.projection));
+  void* sums = advance(memory, ih_bytes + hh_bytes + hr_bytes);
   // h in two places, so that a step can read one and write the other.
   void* h[2] = {advance(sums, sums_bytes), advance(sums, sums_bytes + h_bytes)};
   void* made_rows = advance(h[1], h_bytes);
+  void* projection = advance(made_rows, rows_of.bytes());
+  of_projection.clear(projection);
+  // The part of W_hr that goes with a part of the blocks.
+  const auto part_of_hr = [&](int64_t part, int64_t parts) { return hr.blocks() * part / parts; };
   if (pack && !cut.own_blocks())
-    cpu::run(blocks, 4 * H * (I + H), [&](int64_t first, int64_t last) {
+    cpu::run(blocks, 4 * H * (I + P), [&](int64_t first, int64_t last) {
       ih.pack(w_ih.data(), first, last);
       hh.pack(w_hh.data(), first, last);
+      if (projects)
+        hr.pack_transposed(dense_hr.data(), part_of_hr(first, blocks), part_of_hr(last, blocks));
     });
 
   const Tensor rows_of_x =
       kernels.product.pair_rows ? in.input.reshape({sequence.S(), I}) : in.input;
   const Tensor x = to_factors(kernels.product, rows_of_x);
   const int64_t x_columns = factor_columns(kernels.product, I);
-  const int64_t h_columns = factor_columns(kernels.product, H);
+  const int64_t h_columns = factor_columns(kernels.product, P);
   // Where every step writes every row, the first can read what it was given.
   const Tensor hx = to_factors(kernels.product, in.hx);
   const bool steady = !defined(in.batch_sizes) && !defined(in.reset) && !kernels.product.pair_rows;
@@ -155,9 +207,16 @@ void forward_loop(const StatesInputs& in, const PackedWeights& packed_before,
     const Share share = cut.share(sequence, first, last);
     const int64_t row = share.row, block = share.block, block_end = share.block_end;
     void* own_rows = advance(made_rows, rows_of.offset(first, row));
+    const int64_t hr_block = cut.by_rows ? 0 : part_of_hr(first, cut.shares);
+    const int64_t hr_end = cut.by_rows ? hr.blocks() : part_of_hr(last, cut.shares);
+    int64_t meetings = 0;
+    const auto meet = [&] {
+      if (!cut.by_rows) barrier.wait(last - first, ++meetings);
+    };
     if (pack && cut.own_blocks()) {
       if (!pack_by_block) ih.pack(w_ih.data(), block, block_end);
       hh.pack(w_hh.data(), block, block_end);
+      if (projects) hr.pack_transposed(dense_hr.data(), hr_block, hr_end);
     }
     for (int64_t begin = 0; begin < L; begin += chunk_steps) {
       const int64_t end = std::min(begin + chunk_steps, L);
@@ -204,8 +263,9 @@ void forward_loop(const StatesInputs& in, const PackedWeights& packed_before,
           const void* h_before = steady && s == 0 ? hx.const_data_ptr() : h[s % 2];
           GateProductArgs product = {};
           product.rows = rows;
-          product.K = product.H = H;
-          product.x = rows_of.made(factor.at(h_before, row * h_columns), rows, H, own_rows);
+          product.K = P;
+          product.H = H;
+          product.x = rows_of.made(factor.at(h_before, row * h_columns), rows, P, own_rows);
           product.sums = chunk;
           product.first_row = place(s);
           product.accumulate = true;
@@ -219,7 +279,14 @@ void forward_loop(const StatesInputs& in, const PackedWeights& packed_before,
           step.cell = cell.kind();
           step.c = stored.at(out.cy.mutable_data_ptr(), row * H);
           step.h_factors = factor.at(h[(s + 1) % 2], row * h_columns);
-          step.output = stored.at(out.output.mutable_data_ptr(), first_row * H);
+          if (projects) {
+            step.projects = true;
+            step.h_factors = of_projection.r_factors(projection, row);
+            step.output = keeps_r ? stored.at(out.r.mutable_data_ptr(), first_row * H)
+                                  : of_projection.r(projection, row);
+          } else {
+            step.output = stored.at(out.output.mutable_data_ptr(), first_row * H);
+          }
           if (out.gates.defined()) {
             step.gates = stored.at(out.gates.mutable_data_ptr(), first_row * 4 * H);
             step.c_before = stored.at(out.c_before.mutable_data_ptr(), first_row * H);
@@ -242,7 +309,25 @@ void forward_loop(const StatesInputs& in, const PackedWeights& packed_before,
             layer.step(step, b, e);
           });
         }
-        if (!cut.by_rows) barrier.wait(last - first, s + 1);
+        if (projects) {
+          meet();
+          if (rows > 0 && hr_block < hr_end) {
+            ProjectionArgs project = {};
+            project.rows = rows;
+            project.panels = hr.panels();
+            project.r = of_projection.r_factors(projection, row);
+            if (!project.r)
+              project.r = keeps_r ? stored.at(out.r.const_data_ptr(), first_row * H)
+                                  : of_projection.r(projection, row);
+            project.packed = hr.at(hr_block);
+            project.sums = of_projection.sums(projection, row);
+            project.output = stored.at(out.output.mutable_data_ptr(), first_row * P);
+            project.h_factors = factor.at(h[(s + 1) % 2], row * h_columns);
+            project.reset_next = reset_next ? reset_next + row : nullptr;
+            layer.project(project, hr_block, hr_end);
+          }
+        }
+        meet();
       }
     }
   });
@@ -292,18 +377,20 @@ void forward_by_cells(const LayerInputs& in, const SharedSequence& sequence, con
 }  // namespace
 
 LayerTensors layer_forward(const StatesInputs& in, const LayerExtras& extras,
-                           const PackedWeights& packed) {
-  check_states(in);
+                           const PackedWeights& packed, const Tensor& w_hr) {
+  const bool projects = w_hr.defined() || packed.projection;
+  check_states(in, projects);
   const SharedSequence sequence(in);
-  const int64_t N = sequence.N(), L = sequence.L(), H = in.hx.size(1);
+  const int64_t N = sequence.N(), L = sequence.L(), H = in.cx.size(1), P = in.hx.size(1);
   const at::ScalarType dtype = in.hx.scalar_type();
   LayerTensors out;
-  out.output = defined(in.batch_sizes) ? empty({sequence.S(), H}, dtype) : empty({L, N, H}, dtype);
+  out.output = defined(in.batch_sizes) ? empty({sequence.S(), P}, dtype) : empty({L, N, P}, dtype);
   out.cy = in.cx.clone(at::MemoryFormat::Contiguous);
   if (extras.cells) out.cells = empty(out.output.sizes(), dtype);
   if (extras.training) {
     out.gates = empty_large({sequence.S(), 4 * H}, dtype);
     out.c_before = empty_large({sequence.S(), H}, dtype);
+    if (projects) out.r = empty_large({sequence.S(), H}, dtype);
   }
   if (out.output.numel() == 0) {
     out.hy = in.hx.clone(at::MemoryFormat::Contiguous);
@@ -312,12 +399,12 @@ LayerTensors layer_forward(const StatesInputs& in, const LayerExtras& extras,
   const Kernels& kernels = cpu::kernels(kernel_dtype(dtype));
   const bool plain = !defined(in.batch_sizes) && !defined(in.reset);
   constexpr int64_t kShort = 4;  // steps
-  if (packed.data == nullptr && plain && L < kShort && !kernels.cell.forward_packs(N))
+  if (packed.data == nullptr && plain && !projects && L < kShort && !kernels.cell.forward_packs(N))
     forward_by_cells(in, sequence, kernels, out);
   else
-    forward_loop(in, packed, sequence, kernels, out);
-  out.hy = empty({N, H}, dtype);
-  const int64_t bytes = H * elementSize(dtype);
+    forward_loop(in, packed, w_hr, sequence, kernels, out);
+  out.hy = empty({N, P}, dtype);
+  const int64_t bytes = P * elementSize(dtype);
   for (int64_t row = 0; row < N; ++row)
     std::memcpy(advance(out.hy.mutable_data_ptr(), row * bytes),
                 advance(out.output.const_data_ptr(),

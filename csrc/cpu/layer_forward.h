@@ -192,6 +192,7 @@ void step(const StepArgs& args, int64_t first_block, int64_t last_block) {
   cells.reset_next = args.reset_next;
   cells.reset_h = static_cast<const S*>(args.reset_h);
   cells.reset_c = static_cast<const S*>(args.reset_c);
+  cells.projects = args.projects;
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t unit = block * kWidthOf<S>;
     finish_cells<S>(Cells(), cells, args.rows, unit,

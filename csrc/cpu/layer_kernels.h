@@ -47,6 +47,7 @@ struct StepArgs {
   const bool* reset_next;  // rows that the next step shall find reset; or null
   const void* reset_h;     // [rows, H], to what they are reset; null for zero
   const void* reset_c;
+  bool projects;  // output and h_factors are of h before its projection: not reset
 };
 
 // One time step backward: the gradients of the pre-activations.
@@ -65,14 +66,52 @@ struct StepGradientArgs {
   void* grad_reset_c;        // [rows, H] in the compute type: added to where reset; or null
 };
 
-// grad_h [rows, H] = grad_gates [rows, 4H] W_hh, zero where reset.
+// A matrix [depth, columns] packed by its columns, in blocks of so many vectors of them: 4, or
+// fewer where more threads want a part.
+struct ColumnPanels {
+  int64_t depth, columns, vectors;
+};
+
+// grad_h [rows, P] = grad_gates [rows, 4H] W_hh, zero where reset; P is H without a projection. Of
+// W_hh, [4H, P], the panels.
 struct StateGradientArgs {
-  int64_t rows, H;
+  int64_t rows;
+  ColumnPanels panels;
   const void* grad_gates;  // factors
   const void* packed;
   void* grad_h;  // in the compute type
   const bool* reset;
   void* grad_reset_h;  // as grad_reset_c
+};
+
+// h [rows, P] = r [rows, H] W_hr^T, where r = o * tanh(c'). Of W_hr^T, [H, P], the panels.
+struct ProjectionArgs {
+  int64_t rows;
+  ColumnPanels panels;
+  const void* r;  // factors
+  const void* packed;
+  void* sums;              // [rows, P] in the compute type, to work with
+  void* output;            // [rows, P]
+  void* h_factors;         // [rows, P] as factors, for the next step's product
+  const bool* reset_next;  // as in StepArgs
+};
+
+// The gradient of h from a step's output and from the step after: grad_h += grad_output.
+struct OutputGradientArgs {
+  int64_t rows, P;
+  const void* grad_output;  // [rows, P] or null for zero
+  const void* grad_h;       // [rows, P] in the compute type: from the step after
+  void* sum;                // [rows, P] in the compute type
+  void* factors;            // [rows, P] as factors where those are pairs, else null
+};
+
+// grad_r [rows, H] = grad_h [rows, P] W_hr. Of W_hr, [P, H], the panels.
+struct ProjectionGradientArgs {
+  int64_t rows;
+  ColumnPanels panels;
+  const void* grad_h;  // factors
+  const void* packed;
+  void* grad_r;  // in the compute type
 };
 
 // How packed weights are stored (weight_types.h, integer_weights.h), the last in 8 bits for rows in
@@ -92,20 +131,29 @@ struct WeightKernels {
   void (*gate_product)(const GateProductArgs&, int64_t first_block, int64_t last_block);
 };
 
+// Unit blocks of a whole block of panels.
 inline constexpr int64_t kUnitBlocks = 4;
 // Blocks that the product of a single row takes side by side, or a divisor of it.
 inline constexpr int64_t kSideBlocks = 4;
 
 struct LayerKernels {
   int64_t (*unit_blocks)(int64_t H);
-  int64_t (*column_blocks)(int64_t H);   // those of grad_h, kUnitBlocks unit blocks each
-  int64_t (*sums_per_row)(int64_t H);    // elements
-  int64_t (*packed_columns)(int64_t H);  // elements
-  void (*pack_columns)(const void* w_hh, int64_t H, void* packed, int64_t first, int64_t last);
+  int64_t (*sums_per_row)(int64_t H);  // elements
+  // Of a block of panels, elements; and packing those of a matrix [depth, columns], or of its
+  // transpose.
+  int64_t (*panel_elements)(int64_t depth);
+  void (*pack_columns)(const ColumnPanels&, const void* m, void* packed, int64_t first,
+                       int64_t last);
+  void (*pack_rows)(const ColumnPanels&, const void* m, void* packed, int64_t first, int64_t last);
   WeightKernels weights[kWeightTypes];
   void (*step)(const StepArgs&, int64_t first_block, int64_t last_block);
   void (*step_gradient)(const StepGradientArgs&, int64_t first_block, int64_t last_block);
   void (*state_gradient)(const StateGradientArgs&, int64_t first_block, int64_t last_block);
+  // With a projection, by blocks of the panels; or, the third, by vectors of h.
+  void (*project)(const ProjectionArgs&, int64_t first_block, int64_t last_block);
+  void (*projection_gradient)(const ProjectionGradientArgs&, int64_t first_block,
+                              int64_t last_block);
+  void (*output_gradient)(const OutputGradientArgs&, int64_t first_vector, int64_t last_vector);
   // sums [ceil(rows / kBiasBlockRows), columns] of m [rows, columns], in the compute type.
   void (*block_sums)(const void* m, int64_t rows, int64_t columns, void* sums, int64_t first,
                      int64_t last);

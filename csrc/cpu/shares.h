@@ -13,6 +13,8 @@ namespace lstm_ext::cpu {
 
 // Rows that a thread needs to go on its own; with fewer the halves of the weights pay more.
 inline constexpr int64_t kRowsOfAThread = 24;
+// The same where h is projected: a step is two meetings then, and has fewer weights.
+inline constexpr int64_t kRowsOfAProjectingThread = 8;
 // Multiplications and additions of a step below which threads are not worth their meeting: 64
 // hidden units and one row still gain a quarter.
 inline constexpr int64_t kSharedStepWork = 16 * 1024;
@@ -83,12 +85,14 @@ struct Cut {
   bool by_rows;
   int64_t shares, blocks;
 
-  Cut(const SharedSequence& sequence, int64_t H, int64_t all_blocks) : blocks(all_blocks) {
+  Cut(const SharedSequence& sequence, int64_t H, int64_t all_blocks,
+      int64_t rows_of_a_thread = kRowsOfAThread)
+      : blocks(all_blocks) {
     const int64_t N = sequence.N(), threads = team_size();
     const bool worth_it = N * 4 * H * (H + 16) >= kSharedStepWork;
-    by_rows = N >= 2 * kRowsOfAThread || blocks < 2 || threads == 1;
+    by_rows = N >= 2 * rows_of_a_thread || blocks < 2 || threads == 1;
     shares = !worth_it ? 1
-             : by_rows ? std::clamp<int64_t>(N / kRowsOfAThread, 1, threads)
+             : by_rows ? std::clamp<int64_t>(N / rows_of_a_thread, 1, threads)
                        : std::min(threads, blocks);
   }
 

@@ -1,4 +1,5 @@
 // Compiled as one: most of the time goes to torch's headers (setup.py).
 #include "autograd/cell.cpp"
 #include "autograd/layer.cpp"
+#include "autograd/projected.cpp"
 #include "ops/autocast.cpp"

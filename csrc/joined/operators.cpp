@@ -6,3 +6,4 @@
 #include "ops/composite_layer.cpp"
 #include "ops/layer.cpp"
 #include "ops/lstm.cpp"
+#include "ops/projected.cpp"

@@ -10,6 +10,7 @@
 #include "ops/cell.h"
 #include "ops/layer.h"
 #include "ops/layer_states.h"
+#include "ops/projected.h"
 
 namespace lstm_ext {
 namespace {
@@ -22,17 +23,16 @@ auto caster(at::DeviceType device) {
   };
 }
 
-template <class Call>
-auto with_cast(at::DeviceType device, const CellInputs& in, const Call& call) {
+template <class Cast, class Call>
+auto with_cast(at::DeviceType device, const Cast& cast, const CellInputs& in, const Call& call) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  return std::apply([&, cast = caster(device)](
-                        const auto&... tensor) { return call({cast(tensor)..., in.variant}); },
+  return std::apply([&](const auto&... tensor) { return call({cast(tensor)..., in.variant}); },
                     in.tensors());
 }
 
 LayerOutputs cast_layer(at::DeviceType device, const LayerInputs& in) {
-  return with_cast(device, in, [&](const CellInputs& cell) {
+  return with_cast(device, caster(device), in, [&](const CellInputs& cell) {
     return ops::lstm_layer::call({cell, in.batch_sizes, in.reset, in.reverse});
   });
 }
@@ -47,12 +47,42 @@ LayerOutputs lstm_layer_cpu(c10::DispatchKeySet keys, const LayerInputs& in) {
   return ops::lstm_layer::redispatch(below_autocast(keys), in);
 }
 
+// torch's projection is a linear layer: output and h have the lower precision, and c its own. In
+// between float32 is kept where something is given in it.
+LayerOutputs lstm_layer_projected_cpu(c10::DispatchKeySet keys, const ProjectedInputs& in) {
+  const at::ScalarType low = at::autocast::get_autocast_dtype(at::kCPU);
+  bool whole = false, other = false;
+  const auto look = [&](const Tensor& t) {
+    whole = whole || t.scalar_type() == at::kFloat;
+    other =
+        other || (t.is_floating_point() && t.scalar_type() != at::kFloat && t.scalar_type() != low);
+  };
+  for_each_tensor(look, in);
+  if (other || !whole) {
+    const auto below =
+        keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::AutocastCPU);
+    return ops::lstm_layer_projected::redispatch(below, in);
+  }
+  const auto to_float = [](const auto& tensor) {
+    using Field = std::decay_t<decltype(tensor)>;
+    if constexpr (std::is_same_v<Field, Tensor>)
+      return tensor.to(at::kFloat);
+    else
+      return defined(tensor) ? Field(tensor->to(at::kFloat)) : Field();
+  };
+  auto [output, h, c] = with_cast(at::kCPU, to_float, in, [&](const CellInputs& cell) {
+    return ops::lstm_layer_projected::call(
+        {{cell, in.batch_sizes, in.reset, in.reverse}, to_float(in.w_hr)});
+  });
+  return {output.to(low), h.to(low), c.to(in.cx.scalar_type())};
+}
+
 LayerOutputs lstm_layer_cuda(const LayerInputs& in) { return cast_layer(at::kCUDA, in); }
 
 StatesOutputs cast_states(at::DeviceType device, const StatesInputs& in) {
   const auto cast = caster(device);
   const auto reset_hx = cast(in.reset_hx), reset_cx = cast(in.reset_cx);
-  return with_cast(device, in, [&](const CellInputs& cell) {
+  return with_cast(device, cast, in, [&](const CellInputs& cell) {
     return ops::lstm_layer_states::call(
         {{cell, in.batch_sizes, in.reset, in.reverse}, reset_hx, reset_cx});
   });
@@ -66,7 +96,7 @@ StatesOutputs lstm_layer_states_cpu(c10::DispatchKeySet keys, const StatesInputs
 StatesOutputs lstm_layer_states_cuda(const StatesInputs& in) { return cast_states(at::kCUDA, in); }
 
 CellOutputs lstm_cell_cuda(const CellInputs& in) {
-  return with_cast(at::kCUDA, in,
+  return with_cast(at::kCUDA, caster(at::kCUDA), in,
                    [](const CellInputs& cell) { return ops::lstm_cell::call(cell); });
 }
 
@@ -75,6 +105,7 @@ CellOutputs lstm_cell_cuda(const CellInputs& in) {
 TORCH_LIBRARY_IMPL(lstm_ext, AutocastCPU, m) {
   ops::lstm_layer::implement_with_keys<lstm_layer_cpu>(m);
   ops::lstm_layer_states::implement_with_keys<lstm_layer_states_cpu>(m);
+  ops::lstm_layer_projected::implement_with_keys<lstm_layer_projected_cpu>(m);
 }
 
 TORCH_LIBRARY_IMPL(lstm_ext, AutocastCUDA, m) {

@@ -43,12 +43,13 @@ void check_variant(const CellInputs& in, const c10::SymInt& H) {
               defined(in.unit_weights) ? c10::str(in.unit_weights->sym_sizes()) : "none");
 }
 
-bool sizes_fit(const CellInputs& in) {
+bool sizes_fit(const CellInputs& in, bool projected) {
   for (const at::Tensor* t : {&in.input, &in.hx, &in.cx, &in.w_ih, &in.w_hh})
     if (t->dim() != 2) return false;
-  const c10::SymInt N = in.input.sym_size(0), I = in.input.sym_size(1), H = in.w_hh.sym_size(1);
+  const c10::SymInt N = in.input.sym_size(0), I = in.input.sym_size(1), P = in.w_hh.sym_size(1);
+  const c10::SymInt H = projected ? in.cx.sym_size(1) : P;
   const c10::SymInt gates = H * 4;
-  return in.hx.sym_size(0) == N && in.hx.sym_size(1) == H && in.cx.sym_size(0) == N &&
+  return in.hx.sym_size(0) == N && in.hx.sym_size(1) == P && in.cx.sym_size(0) == N &&
          in.cx.sym_size(1) == H && in.w_ih.sym_size(0) == gates && in.w_ih.sym_size(1) == I &&
          in.w_hh.sym_size(0) == gates && bias_fits(in.b_ih, gates) && bias_fits(in.b_hh, gates) &&
          variant_fits(in, H);

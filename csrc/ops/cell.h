@@ -140,7 +140,8 @@ bool bias_fits(const std::optional<at::Tensor>& bias, const c10::SymInt& size);
 bool variant_fits(const CellInputs& in, const c10::SymInt& H);
 void check_variant(const CellInputs& in, const c10::SymInt& H);
 // Whether every tensor has the number of dimensions and the size that CellInputs gives.
-bool sizes_fit(const CellInputs& in);
+// Of a projected cell, hx [N, P] and w_hh [4H, P] are as wide as the projection.
+bool sizes_fit(const CellInputs& in, bool projected = false);
 // Whether all are strided, on one device, of one dtype that the fused kernels compute in.
 bool all_alike(const CellInputs& in);
 // Whether the fused kernels take these tensors: both.

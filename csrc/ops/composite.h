@@ -5,6 +5,7 @@
 #include "ops/cell.h"
 #include "ops/layer.h"
 #include "ops/layer_states.h"
+#include "ops/projected.h"
 
 namespace lstm_ext::composite {
 
@@ -13,6 +14,11 @@ CellTrainingOutputs cell_forward(const CellInputs& in);
 at::Tensor cell_gates(const CellInputs& in);
 Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
                         const CellResults& results, const Wanted& wanted);
+// The same with hx [N, P] and w_hh [4H, P], of a layer that projects h: h' is r, from which it
+// does.
+CellTrainingOutputs projected_cell_forward(const CellInputs& in);
+Gradients projected_cell_backward(const CellOutputGradients& grads, const CellInputs& in,
+                                  const CellResults& results, const Wanted& wanted);
 
 // The gradients of the units' own weights [P, H], summed over rows: from the activated gates
 // [S, 4H], the c that each row started from, and the gradients of the pre-activations [S, 4H].
@@ -34,6 +40,13 @@ StatesGradients layer_states_backward(const StatesOutputGradients& grads, const 
 // The first rows of h or c, with those of value, or zeros, in those that time t starts anew.
 at::Tensor reset_to(const std::optional<at::Tensor>& value, const at::Tensor& state,
                     const LayerInputs& in, int64_t t);
+// Of a layer that projects h.
+ProjectedTrainingOutputs projected_forward(const ProjectedInputs& in);
+LayerOutputs projected(const ProjectedInputs& in);
+ProjectedGradients projected_backward(const LayerOutputGradients& grads, const ProjectedInputs& in,
+                                      const ProjectedResults& results,
+                                      const ProjectedWanted& wanted);
+// The first rows of h or c, with zeros in those that time t starts anew.
 at::Tensor reset_to_zero(const at::Tensor& state, const LayerInputs& in, int64_t t);
 
 }  // namespace lstm_ext::composite

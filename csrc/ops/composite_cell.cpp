@@ -29,15 +29,16 @@ void check_given(const at::Tensor& tensor, const char* name) {
 }
 
 // All there, all on meta or none, and no size that operations would broadcast or find too late.
-void check_inputs(const CellInputs& in) {
+void check_inputs(const CellInputs& in, bool projected) {
   check_given(in.input, "input");
   check_given(in.hx, "hx");
   check_given(in.cx, "cx");
   check_given(in.w_ih, "w_ih");
   check_given(in.w_hh, "w_hh");
   check_one_device(in);
-  check_variant(in, in.w_hh.dim() == 2 ? in.w_hh.sym_size(1) : c10::SymInt(0));
-  TORCH_CHECK(sizes_fit(in),
+  const at::Tensor& of_size_H = projected ? in.cx : in.w_hh;
+  check_variant(in, of_size_H.dim() == 2 ? of_size_H.sym_size(1) : c10::SymInt(0));
+  TORCH_CHECK(sizes_fit(in, projected),
               "expected an input (N, I), states (N, H), weights (4H, I) and (4H, H), and biases "
               "(4H) or None; got an input of shape ",
               in.input.sym_sizes(), ", states of ", in.hx.sym_sizes(), " and ", in.cx.sym_sizes(),
@@ -83,8 +84,8 @@ struct Activated {
   at::Tensor cy, hy;
 };
 
-Activated activate(const CellInputs& in) {
-  check_inputs(in);
+Activated activate(const CellInputs& in, bool projected) {
+  check_inputs(in, projected);
   const TensorGates pre =
       quarters(at::linear(in.input, in.w_ih, in.b_ih) + at::linear(in.hx, in.w_hh, in.b_hh));
   const auto weights = rows_of(in.unit_weights);
@@ -98,11 +99,16 @@ Activated activate(const CellInputs& in) {
 
 }  // namespace
 
-at::Tensor cell_gates(const CellInputs& in) { return join(activate(in).gates); }
+at::Tensor cell_gates(const CellInputs& in) { return join(activate(in, false).gates); }
 
 CellTrainingOutputs cell_forward(const CellInputs& in) {
   if (verbose()) log_path("lstm_cell", in.input, in.hx, "plain tensor operations");
-  Activated out = activate(in);
+  Activated out = activate(in, false);
+  return {std::move(out.hy), std::move(out.cy), join(out.gates)};
+}
+
+CellTrainingOutputs projected_cell_forward(const CellInputs& in) {
+  Activated out = activate(in, true);
   return {std::move(out.hy), std::move(out.cy), join(out.gates)};
 }
 
@@ -121,11 +127,13 @@ at::Tensor unit_gradients(int64_t variant, const at::Tensor& gates, const at::Te
   return at::stack(sums).sum(1).to(cx.scalar_type());
 }
 
-Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
-                        const CellResults& results, const Wanted& wanted) {
-  check_inputs(in);
+namespace {
+
+Gradients backward(const CellOutputGradients& grads, const CellInputs& in,
+                   const CellResults& results, const Wanted& wanted, bool projected) {
+  check_inputs(in, projected);
   check_given(results.gates, "gates");
-  check_backward_sizes(grads, in.hx, results);
+  check_backward_sizes(grads, in.cx, results);
   const TensorGates gates = quarters(results.gates);
   const at::Tensor grad_hy = defined(grads.hy) ? *grads.hy : at::zeros_like(in.cx);
   // To add -0 changes nothing, the sign of a zero neither.
@@ -149,6 +157,18 @@ Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
   if (wanted.unit_weights)
     to.unit_weights = unit_gradients(in.variant, results.gates, in.cx, grad_gates);
   return to;
+}
+
+}  // namespace
+
+Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
+                        const CellResults& results, const Wanted& wanted) {
+  return backward(grads, in, results, wanted, false);
+}
+
+Gradients projected_cell_backward(const CellOutputGradients& grads, const CellInputs& in,
+                                  const CellResults& results, const Wanted& wanted) {
+  return backward(grads, in, results, wanted, true);
 }
 
 }  // namespace composite

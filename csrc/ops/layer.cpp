@@ -13,19 +13,20 @@ namespace lstm_ext {
 namespace {
 
 // Whether the input is a batch, padded or packed, of as many sequences as there are states.
-bool states_fit(const LayerInputs& in) {
+bool states_fit(const LayerInputs& in, bool projected) {
   const bool packed = defined(in.batch_sizes);
   return in.input.dim() == (packed ? 2 : 3) && in.hx.dim() == 2 && in.cx.dim() == 2 &&
-         in.hx.sym_sizes() == in.cx.sym_sizes() &&
+         in.hx.sym_size(0) == in.cx.sym_size(0) &&
+         (projected || in.hx.sym_size(1) == in.cx.sym_size(1)) &&
          (packed || in.input.sym_size(1) == in.hx.sym_size(0));
 }
 
 }  // namespace
 
-bool sizes_fit(const LayerInputs& in) {
+bool sizes_fit(const LayerInputs& in, bool projected) {
   const CellInputs recurrent = {in.hx,   in.hx,   in.cx,           in.w_hh,   in.w_hh,
                                 in.b_ih, in.b_hh, in.unit_weights, in.variant};
-  return states_fit(in) && sizes_fit(recurrent) && in.w_ih.dim() == 2 &&
+  return states_fit(in, projected) && sizes_fit(recurrent, projected) && in.w_ih.dim() == 2 &&
          in.w_ih.sym_size(0) == in.w_hh.sym_size(0) && in.w_ih.sym_size(1) == in.input.sym_size(-1);
 }
 
@@ -50,8 +51,8 @@ bool fusable(const StatesInputs& in) {
   return fusable(layer) && reset_state_fits(in.reset_hx, in) && reset_state_fits(in.reset_cx, in);
 }
 
-void check_states(const StatesInputs& in) {
-  check_sequence(in);
+void check_states(const StatesInputs& in, bool projected) {
+  check_sequence(in, projected);
   const auto check = [&](const std::optional<at::Tensor>& state, const char* name) {
     if (!defined(state)) return;
     TORCH_CHECK(defined(in.reset), name, " is for a call with reset");
@@ -64,9 +65,10 @@ void check_states(const StatesInputs& in) {
   check(in.reset_cx, "reset_cx");
 }
 
-void check_sequence(const LayerInputs& in) {
-  TORCH_CHECK(states_fit(in), "input and states do not fit each other: got an input of shape ",
-              in.input.sizes(), ", states of ", in.hx.sizes(), " and ", in.cx.sizes());
+void check_sequence(const LayerInputs& in, bool projected) {
+  TORCH_CHECK(states_fit(in, projected),
+              "input and states do not fit each other: got an input of shape ", in.input.sizes(),
+              ", states of ", in.hx.sizes(), " and ", in.cx.sizes());
   if (defined(in.batch_sizes)) {
     const at::Tensor& sizes = *in.batch_sizes;
     TORCH_CHECK(sizes.dim() == 1 && sizes.scalar_type() == at::kLong && sizes.is_cpu(),
@@ -99,13 +101,13 @@ void check_sequence(const LayerInputs& in) {
   }
 }
 
-void check_packed_inputs(const LayerInputs& in) {
+void check_packed_inputs(const LayerInputs& in, bool projected) {
   const at::Tensor &input = in.input, &hx = in.hx, &cx = in.cx;
-  bool fits = fused_dtype(input.scalar_type()) && states_fit(in);
+  bool fits = fused_dtype(input.scalar_type()) && states_fit(in, projected);
   for (const at::Tensor* t : {&input, &hx, &cx}) fits = fits && alike(*t, input);
   for (const auto* bias : {&in.b_ih, &in.b_hh})
-    fits = fits && bias_fits(*bias, 4 * hx.size(1)) && (!defined(*bias) || alike(**bias, input));
-  if (fits) check_variant(in, hx.size(1));
+    fits = fits && bias_fits(*bias, 4 * cx.size(1)) && (!defined(*bias) || alike(**bias, input));
+  if (fits) check_variant(in, cx.size(1));
   fits = fits && (!defined(in.unit_weights) || alike(*in.unit_weights, input));
   TORCH_CHECK(fits,
               "lstm_layer_packed: input, states and biases do not fit each other: got an input of ",
@@ -123,7 +125,7 @@ void check_backward_sizes(const LayerOutputGradients& grads, const LayerInputs& 
   check(grads.output, output);
   check(grads.hy, in.hx.sizes());
   check(grads.cy, in.cx.sizes());
-  const int64_t H = in.hx.size(1),
+  const int64_t H = in.cx.size(1),
                 S = in.input.size(0) * (defined(in.batch_sizes) ? 1 : in.input.size(1));
   const auto has = [](const at::Tensor& tensor, int64_t rows, int64_t columns) {
     return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns;
@@ -134,22 +136,17 @@ void check_backward_sizes(const LayerOutputGradients& grads, const LayerInputs& 
               "lstm_layer_forward");
 }
 
-namespace {
-
-template <class Grads>
-void check_backward_types(const Grads& grads, const LayerInputs& in, const LayerResults& results) {
-  for_each_tensor(
-      [&](const at::Tensor& grad) {
-        TORCH_CHECK(alike(grad, in.hx), "lstm_layer_backward: a gradient must have the states' ",
-                    "dtype ", in.hx.scalar_type(), " and device ", in.hx.device());
-      },
-      grads);
+void check_alike_for_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                              const LayerResults& results) {
+  const auto check = [&](const at::Tensor& grad) {
+    TORCH_CHECK(alike(grad, in.hx), "lstm_layer_backward: a gradient must have the states' ",
+                "dtype ", in.hx.scalar_type(), " and device ", in.hx.device());
+  };
+  for_each_tensor(check, grads);
   TORCH_CHECK(!any_tensor([&](const at::Tensor& t) { return !alike(t, in.hx); }, results),
               "lstm_layer_backward: output, gates and c_before must be those of "
               "lstm_layer_forward");
 }
-
-}  // namespace
 
 void check_backward_sizes(const StatesOutputGradients& grads, const StatesInputs& in,
                           const LayerResults& results) {
@@ -165,14 +162,17 @@ void check_backward(const StatesOutputGradients& grads, const StatesInputs& in,
                     const LayerResults& results) {
   check_states(in);
   check_backward_sizes(grads, in, results);
-  check_backward_types(grads, in, results);
+  check_alike_for_backward(grads, in, results);
+  TORCH_CHECK(!defined(grads.cells) || alike(*grads.cells, in.hx),
+              "lstm_layer_backward: a gradient must have the states' dtype ", in.hx.scalar_type(),
+              " and device ", in.hx.device());
 }
 
 void check_backward(const LayerOutputGradients& grads, const LayerInputs& in,
                     const LayerResults& results) {
   check_sequence(in);
   check_backward_sizes(grads, in, results);
-  check_backward_types(grads, in, results);
+  check_alike_for_backward(grads, in, results);
 }
 
 TORCH_LIBRARY_FRAGMENT(lstm_ext, m) {

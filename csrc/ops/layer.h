@@ -105,11 +105,13 @@ struct lstm_layer_backward
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 };
 // Inference over weights packed before: w_ih and w_hh in the layout of this processor's kernels.
-// weights: how they are stored, 0 as the products take them, 1 in bfloat16 (for float32).
+// weights: how they are stored, 0 as the products take them, 1 in bfloat16 (for float32). With w_hr
+// [P, H], as the products take it in any case, h is projected (ops/projected.h).
 struct lstm_layer_pack
-    : Operator<lstm_layer_pack, at::Tensor(const at::Tensor&, const at::Tensor&, int64_t)> {
+    : Operator<lstm_layer_pack, at::Tensor(const at::Tensor&, const at::Tensor&, int64_t,
+                                           const std::optional<at::Tensor>&)> {
   static constexpr char kSchema[] =
-      "lstm_layer_pack(Tensor w_ih, Tensor w_hh, int weights=0) -> Tensor";
+      "lstm_layer_pack(Tensor w_ih, Tensor w_hh, int weights=0, Tensor? w_hr=None) -> Tensor";
 };
 struct lstm_layer_packed : Operator<lstm_layer_packed, LayerOutputs(const PackedLayerInputs&)> {
   static constexpr char kSchema[] =
@@ -122,19 +124,23 @@ struct lstm_layer_packed : Operator<lstm_layer_packed, LayerOutputs(const Packed
 }  // namespace ops
 
 // Whether input, states, weights and biases fit each other, whatever the number of steps.
-bool sizes_fit(const LayerInputs& in);
+// Of a projected layer, hx and w_hh are as wide as the projection.
+bool sizes_fit(const LayerInputs& in, bool projected = false);
 // Whether the fused kernels take these tensors.
 bool fusable(const LayerInputs& in);
 // Raises an error that says what is wrong with batch_sizes or reset.
-void check_sequence(const LayerInputs& in);
+void check_sequence(const LayerInputs& in, bool projected = false);
 // Raises an error unless the gradients and the forward's results have the sizes that the inputs
 // give; and, for the kernels, are like the states.
 void check_backward_sizes(const LayerOutputGradients& grads, const LayerInputs& in,
                           const LayerResults& results);
 void check_backward(const LayerOutputGradients& grads, const LayerInputs& in,
                     const LayerResults& results);
+// The last part of it alone.
+void check_alike_for_backward(const LayerOutputGradients& grads, const LayerInputs& in,
+                              const LayerResults& results);
 // Raises an error unless everything but the weights fits the kernels of packed weights.
-void check_packed_inputs(const LayerInputs& in);
+void check_packed_inputs(const LayerInputs& in, bool projected);
 
 // While it lives, the output of a layer is not seen by a user, who could change it in place before
 // backward: this thread's calls of the layer need not copy it for backward.

@@ -19,6 +19,9 @@ struct StatesInputs : LayerInputs {
   const std::optional<at::Tensor>& reset_hx;
   const std::optional<at::Tensor>& reset_cx;
 
+  auto tensors() const {
+    return std::tuple_cat(LayerInputs::tensors(), std::tie(reset_hx, reset_cx));
+  }
   auto fields() const {
     return std::tuple_cat(LayerInputs::fields(), std::tie(reset_hx, reset_cx));
   }
@@ -120,7 +123,7 @@ inline bool reset_by_step(const std::optional<at::Tensor>& state) {
 // As for a layer; and whether the kernels take the states of resets.
 bool fusable(const StatesInputs& in);
 // As for a layer; and an error that says what is wrong with the states of resets.
-void check_states(const StatesInputs& in);
+void check_states(const StatesInputs& in, bool projected = false);
 void check_backward_sizes(const StatesOutputGradients& grads, const StatesInputs& in,
                           const LayerResults& results);
 void check_backward(const StatesOutputGradients& grads, const StatesInputs& in,

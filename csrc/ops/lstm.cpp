@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "core/cells.h"
+#include "ops/projected.h"
 
 namespace lstm_ext {
 namespace {
@@ -61,9 +62,23 @@ LayerOutputs run_layers(const LSTMInputs& in, int64_t weights_per_layer, const L
 
 OptionalTensors to_vector(const TensorList& list) { return {list.begin(), list.end()}; }
 
+LayerOutputs projected_lstm(const LSTMInputs& in) {
+  constexpr int64_t kWeights = kLayerWeights + 1;
+  return run_layers(in, kWeights,
+                    [&](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c,
+                        const std::optional<at::Tensor>* w, bool reverse) {
+                      const LayerInputs layer = {{input, h, c, required(w[0]), required(w[1]), w[2],
+                                                  w[3], unit_weights(in, w + kWeights), in.variant},
+                                                 in.batch_sizes,
+                                                 in.reset,
+                                                 reverse};
+                      return ops::lstm_layer_projected::call({layer, required(w[kLayerWeights])});
+                    });
+}
+
 LayerOutputs lstm_op(const LSTMArguments& in) {
   return lstm({in.input, in.hx, in.cx, to_vector(in.weights), in.bidirectional, in.dropout,
-               in.batch_sizes, in.reset, in.variant});
+               in.batch_sizes, in.reset, in.variant, in.projects});
 }
 
 LayerOutputs lstm_packed_op(const PackedLSTMArguments& in) {
@@ -74,6 +89,7 @@ LayerOutputs lstm_packed_op(const PackedLSTMArguments& in) {
 }  // namespace
 
 LayerOutputs lstm(const LSTMInputs& in) {
+  if (in.projects) return projected_lstm(in);
   return run_layers(
       in, kLayerWeights,
       [&](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c,

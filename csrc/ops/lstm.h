@@ -22,10 +22,11 @@ struct LSTMInputs {
   double dropout;                                // after each layer but the last
   const std::optional<at::Tensor>& batch_sizes;  // as in LayerInputs
   const std::optional<at::Tensor>& reset;
-  int64_t variant;  // of CellInputs
+  int64_t variant;        // of CellInputs
+  bool projects = false;  // then hx [K D, N, P]; packed weights say it themselves
 };
-// w_ih, w_hh, b_ih, b_hh; or the result of lstm_layer_pack, b_ih, b_hh. Behind them, the weights of
-// the units where the cell has some.
+// w_ih, w_hh, b_ih, b_hh; or the result of lstm_layer_pack, b_ih, b_hh. Behind them, w_hr where h
+// is projected, and the weights of the units where the cell has some.
 inline constexpr int64_t kLayerWeights = 4;
 inline constexpr int64_t kPackedLayerWeights = 3;
 
@@ -41,9 +42,10 @@ struct LSTMArguments {
   const std::optional<at::Tensor>& batch_sizes;
   const std::optional<at::Tensor>& reset;
   int64_t variant;
+  bool projects;
   auto fields() const {
     return std::tuple_cat(std::tie(input, hx, cx, weights), std::tuple(bidirectional, dropout),
-                          std::tie(batch_sizes, reset), std::tuple(variant));
+                          std::tie(batch_sizes, reset), std::tuple(variant, projects));
   }
 };
 struct PackedLSTMArguments {
@@ -63,11 +65,12 @@ struct PackedLSTMArguments {
 
 namespace ops {
 
-// All layers and directions: w_ih, w_hh, b_ih, b_hh of each, and unit_weights where there are some.
+// All layers and directions: w_ih, w_hh, b_ih, b_hh of each, w_hr if projects, and unit_weights
+// where there are some.
 struct lstm : Operator<lstm, LayerOutputs(const LSTMArguments&)> {
   static constexpr char kSchema[] =
       "lstm(Tensor input, Tensor hx, Tensor cx, Tensor?[] weights, bool bidirectional, "
-      "float dropout, Tensor? batch_sizes, Tensor? reset, int variant=0) "
+      "float dropout, Tensor? batch_sizes, Tensor? reset, int variant=0, bool projects=False) "
       "-> (Tensor, Tensor, Tensor)";
 };
 // The same for inference: packed weights, b_ih, b_hh of each, and unit_weights.

@@ -81,10 +81,10 @@ PyObject* call_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
 
 // What the modules' own checks would find right.
 bool usual(const at::Tensor& input, int64_t I, const at::Tensor& h, const at::Tensor& c,
-           at::IntArrayRef h_sizes) {
+           at::IntArrayRef h_sizes, at::IntArrayRef c_sizes) {
   return input.is_cpu() && input.layout() == at::kStrided &&
          !input.unsafeGetTensorImpl()->has_symbolic_sizes_strides() && input.numel() > 0 &&
-         input.size(-1) == I && h.sizes() == h_sizes && c.sizes() == h_sizes &&
+         input.size(-1) == I && h.sizes() == h_sizes && c.sizes() == c_sizes &&
          h.scalar_type() == input.scalar_type() && c.scalar_type() == input.scalar_type() &&
          h.is_cpu() && c.is_cpu() && h.layout() == at::kStrided && c.layout() == at::kStrided;
 }
@@ -100,10 +100,10 @@ bool unpack_states(PyObject* arg, std::optional<at::Tensor>& h, std::optional<at
 
 // Two zero states: two tensors, for a user may write into one.
 void zeros_if_none(std::optional<at::Tensor>& h, std::optional<at::Tensor>& c,
-                   at::IntArrayRef sizes, const at::Tensor& input) {
+                   at::IntArrayRef h_sizes, at::IntArrayRef c_sizes, const at::Tensor& input) {
   if (h) return;
-  h = at::zeros(sizes, input.options());
-  c = at::zeros(sizes, input.options());
+  h = at::zeros(h_sizes, input.options());
+  c = at::zeros(c_sizes, input.options());
 }
 
 template <bool Packed>
@@ -127,21 +127,22 @@ PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
   std::optional<OptionalTensors> weights =
       Packed ? read_packed_weights(args[0], *options) : read_weights(args[0], *options);
   if (!weights) Py_RETURN_NONE;
-  const int64_t h_sizes[] = {options->states(), N, H};
-  zeros_if_none(h, c, h_sizes, input);
-  if (!usual(input, I, *h, *c, h_sizes)) Py_RETURN_NONE;
-  constexpr size_t kPerLayer = Packed ? kPackedLayerWeights : kLayerWeights;
+  const int64_t h_sizes[] = {options->states(), N, options->h_size()};
+  const int64_t c_sizes[] = {options->states(), N, H};
+  zeros_if_none(h, c, h_sizes, c_sizes, input);
+  if (!usual(input, I, *h, *c, h_sizes, c_sizes)) Py_RETURN_NONE;
   for (size_t k = 0; k < weights->size(); ++k) {
-    const bool of_bytes = Packed && k % kPerLayer == 0;
+    const bool of_bytes = Packed && k % kPackedLayerWeights == 0;
     const auto& weight = (*weights)[k];
     if (weight && !of_bytes && weight->scalar_type() != input.scalar_type()) Py_RETURN_NONE;
   }
   const bool transposed = options->batch_first && !batch_sizes;
   if (transposed) input = input.transpose(0, 1);
-  const bool brief = input.numel() / I * 4 * H * (I + H) * h_sizes[0] < kBriefWork;
+  const bool brief = input.numel() / I * 4 * H * (I + H) * c_sizes[0] < kBriefWork;
   auto [output, h_n, c_n] = without_lock(brief, [&] {
     const LSTMInputs in = {input, *h,          *c,           *weights,  options->directions == 2,
-                           0,     batch_sizes, std::nullopt, kPlainCell};
+                           0,     batch_sizes, std::nullopt, kPlainCell,
+                           options->proj_size > 0};
     return Packed ? lstm_packed(in) : lstm(in);
   });
   if (transposed) output = output.transpose(0, 1);
@@ -166,7 +167,8 @@ PyObject* call_cell_module(PyObject* /*module*/, PyObject* const* args, Py_ssize
     if (!sizes || !input.is_cpu() || input.layout() != at::kStrided ||
         input.unsafeGetTensorImpl()->has_symbolic_sizes_strides())
       Py_RETURN_NONE;
-    zeros_if_none(h, c, {input.size(0), sizes->hidden}, input);
+    const int64_t state[] = {input.size(0), sizes->hidden};
+    zeros_if_none(h, c, state, state, input);
   } else if (h->dim() != 2 || c->dim() != 2) {
     Py_RETURN_NONE;
   }
@@ -192,7 +194,8 @@ PyObject* call_frozen_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize
   const int64_t N = input.sym_size(0).maybe_as_int().value_or(-1);
   if (N < 0 || !sizes) Py_RETURN_NONE;
   const auto [I, H] = *sizes;
-  zeros_if_none(h, c, {N, H}, input);
+  const int64_t h_sizes[] = {N, H};
+  zeros_if_none(h, c, h_sizes, h_sizes, input);
   const auto& [w_ih, w_hh, b_ih, b_hh] = cell->plain;
   if (has_plain && !packed_cell_is_faster(input, H)) {
     // Packed weights refuse to be differentiated through, in any size.
@@ -203,8 +206,7 @@ PyObject* call_frozen_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize
     auto [hy, cy] = without_lock(brief(in), [&] { return ops::lstm_cell::call(in); });
     return wrap(std::move(hy), std::move(cy));
   }
-  const int64_t h_sizes[] = {N, H};
-  if (!usual(input, I, *h, *c, h_sizes)) Py_RETURN_NONE;
+  if (!usual(input, I, *h, *c, h_sizes, h_sizes)) Py_RETURN_NONE;
   const bool is_brief = N * 4 * H * (I + H) < kBriefWork;
   auto [output, h_n, c_n] = without_lock(is_brief, [&] {
     return ops::lstm_layer_packed::call({input.unsqueeze(0), *h, *c, cell->packed, b_ih, b_hh,

@@ -89,14 +89,13 @@ std::optional<LSTMOptions> read_options(PyObject* dict) {
   const Names& n = names();
   LSTMOptions options = {};
   bool bidirectional = false, training = false;
-  int64_t proj_size = 0;
   if (!read_bool(dict, n.bias, options.bias) ||
       !read_bool(dict, n.batch_first, options.batch_first) ||
       !read_bool(dict, n.bidirectional, bidirectional) || !read_bool(dict, n.training, training) ||
       !read_int(dict, n.input_size, options.input_size) ||
       !read_int(dict, n.hidden_size, options.hidden_size) ||
       !read_int(dict, n.num_layers, options.num_layers) ||
-      !read_int(dict, n.proj_size, proj_size) || proj_size != 0)
+      !read_int(dict, n.proj_size, options.proj_size) || options.proj_size < 0)
     return std::nullopt;
   if (look_up(dict, n.variant) != nullptr) return std::nullopt;
   PyObject* const dropout = look_up(dict, n.dropout);
@@ -116,21 +115,26 @@ std::optional<OptionalTensors> read_weights(PyObject* dict, const LSTMOptions& o
   PyObject* const flat = list_in(dict, n.flat_weights);
   PyObject* const flat_names = list_in(dict, n.flat_weights_names);
   if (parameters == nullptr || flat == nullptr || flat_names == nullptr) return std::nullopt;
-  const Py_ssize_t given = options.bias ? 4 : 2, count = options.states() * given;
+  const int64_t per_layer = options.weights_per_layer();
+  const Py_ssize_t biases = options.bias ? 2 : 0;
+  const Py_ssize_t given = 2 + biases + (per_layer - kLayerWeights);
+  const Py_ssize_t count = options.states() * given;
   if (PyList_GET_SIZE(flat) != count || PyList_GET_SIZE(flat_names) != count) return std::nullopt;
-  OptionalTensors weights(options.states() * kLayerWeights);
+  OptionalTensors weights(options.states() * per_layer);
+  // Of the projection, the last.
+  const auto place = [&](Py_ssize_t k) { return k < 2 + biases ? k : kLayerWeights; };
   for (Py_ssize_t k = 0; k < count; ++k) {
     PyObject* const weight = parameter(dict, parameters, PyList_GET_ITEM(flat_names, k));
     if (weight == nullptr || weight == Py_None || weight != PyList_GET_ITEM(flat, k) ||
-        !unpack(weight, weights[k / given * kLayerWeights + k % given]))
+        !unpack(weight, weights[k / given * per_layer + place(k % given)]))
       return std::nullopt;
   }
-  const int64_t H = options.hidden_size;
+  const int64_t H = options.hidden_size, P = options.h_size();
   for (int64_t k = 0; k < options.states(); ++k) {
-    const auto* w = weights.data() + k * kLayerWeights;
-    const int64_t I = k < options.directions ? options.input_size : H * options.directions;
-    if (!has_shape(w[0], 4 * H, I) || !has_shape(w[1], 4 * H, H) || !bias_fits(w[2], 4 * H) ||
-        !bias_fits(w[3], 4 * H))
+    const auto* w = weights.data() + k * per_layer;
+    const int64_t I = k < options.directions ? options.input_size : P * options.directions;
+    if (!has_shape(w[0], 4 * H, I) || !has_shape(w[1], 4 * H, P) || !bias_fits(w[2], 4 * H) ||
+        !bias_fits(w[3], 4 * H) || (options.proj_size > 0 && !has_shape(w[kLayerWeights], P, H)))
       return std::nullopt;
   }
   return weights;

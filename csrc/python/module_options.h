@@ -17,16 +17,19 @@ bool unpack(PyObject* arg, std::optional<at::Tensor>& tensor);
 
 struct LSTMOptions {
   int64_t input_size, hidden_size, num_layers, directions;
+  int64_t proj_size;  // 0 without a projection
   bool bias, batch_first;
   int64_t states() const { return num_layers * directions; }
+  int64_t h_size() const { return proj_size > 0 ? proj_size : hidden_size; }
+  int64_t weights_per_layer() const { return kLayerWeights + (proj_size > 0 ? 1 : 0); }
 };
 
 // None where torch.nn.LSTM or lstm_ext/_call.py has to decide: an option of another type than at
-// construction, another cell than torch's, projections, dropout that is to be drawn,
+// construction, another cell than torch's, dropout that is to be drawn,
 // checkpoint_every.
 std::optional<LSTMOptions> read_options(PyObject* module_dict);
 
-// The weights of a torch.nn.LSTM, four for each layer and direction. None unless each is a
+// The weights of a torch.nn.LSTM, as ops/lstm.h orders those of each layer and direction. None unless each is a
 // parameter of the module and the same tensor in _flat_weights, of the size of the options.
 std::optional<OptionalTensors> read_weights(PyObject* module_dict, const LSTMOptions& options);
 

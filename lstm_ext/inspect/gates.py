@@ -332,13 +332,17 @@ class _Run:
             projects=self.w.w_hr is not None,
             needs_ours=True,
         )
-        if _backend.why_layer_by_torch(input, call):
+        both = self.w.w_hr is not None and self.reset_hx is not None  # which no kernel has
+        if both or _backend.why_layer_by_torch(input, call):
             return self.in_steps(input, h, c)
         arguments = (
             input, h, c, *self.w[:4], self.batch_sizes, self.reset, self.reverse,
             self.w.unit_weights, self.cell.number,
         )  # fmt: skip
-        if self.reset_hx is None:
+        if self.w.w_hr is not None:
+            forward = _ops.lstm_layer_projected_forward
+            output, _, c_n, gates, c_before, _ = forward(*arguments, self.w.w_hr)
+        elif self.reset_hx is None:
             output, _, c_n, gates, c_before = _ops.lstm_layer_forward(*arguments)
         else:
             output, _, c_n, _, gates, c_before = _ops.lstm_layer_states_forward(

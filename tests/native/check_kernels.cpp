@@ -223,7 +223,7 @@ void check_step(const Table& table, const Step& step, double terms) {
   const auto reset = std::make_unique<bool[]>(N);
   reset[N - 1] = true;
   layer.step({N, H, chunk, 0, b_ih.data(), b_hh.data(), kPlain, c_state.data(), h_state.data(),
-              output.data(), gates_bytes.data(), c_before.data(), reset.get()},
+              output.data(), gates_bytes.data(), c_before.data(), reset.get(), false},
              0, blocks);
   Values c_next = cy, h_next = hy;
   std::fill_n(c_next.end() - H, H, 0.0);
@@ -336,19 +336,87 @@ void check_weights(const Table& of_layer, const char* name,
               static_cast<long>(K), static_cast<long>(H));
 }
 
+int64_t blocks_of(const lstm_ext::cpu::LayerKernels& layer,
+                  const lstm_ext::cpu::ColumnPanels& panels) {
+  return (layer.unit_blocks(panels.columns) + panels.vectors - 1) / panels.vectors;
+}
+
+// h = r W_hr^T, which the last row forgets before the next step, and the gradients of both, of
+// panels that whole blocks share, and of such as are cut for more threads. P: as I.
+void check_projection(const Table& table, int64_t N, int64_t P, int64_t H) {
+  if (P == 0) return;
+  const auto& layer = table.kernels->layer;
+  const Dtype dtype = table.dtype, compute = compute_type(dtype);
+  const bool pairs = table.kernels->product.pair_rows != nullptr;
+  const Dtype state = pairs ? dtype : compute;
+  const Values r = random(dtype, N * H), w_hr = random(dtype, P * H);
+  Values transposed(H * P);
+  for (int64_t p = 0; p < P; ++p)
+    for (int64_t j = 0; j < H; ++j) transposed[j * P + p] = w_hr[p * H + j];
+  const Values h = multiply(r, false, transposed, N, H, P);
+  const Bytes weights = pack(dtype, w_hr);
+  const Bytes r_factors = pairs ? padded_rows(dtype, r, N, H) : pack(compute, r);
+  const auto reset = std::make_unique<bool[]>(N);
+  reset[N - 1] = true;
+  const double terms = std::sqrt(static_cast<double>(H)) + 4;
+  for (const int64_t vectors : {4, 2, 1}) {
+    const lstm_ext::cpu::ColumnPanels panels = {H, P, vectors};
+    const int64_t blocks = blocks_of(layer, panels);
+    Bytes packed(blocks * layer.panel_elements(H) * size_of(compute));
+    layer.pack_rows(panels, weights.data(), packed.data(), 0, blocks);
+    Bytes sums(N * P * size_of(compute)), output(N * P * size_of(dtype));
+    Bytes h_state(N * (pairs ? (P + 1) / 2 * 2 : P) * size_of(state));
+    const int64_t first = blocks / 2, block_bytes = layer.panel_elements(H) * size_of(compute);
+    for (const auto& [from, to] : {std::pair(first, blocks), std::pair(int64_t{0}, first)})
+      if (from < to)
+        layer.project({N, panels, r_factors.data(), packed.data() + from * block_bytes, sums.data(),
+                       output.data(), h_state.data(), reset.get()},
+                      from, to);
+    Values h_next = h;
+    std::fill_n(h_next.end() - P, P, 0.0);
+    compare(table, "projection", N, P, H, dtype, output, h, terms);
+    compare(table, "projection for the next", N, P, H, state, h_state,
+            pairs && P % 2 ? unpack(dtype, padded_rows(dtype, h_next, N, P)) : h_next, terms);
+  }
+  const Values grad_output = random(dtype, N * P), after = random(dtype, N * P);
+  Values sum = grad_output;
+  for (size_t k = 0; k < sum.size(); ++k) sum[k] += after[k];
+  const Bytes grad_bytes = pack(dtype, grad_output), after_bytes = pack(compute, after);
+  Bytes grad_h(N * P * size_of(compute)), factors(N * ((P + 1) / 2 * 2) * size_of(dtype));
+  const int64_t vectors = layer.unit_blocks(P);
+  layer.output_gradient({N, P, grad_bytes.data(), after_bytes.data(), grad_h.data(),
+                         pairs ? factors.data() : nullptr},
+                        0, vectors);
+  compare(table, "projection: h gradient", N, P, H, compute, grad_h, sum, 1);
+  if (pairs)
+    compare(table, "projection: its factors", N, P, H, dtype, factors,
+            P % 2 ? unpack(dtype, padded_rows(dtype, sum, N, P)) : sum, 1);
+  const lstm_ext::cpu::ColumnPanels panels = {P, H, lstm_ext::cpu::kUnitBlocks};
+  const int64_t blocks = blocks_of(layer, panels);
+  Bytes packed(blocks * layer.panel_elements(P) * size_of(compute));
+  layer.pack_columns(panels, weights.data(), packed.data(), 0, blocks);
+  Bytes grad_r(N * H * size_of(compute));
+  const Bytes given = pairs ? padded_rows(dtype, after, N, P) : pack(compute, after);
+  layer.projection_gradient({N, panels, given.data(), packed.data(), grad_r.data()}, 0, blocks);
+  compare(table, "projection: r gradient", N, P, H, compute, grad_r,
+          multiply(after, false, w_hr, N, P, H), std::sqrt(static_cast<double>(P)) + 4);
+}
+
 // grad_h of the step before: grad_gates W_hh, zero for the last row, which was reset.
 void check_state_gradient(const Table& table, int64_t N, int64_t H, const Values& grad_gates,
                           const Values& w_hh) {
   const auto& layer = table.kernels->layer;
   const Dtype dtype = table.dtype, compute = compute_type(dtype);
   const bool pairs = table.kernels->product.pair_rows != nullptr;
-  const int64_t blocks = layer.column_blocks(H);
+  const lstm_ext::cpu::ColumnPanels panels = {4 * H, H, lstm_ext::cpu::kUnitBlocks};
+  const int64_t blocks = blocks_of(layer, panels);
   const Bytes weights = pack(dtype, w_hh), factors = pack(pairs ? dtype : compute, grad_gates);
-  Bytes packed(layer.packed_columns(H) * size_of(compute)), grad_h(N * H * size_of(compute));
-  layer.pack_columns(weights.data(), H, packed.data(), 0, blocks);
+  Bytes packed(blocks * layer.panel_elements(4 * H) * size_of(compute));
+  Bytes grad_h(N * H * size_of(compute));
+  layer.pack_columns(panels, weights.data(), packed.data(), 0, blocks);
   const auto reset = std::make_unique<bool[]>(N);
   reset[N - 1] = true;
-  layer.state_gradient({N, H, factors.data(), packed.data(), grad_h.data(), reset.get()}, 0,
+  layer.state_gradient({N, panels, factors.data(), packed.data(), grad_h.data(), reset.get()}, 0,
                        blocks);
   Values expected = multiply(grad_gates, false, w_hh, N, 4 * H, H);
   std::fill_n(expected.end() - H, H, 0.0);
@@ -488,6 +556,7 @@ void check(const Table& table, int64_t N, int64_t I, int64_t H) {
     }
   }
   check_state_gradient(table, N, H, factors, w_hh);
+  check_projection(table, N, I, H);
   check_product(table, factors, false, N, H, w_ih, I);
   check_product(table, factors, false, N, H, w_hh, H);
   check_product(table, factors, true, N, H, x, I);
