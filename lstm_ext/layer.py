@@ -165,6 +165,17 @@ class LSTM(nn.LSTM):
         return_cell_states: Literal[True],
     ) -> tuple[PackedSequence, States, PackedSequence]: ...
 
+    @overload
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: States | None = None,
+        *,
+        reset: Tensor | None = None,
+        reset_hx: States | None = None,
+        return_cell_states: bool,
+    ) -> tuple[Any, ...]: ...
+
     def forward(
         self,
         input: Any,

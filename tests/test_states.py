@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 from limits import slow
 from measure import DTYPES, uniform
 from torch import nn
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import (
     pack_sequence,
     pad_packed_sequence,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_ext
 from lstm_ext import reference
@@ -594,6 +596,29 @@ def test_compile(resets):
     with torch._dynamo.config.patch(allow_rnn=True):
         compiled = torch.compile(run, fullgraph=True)
         torch.testing.assert_close(torch.autograd.grad(compiled(x, reset, to), wanted), expected)
+
+
+def test_compiled_autograd():
+    a = draw(4, 3, 2, 2, packed=True, resets=EACH, peephole=True, dtype=torch.float32)
+    leaves = leaves_of(a)
+
+    def loss():
+        output, _, _, cells = OPS.lstm_layer_states(*a.values())
+        return output.sum() + cells.square().sum()
+
+    expected = torch.autograd.grad(loss(), leaves)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        loss().backward()
+    torch.testing.assert_close([t.grad for t in leaves], list(expected))
+
+
+def test_flops():
+    lstm, x, counts = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3), []
+    for options in ({}, {"return_cell_states": True}):
+        with FlopCounterMode(display=False) as counter:
+            lstm(x, **options)[0].sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_export():

@@ -73,8 +73,8 @@ def peepholes(N, I, H, dtype):
     compare(ops.lstm_cell(*leaves, PEEPHOLE), peephole_cell(*exact), leaves, exact, dtype)
 
 
-def by_cell(module, x, h, c, sizes, reset, reverse, p=None):
-    """A layer step by step in float64, with resets."""
+def by_cell(module, x, h, c, sizes, reset, reverse, p=None, to=None):
+    """A layer step by step in float64, with resets to zero or to (h, c); and every c."""
     weights = list(module.parameters())
     step = torch.lstm_cell
     if p is not None:
@@ -83,14 +83,15 @@ def by_cell(module, x, h, c, sizes, reset, reverse, p=None):
         def step(x, hx, *weights):
             return peephole_cell(x, *hx, *weights)
 
-    steps = list(x.split(sizes))
+    steps, cells = list(x.split(sizes)), list(x.split(sizes))
+    zero = torch.zeros_like(h), torch.zeros_like(c)
     h, c = list(h.split(1)), list(c.split(1))
     for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
         for n in range(sizes[t]):
-            keep = 1 - reset[t, n].double()
-            h[n], c[n] = step(steps[t][n : n + 1], (h[n] * keep, c[n] * keep), *weights)
-        steps[t] = torch.cat(h[: sizes[t]])
-    return torch.cat(steps), torch.cat(h), torch.cat(c)
+            before = [s[n : n + 1] for s in to or zero] if reset[t, n] else [h[n], c[n]]
+            h[n], c[n] = step(steps[t][n : n + 1], before, *weights)
+        steps[t], cells[t] = torch.cat(h[: sizes[t]]), torch.cat(c[: sizes[t]])
+    return torch.cat(steps), torch.cat(h), torch.cat(c), torch.cat(cells)
 
 
 def layer(L, N, I, H, dtype, packed, reverse, with_reset, peephole=False):
@@ -106,7 +107,7 @@ def layer(L, N, I, H, dtype, packed, reverse, with_reset, peephole=False):
     own = [(torch.randn(3, H) * 0.5).to(dtype).double().requires_grad_()] if peephole else []
     wanted = [*exact, *module.parameters(), *own]
     leaves = [t.detach().to(dtype).requires_grad_() for t in wanted]
-    theirs = by_cell(module, *exact, sizes.tolist(), reset, reverse, *own)
+    *theirs, _ = by_cell(module, *exact, sizes.tolist(), reset, reverse, *own)
     x = leaves[0] if packed else leaves[0].view(L, N, I)
     rest = [sizes if packed else None, reset if with_reset else None, reverse]
     if peephole:
@@ -116,6 +117,27 @@ def layer(L, N, I, H, dtype, packed, reverse, with_reset, peephole=False):
     with torch.no_grad():
         for a, b in zip(ops.lstm_layer(x, *leaves[1:7], *rest), ours, strict=True):
             assert torch.equal(a, b)
+
+
+def states(L, N, I, H, dtype, packed, reverse):
+    """A layer that is reset to states, and its c of every step."""
+    module = nn.LSTMCell(I, H, dtype=torch.float64).to(dtype).to(torch.float64)
+    sizes = [N] * (L - 1) + [1 if packed else N]
+    reset = torch.rand(L, N) < 0.4
+    shapes = ((sum(sizes), I), *[(N, H)] * 4)
+    exact = [torch.randn(shape).to(dtype).double().requires_grad_() for shape in shapes]
+    wanted = [*exact, *module.parameters()]
+    theirs = by_cell(module, *exact[:3], sizes, reset, reverse, to=exact[3:])
+    leaves = [t.detach().to(dtype).requires_grad_() for t in wanted]
+    x = leaves[0] if packed else leaves[0].view(L, N, I)
+    rest = [torch.tensor(sizes, device="cpu") if packed else None, reset, reverse, None, 0]
+    ours = ops.lstm_layer_states(x, *leaves[1:3], *leaves[5:], *rest, *leaves[3:5])
+    rows = [t.reshape(-1, H) for t in ours]
+    compare(rows, theirs, leaves, wanted, dtype)
+    with torch.no_grad():
+        again = ops.lstm_layer_states(x, *leaves[1:3], *leaves[5:], *rest, *leaves[3:5])
+    for a, b in zip(again, ours, strict=True):
+        assert torch.equal(a, b)
 
 
 def rounding():
@@ -159,6 +181,8 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
     for packed, reverse, with_reset in itertools.product((False, True), repeat=3):
         layer(4, 3, 5, 8, dtype, packed, reverse, with_reset)
         layer(4, 3, 5, 8, dtype, packed, reverse, with_reset, peephole=True)
+    for packed, reverse in itertools.product((False, True), repeat=2):
+        states(4, 3, 5, 8, dtype, packed, reverse)
 layer(3, 140, 2, 3, torch.float32, True, True, True)
 layer(3, 140, 2, 3, torch.float32, True, True, True, peephole=True)
 layer(4, 3, 5, 8, torch.float16, False, False, False, peephole=True)
