@@ -161,9 +161,9 @@ def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _(a: Any) -> tuple[Tensor | None, ...]:
     bias = a.w_hh.shape[:1]
     units = None if a.unit_weights is None else a.unit_weights.shape
-    shapes = (a.input.shape, a.hx.shape, a.cx.shape, a.w_ih.shape, a.w_hh.shape, bias, bias, units)
+    shapes = [a.input.shape, a.hx.shape, a.cx.shape, a.w_ih.shape, a.w_hh.shape, bias, bias, units]
     if hasattr(a, "w_hr"):
-        shapes += (a.w_hr.shape,)
+        shapes.append(a.w_hr.shape)
     return tuple(
         a.gates.new_empty(shape) if wanted else None
         for shape, wanted in zip(shapes, a.output_mask, strict=True)

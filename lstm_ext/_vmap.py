@@ -66,7 +66,10 @@ def _named(name: str, args: tuple[Any, ...], dims: Dims) -> tuple[Any, Any]:
 
 def _any_weight(a: Any) -> bool:
     """Whether weights or biases have a dimension of vmap's."""
-    return any(x is not None for x in (a.w_ih, a.w_hh, a.b_ih, a.b_hh, a.unit_weights, getattr(a, "w_hr", None)))
+    return any(
+        x is not None
+        for x in (a.w_ih, a.w_hh, a.b_ih, a.b_hh, a.unit_weights, getattr(a, "w_hr", None))
+    )
 
 
 def _unit_weights(a: Any, d: Any) -> Tensor | None:

@@ -321,7 +321,10 @@ def test_unfreeze_puts_back_all_or_nothing():
 
 
 def test_what_freeze_refuses_or_leaves_keeps_its_weights():
-    for module in (lstm_ext.LSTM(3, 4, proj_size=2, device="meta"), lstm_ext.LSTM(3, 4, device="meta")):
+    for module in (
+        lstm_ext.LSTM(3, 4, proj_size=2, device="meta"),
+        lstm_ext.LSTM(3, 4, device="meta"),
+    ):
         model = nn.Sequential(lstm_ext.LSTM(3, 3), module).eval()
         with pytest.raises(ValueError, match="float32 on meta"):
             freed(model)

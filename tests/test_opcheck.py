@@ -121,7 +121,12 @@ CALLS = (cells, layers, packed_weights, peepholes, projections)
 @pytest.mark.parametrize(
     ("calls", "requires_grad"),
     [(calls, False) for calls in CALLS]
-    + [(cells, True), *slow((layers, True)), (packed_weights, True), *slow((peepholes, True), (projections, True))],
+    + [
+        (cells, True),
+        *slow((layers, True)),
+        (packed_weights, True),
+        *slow((peepholes, True), (projections, True)),
+    ],
 )
 def test_opcheck(device, calls, requires_grad):
     if calls is packed_weights and device == "cuda":

@@ -23,7 +23,13 @@ OPTIONS = [
     {"bias": False, "bidirectional": True},
 ]
 # L, N, I, H, P: one row, few, many (which threads share), and more than a panel of each size.
-SIZES = [(5, 4, 3, 8, 3), (3, 1, 3, 40, 33), (9, 20, 7, 17, 16), (4, 1, 9, 300, 150), (6, 50, 20, 150, 70)]
+SIZES = [
+    (5, 4, 3, 8, 3),
+    (3, 1, 3, 40, 33),
+    (9, 20, 7, 17, 16),
+    (4, 1, 9, 300, 150),
+    (6, 50, 20, 150, 70),
+]
 CASES = [*itertools.product([False, True], repeat=3)]
 
 
@@ -132,7 +138,12 @@ def test_rows_do_not_depend_on_each_other():
 def test_error_is_no_worse_than_torchs(dtype, options, packed):
     torch.manual_seed(0)
     pools = {}
-    for L, N, I, H, P in [(7, 3, 5, 4, 2), (3, 9, 17, 33, 20), (40, 2, 6, 20, 9), (4, 30, 9, 40, 30)]:
+    for L, N, I, H, P in [
+        (7, 3, 5, 4, 2),
+        (3, 9, 17, 33, 20),
+        (40, 2, 6, 20, 9),
+        (4, 30, 9, 40, 30),
+    ]:
         for _ in range(2):
             theirs, mine = pair(I, H, dtype, proj_size=P, **options)
             exact = copy.deepcopy(theirs).double()
@@ -242,7 +253,10 @@ def oracle(lstm, x, hx, batch_sizes=None, reset=None):
         for d in range(directions):
             suffix = f"_l{k}" + ("_reverse" if d else "")
             biases = ["bias_ih", "bias_hh"] if lstm.bias else []
-            w = {n: getattr(lstm, n + suffix) for n in ("weight_ih", "weight_hh", "weight_hr", *biases)}
+            w = {
+                n: getattr(lstm, n + suffix)
+                for n in ("weight_ih", "weight_hh", "weight_hr", *biases)
+            }
             states = tuple(s[k * directions + d] for s in hx)
             output, (h, c) = reference.lstm(
                 x, states, w["weight_ih"], w["weight_hh"], w.get("bias_ih"), w.get("bias_hh"),
@@ -366,7 +380,10 @@ def test_frozen(options, dtype):
             assert torch.equal(frozen(given)[0], lstm(given)[0])
         assert torch.equal(frozen(packed)[0].data, lstm(packed)[0].data)
         assert torch.equal(frozen(x, reset=reset)[0], lstm(x, reset=reset)[0])
-        states = torch.randn(lstm(x)[1][0].shape).to(dtype), torch.randn(lstm(x)[1][1].shape).to(dtype)
+        states = (
+            torch.randn(lstm(x)[1][0].shape).to(dtype),
+            torch.randn(lstm(x)[1][1].shape).to(dtype),
+        )
         found, expected = frozen(x, states), lstm(x, states)
         for a, b in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
             assert torch.equal(a, b)

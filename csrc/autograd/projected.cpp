@@ -19,9 +19,8 @@ using at::Tensor;
 using torch::autograd::variable_list;
 
 // Keeps what LSTMLayerBackward does, and r: 6 S H numbers beyond inputs and outputs.
-struct LSTMProjectedBackward
-    : public RecordedNode<LSTMProjectedBackward, ProjectedInputs, ProjectedResults,
-                          ProjectedWanted> {
+struct LSTMProjectedBackward : public RecordedNode<LSTMProjectedBackward, ProjectedInputs,
+                                                   ProjectedResults, ProjectedWanted> {
   std::string name() const override { return "LSTMProjectedBackward"; }
 
   variable_list apply(variable_list&& grads) override {
@@ -48,8 +47,7 @@ ProjectedTrainingOutputs forward_with_graph(const ProjectedInputs& in) {
     at::AutoDispatchBelowADInplaceOrView guard;
     out = ops::lstm_layer_projected_forward::call(in);
     // torch lets a user change the output in place before backward.
-    kept_output =
-        OutputStaysInside::now() ? std::get<0>(out).detach() : std::get<0>(out).clone();
+    kept_output = OutputStaysInside::now() ? std::get<0>(out).detach() : std::get<0>(out).clone();
   }
   auto& [output, hy, cy, gates, c_before, r] = out;
   node->keep(in, {{kept_output, gates, c_before}, r});

@@ -12,7 +12,8 @@ struct LayerTensors {
   Tensor r;  // of a projected layer's training: h before the projection
 };
 
-// Both matrices as PackedGates, one behind the other; or null. And W_hr^T as PackedColumns, or null.
+// Both matrices as PackedGates, one behind the other; or null. And W_hr^T as PackedColumns, or
+// null.
 struct PackedWeights {
   const void* data = nullptr;
   const void* projection = nullptr;

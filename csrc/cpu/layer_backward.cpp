@@ -15,8 +15,8 @@
 namespace lstm_ext::cpu {
 namespace {
 
-// W_hr [P, H] where h is projected, and the gradients of h [S, P] of all steps, in the compute type;
-// else neither.
+// W_hr [P, H] where h is projected, and the gradients of h [S, P] of all steps, in the compute
+// type; else neither.
 struct ProjectionBackward {
   const Tensor w_hr;
   Tensor grad_h;

@@ -62,8 +62,7 @@ void state_gradient(const StateGradientArgs& args, int64_t first_block, int64_t 
                     last_block);
   T* grad_h = static_cast<T*>(args.grad_h) + own.first;
   for (int64_t r = 0; args.reset && r < args.rows; ++r)
-    if (args.reset[r])
-      std::memset(grad_h + r * args.panels.columns, 0, own.count * sizeof(T));
+    if (args.reset[r]) std::memset(grad_h + r * args.panels.columns, 0, own.count * sizeof(T));
 }
 
 template <class S>

@@ -116,8 +116,7 @@ void forward_loop(const LayerInputs& in, const PackedWeights& packed_before, con
   const at::ScalarType dtype = in.hx.scalar_type(), compute = compute_type(dtype);
   const int64_t blocks = layer.unit_blocks(H);
   const Elements stored(dtype), computed(compute), factor(factor_type(kernels.product, dtype));
-  const Dense w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih), b_hh(in.b_hh),
-      dense_hr(w_hr);
+  const Dense w_ih(in.w_ih), w_hh(in.w_hh), b_ih(in.b_ih), b_hh(in.b_hh), dense_hr(w_hr);
   const DenseCell cell(in);
 
   const Cut cut(sequence, H, blocks, projects ? kRowsOfAProjectingThread : kRowsOfAThread);

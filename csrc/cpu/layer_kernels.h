@@ -61,8 +61,8 @@ struct StepGradientArgs {
   const bool* reset;         // rows whose states the step found zero; or null
 };
 
-// A matrix [depth, columns] packed by its columns, in blocks of so many vectors of them: 4, or fewer
-// where more threads want a part.
+// A matrix [depth, columns] packed by its columns, in blocks of so many vectors of them: 4, or
+// fewer where more threads want a part.
 struct ColumnPanels {
   int64_t depth, columns, vectors;
 };

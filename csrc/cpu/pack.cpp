@@ -54,12 +54,11 @@ PackedLayer packed_layer(const Tensor& w_ih, const Tensor& w_hh, int64_t weights
               "lstm_layer_pack: w_ih and w_hh must be (4H, I) and (4H, H), got ", w_ih.sizes(),
               " and ", w_hh.sizes());
   const at::ScalarType dtype = w_ih.scalar_type();
-  TORCH_CHECK(
-      w_hh.scalar_type() == dtype && w_ih.layout() == at::kStrided &&
-          w_hh.layout() == at::kStrided && w_hh.device() == w_ih.device() && fused_dtype(dtype) &&
-          (!projects || alike(*w_hr, w_ih)),
-      "lstm_layer_pack: the weights must be dense, on one device, and of one dtype out of "
-      "float32, float64, bfloat16 and float16");
+  TORCH_CHECK(w_hh.scalar_type() == dtype && w_ih.layout() == at::kStrided &&
+                  w_hh.layout() == at::kStrided && w_hh.device() == w_ih.device() &&
+                  fused_dtype(dtype) && (!projects || alike(*w_hr, w_ih)),
+              "lstm_layer_pack: the weights must be dense, on one device, and of one dtype out of "
+              "float32, float64, bfloat16 and float16");
   TORCH_CHECK(has_weights(dtype, weights), "lstm_layer_pack: there are no weights of type ",
               weights, " for ", dtype);
   TORCH_CHECK(weights < kFirstIntegerType || std::max(w_ih.size(1), w_hh.size(1)) <= kMostTerms,

@@ -26,8 +26,8 @@ template <class Cast, class Call>
 auto with_cast(at::DeviceType device, const Cast& cast, const CellInputs& in, const Call& call) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  return std::apply(
-      [&](const auto&... tensor) { return call({cast(tensor)..., in.variant}); }, in.tensors());
+  return std::apply([&](const auto&... tensor) { return call({cast(tensor)..., in.variant}); },
+                    in.tensors());
 }
 
 LayerOutputs cast_layer(at::DeviceType device, const LayerInputs& in) {
@@ -51,8 +51,8 @@ LayerOutputs lstm_layer_projected_cpu(c10::DispatchKeySet keys, const ProjectedI
   bool whole = false, other = false;
   const auto look = [&](const Tensor& t) {
     whole = whole || t.scalar_type() == at::kFloat;
-    other = other || (t.is_floating_point() && t.scalar_type() != at::kFloat &&
-                      t.scalar_type() != low);
+    other =
+        other || (t.is_floating_point() && t.scalar_type() != at::kFloat && t.scalar_type() != low);
   };
   for_each_tensor(look, in);
   if (other || !whole) {

@@ -13,7 +13,8 @@ CellTrainingOutputs cell_forward(const CellInputs& in);
 at::Tensor cell_gates(const CellInputs& in);
 Gradients cell_backward(const CellOutputGradients& grads, const CellInputs& in,
                         const CellResults& results, const Wanted& wanted);
-// The same with hx [N, P] and w_hh [4H, P], of a layer that projects h: h' is r, from which it does.
+// The same with hx [N, P] and w_hh [4H, P], of a layer that projects h: h' is r, from which it
+// does.
 CellTrainingOutputs projected_cell_forward(const CellInputs& in);
 Gradients projected_cell_backward(const CellOutputGradients& grads, const CellInputs& in,
                                   const CellResults& results, const Wanted& wanted);

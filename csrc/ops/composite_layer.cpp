@@ -29,7 +29,7 @@ struct Steps {
   at::Tensor rows;  // the input [S, I]
   std::vector<at::Tensor> h_before, c_before, gates, output;
   std::vector<at::Tensor> r;  // where h is projected
-  at::Tensor h, c;  // in the end
+  at::Tensor h, c;            // in the end
 
   // What a step was computed from.
   CellInputs cell(const LayerInputs& in, const at::Tensor& input, int64_t t) const {
@@ -105,8 +105,8 @@ ProjectedTrainingOutputs forward(const LayerInputs& in, const at::Tensor& w_hr) 
 
 void check_w_hr(const ProjectedInputs& in) {
   const auto& w = in.w_hr;
-  TORCH_CHECK(in.hx.dim() == 2 && in.cx.dim() == 2 && w.dim() == 2 &&
-                  w.size(0) == in.hx.size(1) && w.size(1) == in.cx.size(1),
+  TORCH_CHECK(in.hx.dim() == 2 && in.cx.dim() == 2 && w.dim() == 2 && w.size(0) == in.hx.size(1) &&
+                  w.size(1) == in.cx.size(1),
               "expected states (N, P) and (N, H) and w_hr (P, H); got states of ", in.hx.sizes(),
               " and ", in.cx.sizes(), ", w_hr of ", w.sizes());
 }

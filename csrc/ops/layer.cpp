@@ -32,8 +32,9 @@ bool sizes_fit(const LayerInputs& in, bool projected) {
 bool fusable(const LayerInputs& in) { return all_alike(in) && sizes_fit(in); }
 
 void check_sequence(const LayerInputs& in, bool projected) {
-  TORCH_CHECK(states_fit(in, projected), "input and states do not fit each other: got an input of shape ",
-              in.input.sizes(), ", states of ", in.hx.sizes(), " and ", in.cx.sizes());
+  TORCH_CHECK(states_fit(in, projected),
+              "input and states do not fit each other: got an input of shape ", in.input.sizes(),
+              ", states of ", in.hx.sizes(), " and ", in.cx.sizes());
   if (defined(in.batch_sizes)) {
     const at::Tensor& sizes = *in.batch_sizes;
     TORCH_CHECK(sizes.dim() == 1 && sizes.scalar_type() == at::kLong && sizes.is_cpu(),

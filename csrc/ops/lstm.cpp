@@ -64,17 +64,16 @@ OptionalTensors to_vector(const TensorList& list) { return {list.begin(), list.e
 
 LayerOutputs projected_lstm(const LSTMInputs& in) {
   constexpr int64_t kWeights = kLayerWeights + 1;
-  return run_layers(
-      in, kWeights,
-      [&](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c,
-          const std::optional<at::Tensor>* w, bool reverse) {
-        const LayerInputs layer = {{input, h, c, required(w[0]), required(w[1]), w[2], w[3],
-                                    unit_weights(in, w + kWeights), in.variant},
-                                   in.batch_sizes,
-                                   in.reset,
-                                   reverse};
-        return ops::lstm_layer_projected::call({layer, required(w[kLayerWeights])});
-      });
+  return run_layers(in, kWeights,
+                    [&](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c,
+                        const std::optional<at::Tensor>* w, bool reverse) {
+                      const LayerInputs layer = {{input, h, c, required(w[0]), required(w[1]), w[2],
+                                                  w[3], unit_weights(in, w + kWeights), in.variant},
+                                                 in.batch_sizes,
+                                                 in.reset,
+                                                 reverse};
+                      return ops::lstm_layer_projected::call({layer, required(w[kLayerWeights])});
+                    });
 }
 
 LayerOutputs lstm_op(const LSTMArguments& in) {

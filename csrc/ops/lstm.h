@@ -22,11 +22,11 @@ struct LSTMInputs {
   double dropout;                                // after each layer but the last
   const std::optional<at::Tensor>& batch_sizes;  // as in LayerInputs
   const std::optional<at::Tensor>& reset;
-  int64_t variant;       // of CellInputs
+  int64_t variant;        // of CellInputs
   bool projects = false;  // then hx [K D, N, P]; packed weights say it themselves
 };
-// w_ih, w_hh, b_ih, b_hh; or the result of lstm_layer_pack, b_ih, b_hh. Behind them, w_hr where h is
-// projected, and the weights of the units where the cell has some.
+// w_ih, w_hh, b_ih, b_hh; or the result of lstm_layer_pack, b_ih, b_hh. Behind them, w_hr where h
+// is projected, and the weights of the units where the cell has some.
 inline constexpr int64_t kLayerWeights = 4;
 inline constexpr int64_t kPackedLayerWeights = 3;
 

@@ -8,9 +8,8 @@
 namespace lstm_ext {
 
 bool sizes_fit(const ProjectedInputs& in) {
-  return sizes_fit(static_cast<const LayerInputs&>(in), /*projected=*/true) &&
-         in.w_hr.dim() == 2 && in.w_hr.sym_size(0) == in.hx.sym_size(1) &&
-         in.w_hr.sym_size(1) == in.cx.sym_size(1);
+  return sizes_fit(static_cast<const LayerInputs&>(in), /*projected=*/true) && in.w_hr.dim() == 2 &&
+         in.w_hr.sym_size(0) == in.hx.sym_size(1) && in.w_hr.sym_size(1) == in.cx.sym_size(1);
 }
 
 bool fusable(const ProjectedInputs& in) {

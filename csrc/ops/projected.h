@@ -50,9 +50,7 @@ struct ProjectedResults : LayerResults {
 
 struct ProjectedGradients : Gradients {
   at::Tensor w_hr;
-  auto results() {
-    return std::tuple_cat(Gradients::results(), std::make_tuple(std::move(w_hr)));
-  }
+  auto results() { return std::tuple_cat(Gradients::results(), std::make_tuple(std::move(w_hr))); }
 };
 struct ProjectedWanted {
   using Mask = std::array<bool, kCellTensors + 1>;
