@@ -51,7 +51,8 @@ def _forward(input: Tensor, hx: Tensor, cx: Tensor, *_: Any, **__: Any) -> int:
 def _backward(rows: int, first_rows: int, I: int, H: int, P: int, mask: Sequence[bool]) -> int:
     """Of those gradients that are wanted; mask: input, hx, cx, w_ih, w_hh, ...
 
-    The ninth is w_hr, where h is projected. The gradient of h goes on from each step but the first of all, where it is that of hx.
+    The ninth is w_hr, where h is projected. The gradient of h goes on from each step but the first
+    of all, where it is that of hx.
     """
     want_input, want_hx, _, want_w_ih, want_w_hh = mask[:5]
     flops = (want_input + want_w_ih) * _product(rows, H, I)

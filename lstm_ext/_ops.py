@@ -164,17 +164,16 @@ def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _(a: Any) -> tuple[Tensor | None, ...]:
     bias = a.w_hh.shape[:1]
     units = None if a.unit_weights is None else a.unit_weights.shape
-    states: tuple[Any, ...] = a.hx.shape, a.cx.shape
-    shapes = (a.input.shape, *states, a.w_ih.shape, a.w_hh.shape, bias, bias, units)
+    states = a.hx.shape, a.cx.shape
+    shapes = [a.input.shape, *states, a.w_ih.shape, a.w_hh.shape, bias, bias, units]
     if hasattr(a, "reset_hx"):
         resets = zip((a.reset_hx, a.reset_cx), states, strict=True)
-        shapes += tuple(s if r is None else r.shape for r, s in resets)
+        shapes += [s if r is None else r.shape for r, s in resets]
     if hasattr(a, "w_hr"):
-        shapes += (a.w_hr.shape,)
-    mask = a.output_mask
+        shapes.append(a.w_hr.shape)
     return tuple(
         a.gates.new_empty(shape) if wanted else None
-        for shape, wanted in zip(shapes, mask, strict=True)
+        for shape, wanted in zip(shapes, a.output_mask, strict=True)
     )
 
 

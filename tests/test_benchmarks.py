@@ -243,6 +243,30 @@ def test_states_benchmark(monkeypatch, capsys):
         bench_states.compare(ways, ["on", "off", "loop of cells"])
 
 
+def test_projection_benchmark(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench = importlib.import_module("bench_projection")
+    monkeypatch.setattr(bench.protocol, "ROUND_SECONDS", 0.001)
+    out = tmp_path / "rows.json"
+    options = ["--shapes", "4x3x3x4x2", "--rounds", "1", "--threads", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench_projection.py", *options])
+    bench.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["4x3x3x4x2"] * 4
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["mode"] for row in rows] == bench.MODES
+    assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_a_wrong_projection_is_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench = importlib.import_module("bench_projection")
+    shape = (4, 3, 3, 4, 2)
+    modules = {name: torch.nn.LSTM(3, 4, proj_size=2) for name in ("torch", "lstm_ext")}
+    with pytest.raises(AssertionError):
+        bench.compare(modules, shape, torch.float32)
+
+
 def test_a_wrong_way_of_ragged_sequences_is_not_timed(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     bench_ragged = importlib.import_module("bench_ragged")

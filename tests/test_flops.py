@@ -65,7 +65,7 @@ def call_layer(x, states, lengths):
 
 @pytest.mark.parametrize("wanted", ["parameters", "input", "states"])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=identify)
+@pytest.mark.parametrize("options", [*OPTIONS, {"proj_size": 2, "num_layers": 2}], ids=identify)
 def test_layer(options, packed, wanted):
     modules = pair(3, 4, torch.float64, **options)
     m = modules[0]
@@ -74,7 +74,10 @@ def test_layer(options, packed, wanted):
     states = None
     if wanted == "states":
         layers = m.num_layers * (2 if m.bidirectional else 1)
-        states = tuple(torch.randn(2, layers, 3, 4, dtype=torch.float64).requires_grad_())
+        states = tuple(
+            torch.randn(layers, 3, k, dtype=torch.float64).requires_grad_()
+            for k in (m.proj_size or 4, 4)
+        )
     lengths = torch.tensor([2, 5, 3]) if packed else None
     same_count(modules, call_layer(x, states, lengths))
 

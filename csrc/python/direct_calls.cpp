@@ -140,9 +140,8 @@ PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
   if (transposed) input = input.transpose(0, 1);
   const bool brief = input.numel() / I * 4 * H * (I + H) * c_sizes[0] < kBriefWork;
   auto [output, h_n, c_n] = without_lock(brief, [&] {
-    const LSTMInputs in = {input, *h,          *c,           *weights,  options->directions == 2,
-                           0,     batch_sizes, std::nullopt, kPlainCell,
-                           options->proj_size > 0};
+    const LSTMInputs in = {input, *h,          *c,           *weights,   options->directions == 2,
+                           0,     batch_sizes, std::nullopt, kPlainCell, options->proj_size > 0};
     return Packed ? lstm_packed(in) : lstm(in);
   });
   if (transposed) output = output.transpose(0, 1);

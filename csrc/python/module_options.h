@@ -29,8 +29,9 @@ struct LSTMOptions {
 // checkpoint_every.
 std::optional<LSTMOptions> read_options(PyObject* module_dict);
 
-// The weights of a torch.nn.LSTM, as ops/lstm.h orders those of each layer and direction. None unless each is a
-// parameter of the module and the same tensor in _flat_weights, of the size of the options.
+// The weights of a torch.nn.LSTM, as ops/lstm.h orders those of each layer and direction. None
+// unless each is a parameter of the module and the same tensor in _flat_weights, of the size of the
+// options.
 std::optional<OptionalTensors> read_weights(PyObject* module_dict, const LSTMOptions& options);
 
 // The buffers of a frozen LSTM: packed weights, b_ih, b_hh, for each layer and direction. None
