@@ -21,6 +21,10 @@ def build_info() -> dict[str, str | bool | None]:
         a GPU (see :func:`lstm_ext.set_cuda_backend`); ``openmp``; ``compiler``;
         ``cpu_instruction_sets`` compiled in (comma-separated) and ``cpu_instruction_set`` in use
         (torch's choice, see ``ATEN_CPU_CAPABILITY``).
+
+    Example:
+        >>> sorted(lstm_ext.build_info())[:3]
+        ['compiler', 'cpu_instruction_set', 'cpu_instruction_sets']
     """
     from lstm_ext import _built_with
 
