@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -338,7 +339,8 @@ def all_rows(file: str, modes: Iterable[str] = ()) -> list[str]:
             threaded = f"{threads} thread{'s' if threads > 1 else ''}"
             found += ["", f"### {content['title'].split(',')[0]}: {mode}, {threaded}", ""]
             text = summary(rows)
-            found += [text[0].upper() + text[1:] + ".", "", *table(rows, markdown=True)]
+            text = text[0].upper() + text[1:] + "."
+            found += [*textwrap.wrap(text, 100), "", *table(rows, markdown=True)]
     return found
 
 
