@@ -59,13 +59,19 @@ html_copy_source = False
 html_math_renderer = "mathml"
 
 
-def _link_to_copies(app, name, content):
-    """Have links to the pages of PROJECT lead to their copies."""
+def _complete(app, name, content):
+    """Put pages that no toctree of the index names where it says (others); link to copies."""
+    text = content[0]
+    if name == "index":
+        named = re.findall(r"^(\w+)$", text, re.M)
+        others = [p.stem for p in sorted(DOCS.glob("*.md")) if p.stem not in (*named, "index")]
+        text = text.replace("(others)", "\n".join(others))
     if not name.startswith("project/"):
-        pages = "|".join(ROOT_PAGES)
-        content[0] = re.sub(rf"\]\(\.\./({pages})", r"](project/\1", content[0])
+        text = text.replace("](../examples/lecture.ipynb", "](project/lecture.ipynb")
+        text = re.sub(rf"\]\(\.\./({'|'.join(ROOT_PAGES)})", r"](project/\1", text)
+    content[0] = text
 
 
 def setup(app):
     add_mathml(app)
-    app.connect("source-read", _link_to_copies)
+    app.connect("source-read", _complete)
