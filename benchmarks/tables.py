@@ -89,8 +89,7 @@ CELLS_IN_SHORT = (
 def cell_in_short() -> list[str]:
     peers = ["lstm_ext", "nn.LSTMCell", "torch.compile"]
     by_mode = {
-        mode: {tuple(row["shape"]): row for row in rows_of("cell.json", mode)}
-        for mode in MODES
+        mode: {tuple(row["shape"]): row for row in rows_of("cell.json", mode)} for mode in MODES
     }
     body = []
     for shape in CELLS_IN_SHORT:
@@ -152,9 +151,7 @@ def cell_targets() -> list[str]:
         every, means, small = [], [], []
         for threads in (1, 2):
             rows = rows_of("cell.json", mode, threads)
-            ratios = [
-                r["ratio"] for r in rows if r["shape"][0] == 1 and r["shape"][2] <= 32
-            ]
+            ratios = [r["ratio"] for r in rows if r["shape"][0] == 1 and r["shape"][2] <= 32]
             low, high = min(ratios), max(ratios)
             ends = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
             every.append(against(1, least(rows)))
@@ -204,8 +201,7 @@ def layer_targets() -> list[str]:
     body = [[text, f"{t:g}", *both(mode, value, t)] for text, mode, value, t in wanted]
     for mode in MODES:
         shares = [
-            of_shape("sequence.json", mode, k, (50, 64, 512, 512))["share_of_limit"]
-            for k in (1, 2)
+            of_shape("sequence.json", mode, k, (50, 64, 512, 512))["share_of_limit"] for k in (1, 2)
         ]
         text = f"share of the peak of multiply-adds at 50 x 64 x 512 -> 512, {mode}"
         body.append([text, "80%", *(against(0.8, share, f"{share:.0%}") for share in shares)])
@@ -356,9 +352,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "model-rows": lambda: all_rows("models.json"),
     "frozen-means": frozen_means,
     "frozen-rows": frozen_rows,
-    "accuracy-texts": lambda: accuracy(
-        "character model", "speaker encoder", ("{:.4f}", "{:.1f}%")
-    ),
+    "accuracy-texts": lambda: accuracy("character model", "speaker encoder", ("{:.4f}", "{:.1f}%")),
     "accuracy-tags": lambda: accuracy("tagger", "silero-vad", ("{:.2f}%", "{:.2f}")),
     "gpu-layers": lambda: gpu("layer"),
     "gpu-cells": lambda: gpu("cell"),

@@ -9,7 +9,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(DOCS))
 
-from site_maths import add_mathml  # noqa: E402
+from site_maths import add_maths  # noqa: E402
 
 import lstm_ext  # noqa: E402
 
@@ -49,6 +49,7 @@ myst_heading_anchors = 4
 nb_execution_mode = "off"
 nb_merge_streams = True
 
+smartquotes = False  # names of options stand between plain quotes
 html_theme = "furo"
 html_title = f"lstm_ext {release}"
 html_static_path = ["site.css"]
@@ -56,7 +57,7 @@ html_css_files = ["site.css"]
 html_show_sphinx = False
 html_show_copyright = False
 html_copy_source = False
-html_math_renderer = "mathml"
+html_math_renderer = "pictures"
 
 
 def _complete(app, name, content):
@@ -68,10 +69,11 @@ def _complete(app, name, content):
         text = text.replace("(others)", "\n".join(others))
     if not name.startswith("project/"):
         text = text.replace("](../examples/lecture.ipynb", "](project/lecture.ipynb")
+        text = re.sub(r"\[\w+\.md\]\((\w+\.md)", r"[](\1", text)  # the page's title as the text
         text = re.sub(rf"\]\(\.\./({'|'.join(ROOT_PAGES)})", r"](project/\1", text)
     content[0] = text
 
 
 def setup(app):
-    add_mathml(app)
+    add_maths(app)
     app.connect("source-read", _complete)

@@ -2,8 +2,8 @@
 
 - ``LSTMCell`` and ``LSTM`` are the modules, ``lstm_cell`` and ``lstm`` their functional forms.
 - ``run_sequences`` runs an LSTM over a list of sequences of different lengths.
-- ``convert`` makes the LSTMs of a model ours, ``revert`` makes them torch's again. ``replacing`` does
-  it for models that other code constructs.
+- ``convert`` makes the LSTMs of a model ours, ``revert`` makes them torch's again. ``replacing``
+  does it for models that other code constructs.
 - ``init`` writes initial weights.
 - ``freeze`` packs weights once, for inference; ``frozen_error`` measures what rounding them costs.
 - ``trace_gates`` records gates and states, ``plot`` draws them.

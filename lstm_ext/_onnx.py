@@ -191,6 +191,8 @@ def onnx_translations() -> dict[Any, Translation]:
         ImportError: onnxscript is not installed.
 
     Example:
+        >>> torch.ops.lstm_ext.lstm_layer.default in lstm_ext.onnx_translations()
+        True
         >>> program = torch.onnx.export(  # doctest: +SKIP
         ...     lstm_ext.LSTM(10, 20).eval(),
         ...     (torch.randn(6, 3, 10),),

@@ -75,8 +75,8 @@ def orthogonal_(
 ) -> list[str]:
     r"""Draw the recurrent weights of every LSTM and LSTMCell as orthogonal matrices, in place.
 
-    ``weight_hh`` (4H, H) holds one (H, H) matrix for each gate. Each of the four is drawn by itself,
-    by :func:`torch.nn.init.orthogonal_` (Saxe, McClelland & Ganguli 2014), in the order i, f, g, o,
+    ``weight_hh`` (4H, H) holds one (H, H) matrix for each gate. Each of the four is drawn alone, by
+    :func:`torch.nn.init.orthogonal_` (Saxe, McClelland & Ganguli 2014), in the order i, f, g, o,
     layer by layer, the forward direction first. (Applied to the whole of ``weight_hh``, that
     function makes the columns of the whole orthogonal, but none of the four matrices.)
 

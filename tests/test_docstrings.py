@@ -57,8 +57,9 @@ def test_everything_public_is_found():
 @pytest.mark.parametrize("name", PUBLIC)
 def test_example(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if "plot" in name:
-        pytest.importorskip("matplotlib")
+    for part, needed in (("plot", "matplotlib"), ("onnx", "onnxscript")):
+        if part in name:
+            pytest.importorskip(needed)
     value = PUBLIC[name]
     assert value.__doc__
     finder = doctest.DocTestFinder(recurse=False)

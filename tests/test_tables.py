@@ -52,8 +52,12 @@ def test_check_sees_a_table_by_hand(tmp_path):
 
     def run(*arguments):
         return subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.path.insert(0, 'benchmarks'); {code}"]
-            + list(arguments),
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path[:0] = ['benchmarks']; {code}",
+                *arguments,
+            ],
             cwd=tmp_path,
             check=False,
         ).returncode

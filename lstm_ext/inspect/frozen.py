@@ -66,7 +66,7 @@ def frozen_error(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Froze
     the next, have errors of their own. The model is not changed; the unfrozen one is a copy.
 
     Args:
-        model: what :func:`lstm_ext.freeze` returned: a frozen module, or a model that contains some.
+        model: what :func:`lstm_ext.freeze` returned: a frozen module, or a model with some in it.
         *args: the arguments of the model's call.
         **kwargs: its named arguments.
 

@@ -105,7 +105,7 @@ def gates(
     Example:
         >>> trace = lstm_ext.trace_gates(lstm_ext.LSTM(3, 4), torch.randn(6, 2, 3))
         >>> figure = lstm_ext.plot.gates(trace, sample=1, tokens="abcabc")
-        >>> figure.savefig("gates.png")  # doctest: +SKIP
+        >>> figure.savefig("gates.png")
     """
     part = trace.select(layer, direction)
     L = len(part.i[0])
@@ -220,7 +220,7 @@ def histogram(trace: Trace, *, layer: int = -1, direction: int = 0) -> Figure:
     Example:
         >>> trace = lstm_ext.trace_gates(lstm_ext.LSTM(3, 4), torch.randn(6, 2, 3))
         >>> figure = lstm_ext.plot.histogram(trace)
-        >>> figure.savefig("histogram.png")  # doctest: +SKIP
+        >>> figure.savefig("histogram.png")
     """
     part = trace.select(layer, direction)
     valid = part.valid()
@@ -249,7 +249,7 @@ def saturation(trace: Trace, *, margin: float = 0.1) -> Figure:
     Example:
         >>> trace = lstm_ext.trace_gates(lstm_ext.LSTM(3, 4), torch.randn(6, 2, 3))
         >>> figure = lstm_ext.plot.saturation(trace)
-        >>> figure.savefig("saturation.png")  # doctest: +SKIP
+        >>> figure.savefig("saturation.png")
     """
     figure = _figure(10, 4)
     axis = figure.subplots()
@@ -278,7 +278,7 @@ def half_life(trace: Trace) -> Figure:
     Example:
         >>> trace = lstm_ext.trace_gates(lstm_ext.LSTM(3, 4), torch.randn(6, 2, 3))
         >>> figure = lstm_ext.plot.half_life(trace)
-        >>> figure.savefig("half_life.png")  # doctest: +SKIP
+        >>> figure.savefig("half_life.png")
     """
     figure = _figure(8, 4)
     axis = figure.subplots()
