@@ -43,13 +43,14 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"
 nb_merge_streams = True
 
-smartquotes = False  # names of options stand between plain quotes
+smartquotes_action = "D"  # dashes alone: names of options stand between plain quotes
 html_theme = "furo"
 html_title = f"lstm_ext {release}"
 html_static_path = ["site.css"]
