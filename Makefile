@@ -86,7 +86,7 @@ format: $(VENV)/.tools
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 clean:
-	rm -rf $(VENV) build *.egg-info lstm_ext/_C.*.so lstm_ext/_built_with.py
+	rm -rf $(VENV) build docs/project *.egg-info lstm_ext/_C.*.so lstm_ext/_built_with.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

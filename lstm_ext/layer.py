@@ -29,7 +29,9 @@ class LSTM(nn.LSTM):
     load in both directions. The same seed gives the same weights.
 
     The weights are read at every call. A call therefore sees what was written through ``.data``,
-    into ``_flat_weights``, by a parametrization or by ``functional_call``.
+    into ``_flat_weights``, by a parametrization or by ``functional_call``. float32, float64,
+    bfloat16 and float16 run in the fused kernels on the CPU (the 16-bit types are summed in
+    float32); input, states and weights have one dtype and one device, as for torch.nn.LSTM.
 
     ``torch.compile`` breaks the graph at every ``torch.nn.LSTM``, and at this class too. The layer
     then runs as it does without the compiler. ``torch._dynamo.config.allow_rnn = True`` makes the

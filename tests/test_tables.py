@@ -38,6 +38,15 @@ def test_a_changed_result_changes_the_table(tmp_path, monkeypatch):
     assert any("12,346" in line and "0.25" in line for line in tables.cell_in_short())
 
 
+def test_figures_of_the_readme():
+    """Those that stand in sentences."""
+    text = " ".join((ROOT / "README.md").read_text().split())
+    int8 = tables.frozen_means()[2].split("|")[2].strip()
+    assert f"with AVX2 {int8} times as fast as frozen float32" in text
+    slowest = min(tables.least(tables.rows_of("sequence.json", "inference", n)) for n in (1, 2))
+    assert f"up to {1 - slowest:.0%} slower".replace("%", " %") in text
+
+
 def test_check_sees_a_table_by_hand(tmp_path):
     for name in ("benchmarks", "docs"):
         (tmp_path / name).mkdir()
