@@ -23,7 +23,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
 endif
 
-.PHONY: demo test test-slow test-all cuda-build gpu-prebuild gpu-check bench lint format clean
+.PHONY: demo test test-slow test-all cuda-build gpu-prebuild gpu-check bench lint format docs clean
 
 demo: $(BUILT)
 	$(BIN)/python -m lstm_ext demo
@@ -68,6 +68,11 @@ bench: $(TESTS)
 	$(BIN)/python benchmarks/report.py benchmarks/results/sequence.json --png
 	$(BIN)/python benchmarks/bench_models.py
 
+# The site of the documentation, in build/docs: no warning allowed, every public name has an entry.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
+	LSTM_EXT_SITE=build/docs $(BIN)/python -m pytest -q tests/test_site.py
+
 lint: $(VENV)/.tools
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -81,7 +86,7 @@ format: $(VENV)/.tools
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 clean:
-	rm -rf $(VENV) build *.egg-info lstm_ext/_C.*.so lstm_ext/_built_with.py
+	rm -rf $(VENV) build docs/project *.egg-info lstm_ext/_C.*.so lstm_ext/_built_with.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -98,6 +103,10 @@ $(BUILT): $(BIN)/python $(SOURCES)
 # By the name of the package that is installed already: its extra, and no build.
 $(TESTS): $(BUILT)
 	$(PIP) "lstm_ext[test]"
+	touch $@
+
+$(VENV)/.docs: $(TESTS)
+	$(PIP) "lstm_ext[docs]"
 	touch $@
 
 # With torch named again: what is built for one release of it must not bring another.

@@ -1,12 +1,14 @@
 """lstm_ext: the LSTM as fused operations, drop-ins for ``torch.nn.LSTMCell`` and ``torch.nn.LSTM``.
 
-``LSTMCell`` and ``LSTM`` are the modules, ``lstm_cell`` and ``lstm`` their functional forms,
-``run_sequences`` runs a list of sequences of different lengths;
-``convert`` puts them in the place of torch's modules, ``replacing`` in that of modules which others
-build, ``init`` writes initial weights, ``freeze`` packs their weights for inference,
-``frozen_error`` says what that costs in accuracy;
-``trace_gates`` looks inside, ``plot`` draws what it finds; ``LSTMCellFunction`` is the autograd
-Function, ``reference`` the same in plain torch operations, ``build_info`` what was compiled.
+- ``LSTMCell`` and ``LSTM`` are the modules, ``lstm_cell`` and ``lstm`` their functional forms.
+- ``run_sequences`` runs an LSTM over a list of sequences of different lengths.
+- ``convert`` makes the LSTMs of a model ours, ``revert`` makes them torch's again. ``replacing``
+  does it for models that other code constructs.
+- ``init`` writes initial weights.
+- ``freeze`` packs weights once, for inference; ``frozen_error`` measures what rounding them costs.
+- ``trace_gates`` records gates and states, ``plot`` draws them.
+- ``reference`` is the LSTM in plain torch operations; ``LSTMCellFunction`` is an autograd Function.
+- ``build_info`` describes the build; ``set_cuda_backend`` chooses the kernels on a GPU.
 """
 
 from __future__ import annotations

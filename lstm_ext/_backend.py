@@ -117,22 +117,31 @@ _ops._C.set_gpu_cells_by_torch(_mode == "torch")
 
 
 def cuda_backend() -> str:
-    """Return which kernels run on a CUDA device: see :func:`set_cuda_backend`."""
+    """Return which kernels run on a CUDA device: "auto", "fused" or "torch".
+
+    :func:`set_cuda_backend` explains the three.
+
+    Example:
+        >>> lstm_ext.cuda_backend() in ("auto", "fused", "torch")
+        True
+    """
     return _mode
 
 
 def set_cuda_backend(mode: str) -> str:
     """Choose the kernels that lstm_ext's modules and functions run on a CUDA device.
 
-    The choice holds for the whole process and all its threads, as torch's own switches do
-    (``torch.backends``). At import it is the environment variable ``LSTM_EXT_CUDA``, or "auto".
-    It concerns no other device, and no operator that is called by its name in ``torch.ops``.
+    The choice holds for the whole process and all its threads, like torch's own switches
+    (``torch.backends``). At import it is taken from the environment variable ``LSTM_EXT_CUDA``, or
+    is "auto". It does not affect other devices, nor operators that are called through
+    ``torch.ops``.
 
     Args:
-        mode: "auto": a cell runs in our kernels. So does a layer with ``reset`` or
-            ``checkpoint_every``, which cuDNN does not have, and one of a size and dtype where ours
-            is measured to be faster (docs/gpu.md); any other in torch's (cuDNN). "fused": our
-            kernels wherever there is one. "torch": torch's own kernels and operations, everywhere.
+        mode: one of three words. "auto": a cell runs in our kernels. A layer runs in our kernels
+            if it has ``reset`` or ``checkpoint_every``, which cuDNN does not have, or if its size
+            and dtype are ones for which ours was measured to be faster (docs/gpu.md). Any other
+            layer runs in torch's kernels (cuDNN). "fused": our kernels wherever there is one.
+            "torch": torch's own kernels and operations everywhere.
 
     Returns:
         The choice before.
@@ -140,9 +149,10 @@ def set_cuda_backend(mode: str) -> str:
     Raises:
         ValueError: mode is none of these.
 
-    Example::
-
-        before = lstm_ext.set_cuda_backend("fused")
+    Example:
+        >>> before = lstm_ext.set_cuda_backend("fused")
+        >>> lstm_ext.set_cuda_backend(before)
+        'fused'
     """
     global _mode
     if mode not in MODES:

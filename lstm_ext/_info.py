@@ -16,11 +16,19 @@ def build_info() -> dict[str, str | bool | None]:
     """Describe the build and what of it is in use.
 
     Returns:
-        A dict with: ``version`` of lstm_ext; ``torch`` it was built against and ``torch_running``;
-        ``cuda``, the toolkit it was built with or None, and ``cuda_backend``, which kernels run on
-        a GPU (see :func:`lstm_ext.set_cuda_backend`); ``openmp``; ``compiler``;
-        ``cpu_instruction_sets`` compiled in (comma-separated) and ``cpu_instruction_set`` in use
-        (torch's choice, see ``ATEN_CPU_CAPABILITY``).
+        A dict with these keys.
+
+        - ``version``: of lstm_ext.
+        - ``torch``, ``torch_running``: the torch that it was built against, and the running one.
+        - ``cuda``: the CUDA toolkit that it was built with, or None.
+        - ``cuda_backend``: which kernels run on a GPU (see :func:`lstm_ext.set_cuda_backend`).
+        - ``openmp``, ``compiler``: how it was compiled.
+        - ``cpu_instruction_sets``: those compiled in, with commas between them.
+        - ``cpu_instruction_set``: the one in use (torch's choice, see ``ATEN_CPU_CAPABILITY``).
+
+    Example:
+        >>> sorted(lstm_ext.build_info())[:3]
+        ['compiler', 'cpu_instruction_set', 'cpu_instruction_sets']
     """
     from lstm_ext import _built_with
 

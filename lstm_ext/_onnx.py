@@ -225,29 +225,29 @@ def _without_projection(
 def onnx_translations() -> dict[Any, Translation]:
     """Return translations of lstm_ext's operators for ``torch.onnx.export(dynamo=True)``.
 
-    The exporter needs none for a model with lstm_ext's modules, unless it is called with
-    ``verify=True``: without translations, the program that it keeps beside the ONNX model
-    (``ONNXProgram.exported_program``) has ONNX operators in it, which torch cannot compute. Each
-    layer and direction becomes one ONNX LSTM, each cell one of a single step. Length and batch stay
-    open where ``dynamic_shapes`` says so.
+    The exporter needs them only when it is called with ``verify=True``. Without them, the program
+    that it keeps beside the ONNX model (``ONNXProgram.exported_program``) contains ONNX operators,
+    which torch cannot compute. Each layer and direction becomes one ONNX LSTM. A cell becomes an
+    ONNX LSTM of a single step. Length and batch stay open where ``dynamic_shapes`` says so.
 
     Returns:
-        The argument ``custom_translation_table`` of ``torch.onnx.export``: of each operator, an
-        onnxscript function. Those of what ONNX's LSTM lacks (packed sequences, ``reset``, packed
-        weights) raise an error that says so.
+        The argument ``custom_translation_table`` of ``torch.onnx.export``: an onnxscript function
+        for each operator. For what ONNX's LSTM lacks (packed sequences, ``reset``, packed weights)
+        the function raises an error that says so.
 
     Raises:
         ImportError: onnxscript is not installed.
 
-    Example::
-
-        program = torch.onnx.export(
-            lstm_ext.LSTM(10, 20).eval(),
-            (torch.randn(6, 3, 10),),
-            dynamo=True,
-            dynamic_shapes=({0: "length", 1: "batch"},),
-            custom_translation_table=lstm_ext.onnx_translations(),
-        )
+    Example:
+        >>> torch.ops.lstm_ext.lstm_layer.default in lstm_ext.onnx_translations()
+        True
+        >>> program = torch.onnx.export(  # doctest: +SKIP
+        ...     lstm_ext.LSTM(10, 20).eval(),
+        ...     (torch.randn(6, 3, 10),),
+        ...     dynamo=True,
+        ...     dynamic_shapes=({0: "length", 1: "batch"},),
+        ...     custom_translation_table=lstm_ext.onnx_translations(),
+        ... )
     """
     try:
         op: Any = importlib.import_module("onnxscript").opset18

@@ -278,18 +278,18 @@ def run_sequences(
 ) -> tuple[list[Tensor], States]:
     r"""Run an LSTM over a list of sequences of different lengths, without padding or sorting.
 
-    The numbers are those of each sequence by itself. Nothing is computed for padding: all together
-    they are one packed call.
+    The results are those of each sequence by itself. All sequences together are one packed call, so
+    nothing is computed for padding.
 
     Args:
         module: the LSTM, ours or torch's; ``batch_first`` does not matter.
         sequences: N of them, each (L_k, I); a length of 0 is allowed.
         hx: h (K D, N, P) and c (K D, N, H), for K layers and D directions; zeros when left out.
-        reset: for each sequence a bool tensor (L_k), as in :class:`LSTM`; for our modules.
+        reset: for each sequence a bool tensor (L_k), as in :class:`LSTM`; for our modules only.
 
     Returns:
         The outputs, a list of tensors (L_k, D P), and ``(h_n, c_n)``, shaped like ``hx``. The last
-        states of a sequence of length 0 are its first.
+        states of a sequence of length 0 are its first states.
 
     The outputs are views of one tensor (:meth:`torch.Tensor.split`). Hooks of the module see a
     :class:`~torch.nn.utils.rnn.PackedSequence`.
@@ -299,10 +299,12 @@ def run_sequences(
         ValueError: there is no sequence; one is nested or not (L_k, I); the masks do not fit.
         RuntimeError: as ``torch.nn.LSTM``, for sizes, dtypes or devices that do not fit.
 
-    Example::
-
-        lstm = lstm_ext.LSTM(10, 20)
-        outputs, (h, c) = lstm_ext.run_sequences(lstm, [torch.randn(n, 10) for n in (3, 0, 7)])
+    Example:
+        >>> lstm = lstm_ext.LSTM(10, 20)
+        >>> sequences = [torch.randn(n, 10) for n in (3, 0, 7)]
+        >>> outputs, (h, c) = lstm_ext.run_sequences(lstm, sequences)
+        >>> [tuple(output.shape) for output in outputs]
+        [(3, 20), (0, 20), (7, 20)]
     """
     if not isinstance(module, nn.LSTM):
         raise TypeError(f"run_sequences: module should be an LSTM, got {type(module).__name__}")

@@ -13,20 +13,29 @@ from lstm_ext.functional import lstm_cell
 class LSTMCellFunction(torch.autograd.Function):
     """One LSTM cell step: ``apply(input, hx, cx, w_ih, w_hh, b_ih, b_hh) -> (h', c')``.
 
-    The model of an autograd Function over a C++ operator: one operator forward, one backward, also
-    reachable as ``torch.ops.lstm_ext.lstm_cell_forward`` and ``lstm_cell_backward``.
-    :func:`lstm_ext.lstm_cell` computes the same with its graph built in C++, at less cost per call
-    and with forward-mode AD; this class is for those who compose or subclass Functions.
+    An example of an autograd Function over C++ operators: one operator for forward, one for
+    backward. Both can be called as ``torch.ops.lstm_ext.lstm_cell_forward`` and
+    ``lstm_cell_backward``. :func:`lstm_ext.lstm_cell` computes the same. Its graph is built in C++,
+    which costs less per call, and it has forward-mode AD. This class is for code that composes or
+    subclasses Functions.
 
     Shapes (N batch, I input, H hidden): ``input`` (N, I); ``hx``, ``cx`` and both results (N, H);
     ``w_ih`` (4H, I); ``w_hh`` (4H, H); ``b_ih``, ``b_hh`` (4H) or None; gates ordered i, f, g, o.
     All of one device and one dtype: float32, float64, bfloat16 or float16.
 
-    Differentiable any number of times. Kept for backward: the inputs and the four activated
-    gates, 4 N H numbers.
+    Differentiable any number of times. Backward keeps the inputs and the four activated gates,
+    4 N H numbers.
 
     Raises:
         RuntimeError: as ``torch.nn.LSTMCell``, for sizes, dtypes or devices that do not fit.
+
+    Example:
+        >>> x, h, c = torch.randn(3, 10), torch.zeros(3, 20), torch.zeros(3, 20)
+        >>> w_ih = torch.randn(80, 10, requires_grad=True)
+        >>> h, c = lstm_ext.LSTMCellFunction.apply(x, h, c, w_ih, torch.randn(80, 20))
+        >>> h.sum().backward()
+        >>> w_ih.grad.shape
+        torch.Size([80, 10])
     """
 
     @classmethod

@@ -13,11 +13,12 @@ from lstm_ext.functional import lstm_cell
 
 
 class LSTMCell(nn.LSTMCell):
-    r"""A fused LSTM cell: :class:`torch.nn.LSTMCell` in every respect but speed.
+    r"""A fused LSTM cell: a drop-in for :class:`torch.nn.LSTMCell`.
 
-    The parameters, their names, shapes, order and initialisation, the state dict, ``repr`` and
-    errors are the base class's; checkpoints load both ways, and the same seed gives the same
-    weights. :func:`lstm_ext.lstm_cell` has the formula.
+    It computes the same numbers as the base class, and is faster. Everything else is the base
+    class's: the parameters with their names, shapes, order and initial values, the state dict,
+    ``repr`` and the errors. Checkpoints load in both directions. The same seed gives the same
+    weights. The formula is in :func:`lstm_ext.lstm_cell`.
 
     Args:
         input_size: number of features I of the input.
@@ -30,7 +31,8 @@ class LSTMCell(nn.LSTMCell):
             torch.nn.LSTMCell has no such option.
 
     Inputs: ``input``, ``(h, c)``
-        - input: (N, I), or (I) for a single sample.
+        - input: (N, I), or (I) for a single sample. float32, float64, bfloat16 and float16 run in
+          the fused kernels; torch's own cell computes the other dtypes.
         - h, c: each (N, H), or (H); zeros when left out.
 
     Outputs: ``(h', c')``, each shaped like h.
@@ -39,10 +41,12 @@ class LSTMCell(nn.LSTMCell):
         ValueError, RuntimeError, TypeError, AttributeError: whatever ``torch.nn.LSTMCell`` raises
             for the same wrong input, in its words.
 
-    Example::
-
-        cell = lstm_ext.LSTMCell(10, 20)
-        h, c = cell(torch.randn(3, 10))
+    Example:
+        >>> cell = lstm_ext.LSTMCell(10, 20)
+        >>> h, c = cell(torch.randn(3, 10))
+        >>> h, c = cell(torch.randn(3, 10), (h, c))
+        >>> h.shape, c.shape
+        (torch.Size([3, 20]), torch.Size([3, 20]))
     """
 
     def __init__(

@@ -38,12 +38,13 @@ class _Line(NamedTuple):
 def convert(model: Model, *, report: bool = False) -> Model:
     """Make every ``nn.LSTM`` and ``nn.LSTMCell`` of a model one of ours, in place.
 
-    The modules stay the same objects, and so do their parameters: a running optimizer goes on,
-    hooks, parametrizations, training mode, dtype and device stay. A subclass that leaves
-    ``forward`` alone, or whose ``forward`` calls ``super().forward``, stays in front of ours: its
-    class becomes one of the same name that derives from it and from ours. Where a module's old
-    ``forward`` was kept (in an attribute, a ``functools.partial``, or a closure, as hooks of other
-    libraries do), the new one takes its place.
+    The modules stay the same objects, and so do their parameters. An optimizer that is already
+    running goes on. Hooks, parametrizations, training mode, dtype and device stay.
+
+    A subclass is converted too if it does not override ``forward``, or if its ``forward`` calls
+    ``super().forward``. Its class becomes one of the same name, derived from it and from ours.
+    Libraries sometimes keep a module's old ``forward`` (in an attribute, a ``functools.partial`` or
+    a closure). It is replaced by the new one.
 
     Args:
         model: any module, itself an LSTM or not.
@@ -55,12 +56,14 @@ def convert(model: Model, *, report: bool = False) -> Model:
     Warns:
         UserWarning: for each module that was left as it is, with the reason and what can be done:
             a subclass with a ``forward`` of its own, what ``torch.jit`` has compiled or torch has
-            quantized, another class that is named like an LSTM; for a ``forward`` of the instance
-            that may not call ours; and if there is nothing to convert.
+            quantized, another class that is named like an LSTM. Also for a ``forward`` of the
+            instance that may not call ours, and if there is nothing to convert.
 
-    Example::
-
-        model = lstm_ext.convert(model)
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(96, 32), torch.nn.LSTM(32, 64))
+        >>> model = lstm_ext.convert(model)
+        >>> type(model[1])
+        <class 'lstm_ext.layer.LSTM'>
     """
     lines = _convert_and_tell(model)
     if report:
@@ -97,8 +100,9 @@ def _convert_and_tell(model: nn.Module) -> list[_Line]:
 def revert(model: Model, *, report: bool = False) -> Model:
     """Undo :func:`convert`: make every ``lstm_ext.LSTM`` and ``LSTMCell`` one of torch's, in place.
 
-    Everything stays as in convert. For tools that look at a module's exact class or compile its
-    source: ``torch.jit.script``, ``torch.ao.quantization.quantize_dynamic``.
+    Modules and parameters stay the same objects, as in convert. Some tools look at a module's exact
+    class or compile its source, and need this first: ``torch.jit.script``,
+    ``torch.ao.quantization.quantize_dynamic``.
 
     Args:
         model: any module, itself an LSTM or not.
@@ -109,8 +113,14 @@ def revert(model: Model, *, report: bool = False) -> Model:
 
     Warns:
         UserWarning: for each of our modules that was left as it is, with the reason: a class that
-            derives from ours, a cell that torch has not, or frozen (:func:`lstm_ext.unfreeze` comes
-            first); and for ``checkpoint_every``, which torch's module does not have.
+            derives from ours, a cell that torch does not have, or a frozen module (call
+            :func:`lstm_ext.unfreeze` first). Also for ``checkpoint_every``, which torch's module
+            does not have.
+
+    Example:
+        >>> model = lstm_ext.revert(torch.nn.Sequential(lstm_ext.LSTM(32, 64)))
+        >>> type(model[0])
+        <class 'torch.nn.modules.rnn.LSTM'>
     """
     lines, reverted = [], []
     for name, module in list(model.named_modules()):

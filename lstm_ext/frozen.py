@@ -49,40 +49,48 @@ def freeze(
 ) -> nn.Module:
     """Pack the weights of every :class:`LSTM` and :class:`LSTMCell`, once, for inference.
 
-    An ordinary call packs the weights into the kernels' layout anew, since they may have changed;
-    that is little in a long sequence and much in one step of a few samples. A frozen module does
-    not: it computes with the weights as they were when it was frozen, whatever is written to them
-    afterwards. It gives the same numbers, cannot be trained, converted or loaded into, and keeps
-    the plain weights (its state dict is the original's), so that they are in memory twice, and
-    those of a cell, which is faster from plain ones for few rows, three times; see keep_weights.
-    Under autocast it computes in its own precision; its results have the dtype of the original's.
-    Copies and pickles compute with the same weights. One that ``torch.load`` reads in torch's
-    older format (``_use_new_zipfile_serialization=False``) packs them at its first call, before
-    which neither they may be written to nor the module compiled or exported: a RuntimeError.
+    An ordinary call packs the weights into the kernels' layout each time, since they may have
+    changed. For a long sequence that is little work; for one step of a few samples it is much. A
+    frozen module packs once. It gives the same numbers, and differs in these points:
+
+    - It computes with the weights as they were when it was frozen, whatever is written to them
+      afterwards. So do its copies and pickles.
+    - It cannot be trained or converted, and no state dict can be loaded into it.
+    - It keeps the plain weights beside the packed ones, unless ``keep_weights=False``. Its state
+      dict is the original's. The weights are in memory twice then, and those of a cell three times:
+      for few rows a cell is faster from a plain copy.
+    - Under autocast it computes in its own precision. Its results have the dtype that the
+      original's would have.
+    - A pickle in torch's older format (``_use_new_zipfile_serialization=False``) is packed at its
+      first call after loading. Before that call, writing to its weights, compiling and exporting it
+      raise a RuntimeError.
 
     Args:
-        module: an :class:`LSTM` or an :class:`LSTMCell`, or a model that has them somewhere: there
-            they are replaced in place. In evaluation mode, on the CPU.
-        weights: how the packed weights are stored, for modules in float32. None: as they are.
-            "bfloat16": rounded to bfloat16, in half the memory; the error of the outputs is some
-            0.2 to 0.5 %. With AVX2 alone it is slower than None. "int8": rounded to 8-bit integers,
-            with a scale for each row of the matrices, in a quarter of the memory. Input and hidden
-            state are then rounded as well, with a scale for each row at each step, and the products
-            summed exactly; biases, gates and cell state stay in float32. The error is some 0.5 to
-            2 % where the numbers of a row are of like size, and far more where they are not (powers
-            of a spectrum: 28 %); see :func:`lstm_ext.frozen_error`. Rows whose numbers are all
-            below 2^-100 count as zero.
-        activations: for weights="int8": how input and hidden state are rounded. None: to 8-bit
-            integers. "int16": to 16 bits, or as many as sums of so many products have room for;
-            half the error, and slower where the processor multiplies 8-bit integers.
-        keep_weights: False: the frozen module has the packed weights alone, one copy of the
-            matrices in all, and parameters of the original no more: the memory of the plain ones is
-            free as soon as nothing else holds them (the module itself, an optimizer). The numbers
-            are those of True, but for a cell with weights=None: that computes few rows from packed
-            weights too, more slowly, and they may differ in the last bits. There is no way back:
-            :func:`unfreeze` and ``state_dict()`` raise a RuntimeError. Copies have the packed
-            weights, and so has a pickle: a process whose kernels pack differently (another
-            instruction set, or a version of lstm_ext with another layout) refuses to load it.
+        module: an :class:`LSTM` or an :class:`LSTMCell`, or a model that contains some: there they
+            are replaced in place. In evaluation mode, on the CPU.
+        weights: how the packed weights are stored, for modules in float32.
+
+            - None: as they are.
+            - "bfloat16": rounded to bfloat16, in half the memory. The error of the outputs is about
+              0.2 to 0.5 %. On a processor with AVX2 alone it is slower than None.
+            - "int8": rounded to 8-bit integers with a scale for each row of the matrices, in a
+              quarter of the memory. Input and hidden state are rounded as well, with a scale for
+              each row at each step, and the products are summed exactly. Biases, gates and cell
+              state stay in float32. The error is about 0.5 to 2 % where the numbers of a row are of
+              similar size. It is far larger where they are not (28 % for power spectra): measure it
+              with :func:`lstm_ext.frozen_error`. Rows whose numbers are all below 2^-100 count as
+              zero.
+        activations: how input and hidden state are rounded, for weights="int8". None: to 8-bit
+            integers. "int16": to 16 bits, or to as many bits as the sums have room for. That halves
+            the error, and is slower where the processor multiplies 8-bit integers.
+        keep_weights: False: keep only the packed weights, one copy of the matrices in all. The
+            parameters of the original are gone, and their memory is free as soon as nothing else
+            holds them (the module itself, an optimizer). The numbers are those of True, except for
+            a cell with weights=None: it computes few rows from packed weights too, more slowly, and
+            the last bits may differ. There is no way back: :func:`unfreeze` and ``state_dict()``
+            raise a RuntimeError. A pickle has the packed weights. A process whose kernels pack
+            differently (another instruction set, or a version of lstm_ext with another layout)
+            refuses to load it.
 
     Returns:
         The frozen module, or the model itself. :func:`unfreeze` undoes it, if weights are kept.
@@ -90,21 +98,25 @@ def freeze(
     Raises:
         TypeError: keep_weights is no bool.
         RuntimeError: the module is in training mode.
-        ValueError: weights or activations is unknown, or not for the module's dtype; the model has
-            nothing to freeze, or something that has no packed form: another device or
-            dtype than the CPU kernels know, a weight that something writes at each call (a dropout
-            of weights, for one), a ``forward`` put on the instance. What torch.nn.utils'
-            weight_norm, spectral_norm and prune write is computed first.
+        ValueError: weights or activations is unknown, or not for the module's dtype; or the model
+            has nothing to freeze; or it has something without a packed form: a device or dtype that
+            the CPU kernels do not have, a weight that something writes at each call (for example a
+            dropout of weights), a ``forward`` put on the instance. What weight_norm, spectral_norm
+            and prune of torch.nn.utils write is computed first.
 
     Warns:
         UserWarning: for each subclass that was left as it is, because it has a ``forward`` of its
-            own; for a module that ``.compile()`` was called on, which the frozen one forgets.
+            own; for a module that ``.compile()`` was called on, since the frozen one is not
+            compiled.
 
-    Example::
-
-        model = lstm_ext.freeze(model.eval())
-        with torch.inference_mode():
-            output, state = model(step, state)
+    Example:
+        >>> model = lstm_ext.freeze(lstm_ext.LSTM(10, 20).eval())
+        >>> state = None
+        >>> with torch.inference_mode():
+        ...     for step in torch.randn(6, 1, 3, 10):  # one step a call
+        ...         output, state = model(step, state)
+        >>> model
+        FrozenLSTM(10, 20, frozen)
     """
     _check_types(weights, activations)
     if not isinstance(keep_weights, bool):
@@ -144,7 +156,7 @@ def _check_types(weights: object, activations: object) -> None:
 
 
 def unfreeze(module: nn.Module) -> nn.Module:
-    """Put back what :func:`freeze` replaced: the very same modules.
+    """Put back the modules that :func:`freeze` replaced, the same objects as before.
 
     Args:
         module: what freeze returned.
@@ -154,6 +166,11 @@ def unfreeze(module: nn.Module) -> nn.Module:
 
     Raises:
         RuntimeError: a module was frozen with ``keep_weights=False``; then nothing is put back.
+
+    Example:
+        >>> lstm = lstm_ext.LSTM(10, 20).eval()
+        >>> lstm_ext.unfreeze(lstm_ext.freeze(lstm)) is lstm
+        True
     """
     found = {n: m for n, m in module.named_modules() if isinstance(m, _Frozen)}
     return _replace(
@@ -583,7 +600,7 @@ class _Frozen(nn.Module):
 
 
 class FrozenLSTM(_Frozen, LSTM):
-    """An :class:`LSTM` with packed weights; made by :func:`freeze`, called as before."""
+    """A :class:`lstm_ext.LSTM` with packed weights, which :func:`lstm_ext.freeze` makes."""
 
     original: LSTM
 
@@ -621,7 +638,7 @@ class FrozenLSTM(_Frozen, LSTM):
 
 
 class FrozenLSTMCell(_Frozen, LSTMCell):
-    """An :class:`LSTMCell` with packed weights; made by :func:`freeze`, called as before."""
+    """A :class:`lstm_ext.LSTMCell` with packed weights, which :func:`lstm_ext.freeze` makes."""
 
     original: LSTMCell
 

@@ -41,20 +41,28 @@ def lstm_cell(
         w_hh: (4H, H).
         b_ih: (4H), or None for no bias.
         b_hh: (4H), or None for no bias.
-        unit_weights: (P, H), the weights that each unit of another cell has of its own.
+        unit_weights: (P, H): P weights for each hidden unit, for a cell that has such weights.
         variant: which cell: "plain" is the one above.
 
     Returns:
         h' and c', each shaped like h.
 
-    All tensors share one device and one dtype: float32, float64, bfloat16 or float16 run fused
-    (the halves accumulate in float32); what else ``torch.lstm_cell`` accepts is passed on to it.
-    Kept for backward: references to the arguments, and the four activated gates, 4 N H numbers.
+    All tensors share one device and one dtype. float32, float64, bfloat16 and float16 run in the
+    fused kernels; the two 16-bit types are summed in float32. Whatever else ``torch.lstm_cell``
+    accepts is passed on to it. Backward keeps references to the arguments and the four activated
+    gates, 4 N H numbers.
 
     Raises:
         RuntimeError, IndexError, TypeError: as ``torch.lstm_cell``, for sizes, dtypes, devices or
             types that do not fit.
         ValueError: there is no such variant.
+
+    Example:
+        >>> x, h, c = torch.randn(3, 10), torch.zeros(3, 20), torch.zeros(3, 20)
+        >>> w_ih, w_hh = torch.randn(80, 10), torch.randn(80, 20)
+        >>> h, c = lstm_ext.lstm_cell(x, (h, c), w_ih, w_hh)
+        >>> h.shape
+        torch.Size([3, 20])
     """
     if variant != "plain" or unit_weights is not None:
         number = _variants.find(variant).number
@@ -88,10 +96,15 @@ def lstm_cell(
 
 
 class LayerWeights(NamedTuple):
-    """The weights of one layer in one direction.
+    """The weights of one layer in one direction: an argument of :func:`lstm`.
 
-    w_ih (4H, I) and w_hh (4H, P); b_ih and b_hh (4H) or None; the projection w_hr (P, H) or None,
-    in which case P = H; unit_weights as in :func:`lstm_cell`.
+    Shapes: ``w_ih`` (4H, I); ``w_hh`` (4H, P); ``b_ih`` and ``b_hh`` (4H) or None; ``w_hr`` (P, H),
+    the projection, or None, and then P = H. ``unit_weights`` is that of :func:`lstm_cell`.
+
+    Example:
+        >>> weights = lstm_ext.LayerWeights(torch.randn(80, 10), torch.randn(80, 20))
+        >>> weights.b_ih is None
+        True
     """
 
     w_ih: Tensor
@@ -152,8 +165,9 @@ def lstm(
 ) -> tuple[Tensor, ...]:
     """Run one or more layers of an LSTM over a whole sequence.
 
-    The formula is :func:`lstm_cell`'s, step by step; each layer and direction is one fused
-    operation. Layers K, directions D (2 if bidirectional, else 1).
+    The formula is that of :func:`lstm_cell`, applied step by step. Each layer and direction is one
+    fused operation. K is the number of layers, D the number of directions (2 if bidirectional,
+    else 1).
 
     Args:
         input: (L, N, I), or the data (S, I) of a packed sequence.
@@ -165,9 +179,9 @@ def lstm(
         batch_sizes: those of a packed sequence, int64 (L), on the CPU.
         reset: bool (L, N): where it is true, h and c are zero before that step, or what reset_hx
             has.
-        checkpoint_every: keep the states of every so many steps alone, and compute the gates anew
-            in backward: less memory for more time (for every 16th step, 1.5 times a training step
-            of 200 x 16 x 128 -> 128, 2.7 times one of 100 x 1 x 256 -> 256).
+        checkpoint_every: a number k: keep only the states of every k-th step, and compute the gates
+            again in backward. This saves memory and costs time: with k = 16, a training step of
+            200 x 16 x 128 -> 128 takes 1.5 times as long, one of 100 x 1 x 256 -> 256 2.7 times.
         variant: which cell, as in :func:`lstm_cell`.
         reset_hx: h and c before the steps of ``reset``, shaped like hx; without N or with N = 1,
             the same for all sequences; (K D, L, N, P) and (K D, L, N, H), those of each step's own.
@@ -178,21 +192,27 @@ def lstm(
         output (L, N, D P) or (S, D P), h_n and c_n, shaped like hx; with return_cell_states, also
         the c of the last layer after every step, (L, N, D H) or (S, D H).
 
-    float32, float64, bfloat16 and float16 run fused on the CPU (the halves are summed in float32).
-    Kept for backward, per layer and direction: 5 S H numbers, the gates and the c of each step;
-    with a projection another S H, what is projected.
-    With ``reset_hx`` or ``return_cell_states``, a CUDA device, and any device with projections,
-    computes in tensor operations, step by step.
-    On a CUDA device, :func:`lstm_ext.set_cuda_backend` chooses between our kernels and torch's own
-    LSTM. What our kernels do not take (another device; projections but on the CPU) goes to
-    torch's, or with ``reset``, ``checkpoint_every`` or a transform of ``torch.func`` is computed in
-    tensor operations.
+    float32, float64, bfloat16 and float16 run in the fused kernels on the CPU; the two 16-bit types
+    are summed in float32. Backward keeps 5 S H numbers per layer and direction: the gates, and the
+    c of each step; with a projection S H more. On a CUDA device,
+    :func:`lstm_ext.set_cuda_backend` chooses between our kernels and torch's own LSTM. What our
+    kernels do not take (another device; projections, but for the CPU) goes to torch's own LSTM.
+    With ``reset``, ``checkpoint_every`` or a transform of ``torch.func``, which torch's LSTM does
+    not have, it is computed in tensor operations. So are ``reset_hx`` and ``return_cell_states`` on
+    a CUDA device, and with projections on any device.
 
     Raises:
-        RuntimeError: sizes, dtypes or devices do not fit; ONNX, whose LSTM has neither, is given
-            reset_hx or return_cell_states.
+        RuntimeError: sizes, dtypes or devices do not fit; or ``reset_hx`` or
+            ``return_cell_states`` is exported to ONNX, whose LSTM has neither.
         ValueError: checkpoint_every is not positive, there is no such variant, or reset_hx comes
             without reset.
+
+    Example:
+        >>> weights = [lstm_ext.LayerWeights(torch.randn(80, 10), torch.randn(80, 20))]
+        >>> x, h, c = torch.randn(5, 3, 10), torch.zeros(1, 3, 20), torch.zeros(1, 3, 20)
+        >>> output, h_n, c_n = lstm_ext.lstm(x, (h, c), weights)
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
     """
     h, c = hx
     own_states = return_cell_states or reset_hx is not None

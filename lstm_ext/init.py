@@ -27,11 +27,11 @@ class _Write(NamedTuple):
 def forget_bias_(module: nn.Module, value: float = 1.0) -> list[str]:
     r"""Give the forget gate of every LSTM and LSTMCell a bias, in place.
 
-    A new LSTM then remembers: with 1, a unit keeps :math:`\sigma(1) = 73\%` of its cell state a
-    step, instead of about a half (Gers, Schmidhuber & Cummins 2000; Jozefowicz, Zaremba &
-    Sutskever 2015). The gate adds two biases, :math:`b_{ih} + b_{hh}`; their sum becomes the
-    value: that quarter (rows H to 2H) of ``bias_ih`` is set to it, and that of ``bias_hh`` to zero.
-    The other gates' biases stay.
+    A new LSTM then remembers longer. With a bias of 1, a unit keeps :math:`\sigma(1) = 73\%` of its
+    cell state at each step, instead of about one half (Gers, Schmidhuber & Cummins 2000;
+    Jozefowicz, Zaremba & Sutskever 2015). The gate adds two biases, :math:`b_{ih} + b_{hh}`. Their
+    sum becomes the value: rows H to 2H of ``bias_ih`` are set to it, and those of ``bias_hh`` to
+    zero. The other gates' biases stay.
 
     Args:
         module: an LSTM or LSTMCell, ours or torch's or of a class that derives from them, or a
@@ -50,10 +50,10 @@ def forget_bias_(module: nn.Module, value: float = 1.0) -> list[str]:
 
     Whatever is raised, nothing has been written.
 
-    Example::
-
-        model = torch.nn.Sequential(lstm_ext.LSTM(10, 20))
-        lstm_ext.init.forget_bias_(model)  # ['0.bias_ih_l0', '0.bias_hh_l0']
+    Example:
+        >>> model = torch.nn.Sequential(lstm_ext.LSTM(10, 20))
+        >>> lstm_ext.init.forget_bias_(model)
+        ['0.bias_ih_l0', '0.bias_hh_l0']
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"forget_bias_: value should be a number, got {type(value).__name__}")
@@ -75,18 +75,20 @@ def orthogonal_(
 ) -> list[str]:
     r"""Draw the recurrent weights of every LSTM and LSTMCell as orthogonal matrices, in place.
 
-    Each gate has an (H, H) matrix of its own in ``weight_hh`` (4H, H), and each is drawn by itself,
-    by :func:`torch.nn.init.orthogonal_` (Saxe, McClelland & Ganguli 2014), in the order i, f, g, o,
-    layer by layer, in each forward first. (That function on the whole of ``weight_hh`` makes its
-    columns orthogonal, and none of the four.) With projections (``proj_size``) a gate's matrix is
-    (H, P) and gets orthonormal columns, and ``weight_hr`` (P, H) orthonormal rows, without the
-    gain: the product of both neither grows nor shrinks what is in its rows' space.
+    ``weight_hh`` (4H, H) holds one (H, H) matrix for each gate. Each of the four is drawn alone, by
+    :func:`torch.nn.init.orthogonal_` (Saxe, McClelland & Ganguli 2014), in the order i, f, g, o,
+    layer by layer, the forward direction first. (Applied to the whole of ``weight_hh``, that
+    function makes the columns of the whole orthogonal, but none of the four matrices.)
+
+    With projections (``proj_size``) a gate's matrix is (H, P) and gets orthonormal columns times
+    the gain. ``weight_hr`` (P, H) gets orthonormal rows without the gain. The product of both
+    neither lengthens nor shortens a vector in the space that ``weight_hr``'s rows span.
 
     Args:
         module: an LSTM or LSTMCell, ours or torch's or of a class that derives from them, or a
             model that has them somewhere; every layer and direction counts.
-        gain: what ``weight_hh``'s matrices are multiplied with.
-        generator: to draw from; torch's own one of the parameters' device when left out.
+        gain: a factor for the matrices of ``weight_hh``.
+        generator: the generator to draw from; when left out, torch's own of the parameters' device.
 
     Returns:
         The names of the parameters that were written, as ``module.named_parameters()`` has them.
@@ -101,10 +103,10 @@ def orthogonal_(
 
     Whatever is raised, nothing has been written.
 
-    Example::
-
-        generator = torch.Generator().manual_seed(0)
-        lstm_ext.init.orthogonal_(lstm_ext.LSTM(10, 20), generator=generator)  # ['weight_hh_l0']
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> lstm_ext.init.orthogonal_(lstm_ext.LSTM(10, 20), generator=generator)
+        ['weight_hh_l0']
     """
     writes = _Writes("orthogonal_")
 

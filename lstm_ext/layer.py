@@ -21,16 +21,21 @@ _CHECKS = (
 
 
 class LSTM(nn.LSTM):
-    r"""A multi-layer LSTM whose time loop runs inside one fused operation a layer and direction.
+    r"""A multi-layer LSTM: a drop-in for :class:`torch.nn.LSTM`.
 
-    :class:`torch.nn.LSTM` in every respect but speed: the options, the parameters, their names,
-    shapes, order and initialisation, the state dict, ``repr`` and errors are the base class's;
-    checkpoints load both ways, and the same seed gives the same weights. The weights are read anew
-    at every call: what is written through ``.data``, into ``_flat_weights``, by a parametrization
-    or by ``functional_call`` counts.
+    The time loop of each layer and direction is one fused operation. It computes the same numbers
+    as the base class. Everything else is the base class's: the options, the parameters with their
+    names, shapes, order and initial values, the state dict, ``repr`` and the errors. Checkpoints
+    load in both directions. The same seed gives the same weights.
 
-    ``torch.compile`` breaks the graph at every ``torch.nn.LSTM``, and so at this one, which then
-    runs as without it. ``torch._dynamo.config.allow_rnn = True`` takes both into the graph.
+    The weights are read at every call. A call therefore sees what was written through ``.data``,
+    into ``_flat_weights``, by a parametrization or by ``functional_call``. float32, float64,
+    bfloat16 and float16 run in the fused kernels on the CPU (the 16-bit types are summed in
+    float32); input, states and weights have one dtype and one device, as for torch.nn.LSTM.
+
+    ``torch.compile`` breaks the graph at every ``torch.nn.LSTM``, and at this class too. The layer
+    then runs as it does without the compiler. ``torch._dynamo.config.allow_rnn = True`` makes the
+    compiler take both into the graph.
 
     Args:
         input_size: number of features I of the input.
@@ -51,17 +56,17 @@ class LSTM(nn.LSTM):
     Inputs: ``input``, ``(h_0, c_0)``, ``reset``, ``reset_hx``, ``return_cell_states``
         - input: (L, N, I), (N, L, I) if ``batch_first``, (L, I) for a single sequence, or a
           :class:`~torch.nn.utils.rnn.PackedSequence`, sorted or not. Or a nested tensor of the
-          layout ``torch.jagged``, (N, j, I), whatever ``batch_first`` says: sequences of different
-          lengths, 0 among them, which need no padding and no sorting. torch.nn.LSTM takes none.
+          layout ``torch.jagged``, (N, j, I), whatever ``batch_first`` says. Its sequences need no
+          padding and no sorting, and may have length 0. torch.nn.LSTM takes no nested tensor.
         - h_0, c_0: (D num_layers, N, P) and (D num_layers, N, H), no N for a single sequence;
           zeros when left out.
-        - reset: bool, (L, N), or (N, L) if ``batch_first``, or (L): where it is true, h and c are
-          zero before that step (before it in the order of computation, in the reverse direction).
-          For a packed input: (L, N) in the order of the batch; for a nested one: nested, (N, j).
-          torch.nn.LSTM has no such option.
-        - reset_hx: h and c to reset to in place of zero, shaped like h_0 and c_0; without N or with
-          N = 1, the same for all sequences, as a learned initial state is. Or one for each step,
-          (D num_layers, L, N, P) and (D num_layers, L, N, H), of which those of the steps of
+        - reset: bool, (L, N), or (N, L) if ``batch_first``, or (L). Where it is true, h and c are
+          set to zero before that step. "Before" means in the order of computation, also in the
+          reverse direction. For a packed input it is (L, N) in the order of the batch. For a nested
+          input it is nested, (N, j). torch.nn.LSTM has no such option.
+        - reset_hx: h and c to reset to in place of zero, shaped like h_0 and c_0. Without N or with
+          N = 1, they are the same for all sequences, as a learned initial state is. Or one for each
+          step, (D num_layers, L, N, P) and (D num_layers, L, N, H), of which those of the steps of
           ``reset`` are read. They have gradients. torch.nn.LSTM has no such option.
         - return_cell_states: bool; whether to return the c after every step. torch.nn.LSTM has no
           such option.
@@ -79,10 +84,18 @@ class LSTM(nn.LSTM):
             a reset mask that does not fit it; and for ``reset_hx`` without ``reset``. RuntimeError
             for a nested input, or a frozen module, with ``reset_hx`` or ``return_cell_states``.
 
-    Example::
+    Example:
+        >>> lstm = lstm_ext.LSTM(10, 20, num_layers=2)
+        >>> x = torch.randn(5, 3, 10)  # time, batch, features
+        >>> output, (h, c) = lstm(x)
+        >>> output.shape, h.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
 
-        lstm = lstm_ext.LSTM(10, 20, num_layers=2)
-        output, (h, c) = lstm(torch.randn(5, 3, 10))
+        A mask says where the states start from zero again:
+
+        >>> reset = torch.zeros(5, 3, dtype=torch.bool)
+        >>> reset[2, 1] = True  # the second sequence, before its third step
+        >>> output, (h, c) = lstm(x, reset=reset)
     """
 
     # A default of the class: modules that were pickled, or converted, before have it too.

@@ -1,4 +1,6 @@
-r"""The LSTM in plain torch operations: what the fused kernels compute, to read and to check with.
+r"""The LSTM in plain torch operations: what the fused kernels compute, written to be read.
+
+The tests compare the kernels with these functions.
 
 The cell (Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000;
 notation and gate order of torch.nn.LSTMCell)::
@@ -28,7 +30,17 @@ Quarters = tuple[Tensor, Tensor, Tensor, Tensor]  # of i, f, g, o, each (N, H)
 def pre_activations(
     input: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the first line of the module's docstring: i, f, g and o, each (N, H)."""
+    """Compute i, f, g and o before their activations, each (N, H).
+
+    This is the first line of the formula above.
+
+    Example:
+        >>> x, h = torch.randn(3, 10), torch.zeros(3, 20)
+        >>> weights = torch.randn(80, 10), torch.randn(80, 20), None, None
+        >>> i, f, g, o = lstm_ext.reference.pre_activations(x, h, *weights)
+        >>> f.shape
+        torch.Size([3, 20])
+    """
     ifgo = input @ w_ih.mT + h @ w_hh.mT
     if b_ih is not None:
         ifgo = ifgo + b_ih
@@ -41,20 +53,42 @@ def pre_activations(
 def gates(
     input: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the activated gates i, f, g, o, each (N, H), as in the module's docstring."""
+    """Compute the activated gates i, f, g, o, each (N, H).
+
+    Example:
+        >>> x, h = torch.randn(3, 10), torch.zeros(3, 20)
+        >>> weights = torch.randn(80, 10), torch.randn(80, 20), None, None
+        >>> i, f, g, o = lstm_ext.reference.gates(x, h, *weights)
+        >>> bool(((f >= 0) & (f <= 1)).all())
+        True
+    """
     i, f, g, o = pre_activations(input, h, w_ih, w_hh, b_ih, b_hh)
     return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
 
 
 def states(gates: tuple[Tensor, ...], c: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute h' and c', each (N, H), from the activated gates and c."""
+    """Compute h' and c', each (N, H), from the activated gates and c.
+
+    Example:
+        >>> gates = tuple(torch.rand(4, 3, 20))
+        >>> h, c = lstm_ext.reference.states(gates, torch.zeros(3, 20))
+        >>> torch.equal(c, gates[0] * gates[2])
+        True
+    """
     i, f, g, o = gates
     c_next = f * c + i * g
     return o * torch.tanh(c_next), c_next
 
 
 class PlainCell:
-    """The cell of the module's docstring."""
+    """The cell of torch.nn.LSTMCell: the formula at the top of this page.
+
+    Example:
+        >>> pre, c = tuple(torch.randn(4, 3, 20)), torch.zeros(3, 20)
+        >>> gates, h, c = lstm_ext.reference.PlainCell.forward(pre, c, None)
+        >>> h.shape
+        torch.Size([3, 20])
+    """
 
     @staticmethod
     def forward(pre: Quarters, c: Tensor, _: Tensor | None) -> tuple[Quarters, Tensor, Tensor]:
@@ -97,6 +131,12 @@ class PeepholeCell:
 
         i, f = sigmoid(i + w_ci * c), sigmoid(f + w_cf * c)
         o    = sigmoid(o + w_co * c')
+
+    Example:
+        >>> pre, c = tuple(torch.randn(4, 3, 20)), torch.zeros(3, 20)
+        >>> gates, h, c = lstm_ext.reference.PeepholeCell.forward(pre, c, torch.randn(3, 20))
+        >>> h.shape
+        torch.Size([3, 20])
     """
 
     @staticmethod
@@ -143,8 +183,14 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """Compute one step of an LSTM cell, (N, I) and twice (N, H) -> h', c', each (N, H).
 
-    Arguments as for :func:`lstm_ext.lstm_cell`, but that variant is the cell's place in
-    :data:`CELLS`. Differentiable by autograd.
+    The arguments are those of :func:`lstm_ext.lstm_cell`, except that ``variant`` is a number, the
+    place of the cell in ``CELLS``. Differentiable by autograd.
+
+    Example:
+        >>> x, h, c = torch.randn(3, 10), torch.zeros(3, 20), torch.zeros(3, 20)
+        >>> weights = torch.randn(80, 10), torch.randn(80, 20)
+        >>> expected = lstm_ext.reference.lstm_cell(x, (h, c), *weights)
+        >>> torch.testing.assert_close(lstm_ext.lstm_cell(x, (h, c), *weights), expected)
     """
     h, c = hx
     pre = pre_activations(input, h, w_ih, w_hh, b_ih, b_hh)
@@ -168,7 +214,8 @@ def lstm_cell_backward(
 
     Args:
         grad_h_next: (N, H), the loss's gradient with respect to h'.
-        grad_c_next: (N, H), the one with respect to c' from elsewhere than h' (the next step).
+        grad_c_next: (N, H), the part of its gradient with respect to c' that does not come through
+            h' (it comes from the next step).
         input: as in the forward.
         hx: as in the forward.
         w_ih: as in the forward.
@@ -181,6 +228,14 @@ def lstm_cell_backward(
     Returns:
         The gradients of input, h, c, w_ih, w_hh, b_ih and b_hh, and of unit_weights where there
         are some; shaped like them.
+
+    Example:
+        >>> x, h, c = torch.randn(3, 10), torch.zeros(3, 20), torch.zeros(3, 20)
+        >>> w_ih, w_hh = torch.randn(80, 10), torch.randn(80, 20)
+        >>> ones, zeros = torch.ones(3, 20), torch.zeros(3, 20)
+        >>> grads = lstm_ext.reference.lstm_cell_backward(ones, zeros, x, (h, c), w_ih, w_hh)
+        >>> grads[0].shape, grads[3].shape  # of x and of w_ih
+        (torch.Size([3, 10]), torch.Size([80, 10]))
     """
     h, c = hx
     cell = CELLS[variant]
@@ -232,9 +287,10 @@ def lstm(
         w_hh: (4H, P).
         b_ih: (4H) or None.
         b_hh: (4H) or None.
-        batch_sizes: of a packed input, int64 (L), falling: the rows of each step.
-        reset: bool (L, N): before these steps, h and c are zero, or those of reset_hx. Or None.
-        reverse: from the last step to the first.
+        batch_sizes: int64 (L) for a packed input: the rows of each step, never more than before.
+        reset: bool (L, N): where it is true, h and c are zero before that step, or those of
+            reset_hx. Or None.
+        reverse: whether to go from the last step to the first.
         unit_weights: as in :func:`lstm_cell`.
         variant: as in :func:`lstm_cell`.
         reset_hx: what h and c are before the steps of reset, (N, P) and (N, H), or (L, N, P) and
@@ -243,6 +299,13 @@ def lstm(
 
     Returns:
         The h of every step, (L, N, P) or (S, P), and the last h (N, P) and c (N, H).
+
+    Example:
+        >>> x, h, c = torch.randn(5, 3, 10), torch.zeros(3, 20), torch.zeros(3, 20)
+        >>> weights = torch.randn(80, 10), torch.randn(80, 20)
+        >>> output, (h, c) = lstm_ext.reference.lstm(x, (h, c), *weights)
+        >>> output.shape
+        torch.Size([5, 3, 20])
     """
     output, _, last = lstm_with_cells(
         input, hx, w_ih, w_hh, b_ih, b_hh, batch_sizes, reset, reverse, unit_weights, variant,
@@ -266,9 +329,20 @@ def lstm_with_cells(
     reset_hx: tuple[Tensor, Tensor] | None = None,
     w_hr: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Do what :func:`lstm` does, and return the c of every step too, shaped like the output.
+    """Do what :func:`lstm` does, and return the c of every step too.
 
-    Arguments as for :func:`lstm`. Returns the h and the c of every step, and the last (h, c).
+    Arguments as for :func:`lstm`.
+
+    Returns:
+        The h of every step, (L, N, P) or (S, P); the c of every step, (L, N, H) or (S, H); and the
+        last h (N, P) and c (N, H).
+
+    Example:
+        >>> x, h, c = torch.randn(5, 3, 10), torch.zeros(3, 20), torch.zeros(3, 20)
+        >>> weights = torch.randn(80, 10), torch.randn(80, 20)
+        >>> output, cells, last = lstm_ext.reference.lstm_with_cells(x, (h, c), *weights)
+        >>> cells.shape
+        torch.Size([5, 3, 20])
     """
     h, c = hx
     sizes = [len(h)] * len(input) if batch_sizes is None else batch_sizes.tolist()

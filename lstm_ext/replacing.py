@@ -36,28 +36,29 @@ _here = _BlocksOfThread()
 def replacing(*, report: bool = False) -> Iterator[None]:
     """Make every ``nn.LSTM`` and ``nn.LSTMCell`` that is built inside the block one of ours.
 
-    For models whose constructor is not yours. Arguments, initial weights from a seed, state dict
-    and ``isinstance`` are torch's, and so are errors: torch's own constructor runs, and what it has
-    built is then given our class, however the code got hold of ``nn.LSTM``. That holds for the
-    thread that is in the block; others build torch's modules. Blocks may be nested. What is copied
-    or unpickled inside keeps its class.
+    For models that other people's code constructs. torch's own constructor runs, and the module
+    that it has built is then given our class. So arguments, errors, initial weights from a seed,
+    the state dict and ``isinstance`` are torch's, however the code got hold of ``nn.LSTM``.
+
+    The block counts for the thread that is in it. Other threads build torch's modules. Blocks may
+    be nested. What is copied or unpickled inside a block keeps its class.
 
     While any thread is in a block, ``nn.LSTM`` and ``nn.LSTMCell`` have another ``__init__``, which
-    asks which thread calls it; the last to leave puts back the old one.
+    asks which thread calls it. The last thread to leave puts the old one back.
 
     Args:
         report: print a line for each LSTM that was built, when the block has ended.
 
     Warns:
-        UserWarning: for each class that derives from torch's LSTM or LSTMCell, and not from ours,
-            when the first of it is built: it stays as it is, with the reason and what can be done;
-            and at the end of a block that has built no LSTM.
+        UserWarning: for each class that derives from torch's LSTM or LSTMCell and not from ours,
+            when the first instance of it is built. It stays as it is; the warning says why and what
+            can be done. Also at the end of a block that has built no LSTM.
 
-    Example::
-
-        with lstm_ext.replacing():
-            model = torch.nn.Sequential(torch.nn.LSTM(10, 20))
-        type(model[0])  # lstm_ext.LSTM
+    Example:
+        >>> with lstm_ext.replacing():
+        ...     model = torch.nn.Sequential(torch.nn.LSTM(10, 20))
+        >>> type(model[0])
+        <class 'lstm_ext.layer.LSTM'>
     """
     block, blocks = _Block(), _here.blocks
     _constructors.install()

@@ -21,19 +21,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FrozenError:
-    """How far a frozen module is from the one that was frozen, as a share: 0.01 is one percent.
+    """How far a frozen module is from the one that was frozen: what :func:`frozen_error` returns.
 
-    Each is the norm of the difference over the norm of what the original computes.
+    An error is the norm of the difference divided by the norm of what the original computes: 0.01
+    is one percent.
 
     Attributes:
-        output: of all outputs, a cell's h' of all calls.
-        h_n: of the hidden states after the last step of the last call.
-        c_n: of the cell states after it.
-        worst_row: the row of the batch that is farthest off in its outputs.
-        worst_row_error: how far.
-        over_time: of the outputs of each step, (L,), over all calls, one after the other.
-        bytes_before: what the plain matrices take.
-        bytes_after: what the packed ones take.
+        output: the error of all outputs; for a cell, of the h' of all calls.
+        h_n: the error of the hidden states after the last step of the last call.
+        c_n: the error of the cell states after that step.
+        worst_row: the row of the batch whose outputs have the largest error.
+        worst_row_error: that error.
+        over_time: (L,), the error of the outputs of each step, of all calls one after the other.
+        bytes_before: bytes of the plain matrices.
+        bytes_after: bytes of the packed matrices.
+
+    Example:
+        >>> model = lstm_ext.freeze(lstm_ext.LSTM(10, 20).eval(), weights="bfloat16")
+        >>> error = lstm_ext.frozen_error(model, torch.randn(50, 8, 10))[""]
+        >>> error.output < 0.01, error.over_time.shape
+        (True, torch.Size([50]))
     """
 
     output: float
@@ -55,13 +62,13 @@ class FrozenError:
 def frozen_error(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, FrozenError]:
     """Call a frozen model and the unfrozen one on the same data, and compare their LSTMs.
 
-    Errors add up as in use: what comes before a module in the model, and the states that one call
-    hands to the next, differ as well. The model itself is not changed; the unfrozen one is a copy.
+    Errors add up as they do in use: the input of a module, and the states that one call passes to
+    the next, have errors of their own. The model is not changed; the unfrozen one is a copy.
 
     Args:
-        model: of :func:`lstm_ext.freeze`; a frozen module, or a model with such modules in it.
-        *args: what the model is called with.
-        **kwargs: by name.
+        model: what :func:`lstm_ext.freeze` returned: a frozen module, or a model with some in it.
+        *args: the arguments of the model's call.
+        **kwargs: its named arguments.
 
     Returns:
         For each frozen module that was called, by its name in the model ("" for the model itself):
@@ -69,15 +76,15 @@ def frozen_error(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Froze
 
     Raises:
         ValueError: nothing in the model is frozen, or no frozen module was called.
-        RuntimeError: a module was frozen with ``keep_weights=False``, so that there is nothing to
-            compare with; the two models call a module differently often, so that calls cannot be
-            compared.
+        RuntimeError: a module was frozen with ``keep_weights=False``, and there is nothing to
+            compare with; or the two models call a module a different number of times, and the calls
+            cannot be compared.
 
-    Example::
-
-        model = lstm_ext.freeze(model.eval(), weights="int8")
-        for name, error in lstm_ext.frozen_error(model, sample).items():
-            print(name, f"{error.output:.2%}", f"{error.bytes_before / error.bytes_after:.1f}x")
+    Example:
+        >>> model = lstm_ext.freeze(lstm_ext.LSTM(10, 20).eval(), weights="int8")
+        >>> errors = lstm_ext.frozen_error(model, torch.randn(50, 8, 10))
+        >>> errors[""].output < 0.05  # "" is the model itself
+        True
     """
     names = {n: m for n, m in model.named_modules() if isinstance(m, frozen._Frozen)}
     if not names:

@@ -29,9 +29,10 @@ NAMES = ("i", "f", "g", "o", "c", "h")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GateTrace:
-    """What an LSTM's gates and states were, step by step; made by :func:`trace_gates`.
+    """The gates and states of an LSTM at every step: what :func:`trace_gates` returns.
 
-    Layers times directions K (each layer's forward direction first), time L, batch N.
+    Sizes: K is layers times directions (the forward direction of each layer first), L time, N
+    batch, H hidden.
 
     Attributes:
         i: (K, L, N, H), the input gate: how much of g is written. In (0, 1), like f and o.
@@ -41,8 +42,15 @@ class GateTrace:
         c: (K, L, N, H), the cell state after the step.
         h: (K, L, N, P), the hidden state after the step, the layer's output. P = H unless the LSTM
             projects.
-        lengths: int64 (N), of a packed sequence; beyond them everything is zero. Else None.
+        lengths: int64 (N), for a packed sequence: beyond them everything is zero. Otherwise None.
         bidirectional: whether every second of K reads the sequence from its end.
+
+    Example:
+        >>> trace = lstm_ext.trace_gates(lstm_ext.LSTM(10, 20), torch.randn(30, 4, 10))
+        >>> trace
+        GateTrace(layers=1, directions=1, L=30, N=4, H=20, float32, cpu)
+        >>> trace.half_life().shape
+        torch.Size([1, 20])
     """
 
     i: Tensor
@@ -90,7 +98,7 @@ class GateTrace:
         return steps.unsqueeze(1) < self.lengths.to(self.i.device)
 
     def saturation(self, margin: float = 0.1) -> dict[str, float]:
-        """Count the share of gates that are nearly shut or open, and of g and h near -1 or 1.
+        """Return which share of i, f, o is near 0 or near 1, and of g and h near -1 or 1.
 
         Args:
             margin: what counts as near.
@@ -112,10 +120,10 @@ class GateTrace:
         return shares
 
     def half_life(self) -> Tensor:
-        """Return after how many steps half of what a unit holds is forgotten, float64 (K, H).
+        """Return the number of steps in which a unit forgets half of its c, float64 (K, H).
 
-        Of what c holds, a step keeps the part f: over all steps and samples, on average (of
-        ln f), half is left after ln(1/2) / mean(ln f) steps. Infinite where f is 1.
+        At each step a unit keeps the share f of c. With ln f averaged over all steps and samples,
+        half is left after ln(1/2) / mean(ln f) steps. Infinite where f is 1.
         """
         logs = self.f[:, self.valid()].detach().double().log().mean(1)
         return math.log(2) / logs.abs()
@@ -126,10 +134,12 @@ class GateTrace:
         return {**arrays, "bidirectional": self.bidirectional}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all fields to a compressed .npz file: whole, or, if that fails, not at all.
+        """Write all fields to a compressed .npz file.
+
+        If writing fails, there is no file, or the one that was there before.
 
         Args:
-            path: the file, whose name is taken as it is.
+            path: the file; nothing is appended to its name.
         """
         import numpy as np
 
@@ -196,38 +206,43 @@ def trace_gates(
     reset_hx: States | None = None,
     differentiable: bool = False,
 ) -> GateTrace:
-    """Run an LSTM and return its gates and states of every step.
+    """Run an LSTM and return its gates and states at every step.
 
-    The fused operation keeps the gates for backward anyway, so that a trace costs little more than
-    a training forward. The last layer's ``h`` is the module's own output.
+    The fused operation computes the gates for backward anyway, so a trace costs little more than
+    the forward of a training step. The last layer's ``h`` is the module's own output.
 
     Args:
         module: :class:`lstm_ext.LSTM`, ``torch.nn.LSTM``, :class:`lstm_ext.LSTMCell` or
-            ``torch.nn.LSTMCell``; of a frozen one, the original. Hooks are not run; a subclass is
-            taken for what it derives from. In training mode, dropout between layers is drawn anew.
+            ``torch.nn.LSTMCell``. Of a frozen module, the original is traced. Hooks are not run. A
+            subclass is treated as the class that it derives from. In training mode, dropout between
+            layers is drawn again.
         input: as the module takes it: (L, N, I), (N, L, I) with ``batch_first``, (L, I), or packed.
-            For a cell (N, I) or (I), one step; or (L, N, I), that it is taken through.
+            For a cell: (N, I) or (I) for one step, or (L, N, I) for a sequence.
         hx: h and c before the first step, as the module takes them. Zeros when left out.
-        reset: bool, shaped like input without I ((L, N) for packed input): states are zero before
-            these steps, or what ``reset_hx`` has. All true, every step is as if it were the first.
-        reset_hx: h and c to reset to, as :class:`lstm_ext.LSTM` takes them; for a cell, shaped like
+        reset: bool, shaped like input without I ((L, N) for packed input). Where it is true, the
+            states are zero before that step, or what ``reset_hx`` has. With all true, every step is
+            as if it were the first.
+        reset_hx: h and c to reset to, as :class:`lstm_ext.LSTM` takes them. For a cell: shaped like
             ``hx``, (H) for all samples, or (L, N, H).
-        differentiable: keep the graph, so that a loss of the trace has gradients; in tensor
-            operations, step by step.
+        differentiable: keep the graph, so that a loss of the trace has gradients. The trace is then
+            computed in tensor operations, step by step.
 
     Returns:
-        The trace. Time comes first whatever ``batch_first`` says, a single sequence is a batch of
-        one, a packed sequence is padded and in the order of its lengths.
+        The trace. Time comes first, whatever ``batch_first`` says. A single sequence is a batch of
+        one. A packed sequence is padded, and in the order of its lengths.
 
     Raises:
         TypeError: the module is no LSTM.
         RuntimeError: it was frozen with ``keep_weights=False``.
         ValueError, RuntimeError: what the module raises for the same wrong input.
 
-    Example::
-
-        trace = lstm_ext.trace_gates(lstm, x)
-        trace.f.mean(), trace.half_life(), trace.plot()
+    Example:
+        >>> lstm = torch.nn.LSTM(10, 20, num_layers=2, bidirectional=True)
+        >>> trace = lstm_ext.trace_gates(lstm, torch.randn(30, 4, 10))
+        >>> trace.f.shape  # layers x directions, time, batch, hidden
+        torch.Size([4, 30, 4, 20])
+        >>> trace.select(layer=1, direction=0).saturation()["f > 0.9"] <= 1
+        True
     """
     if isinstance(module, (FrozenLSTM, FrozenLSTMCell)):
         module = module.find_original("trace_gates: the frozen module")

@@ -1,7 +1,7 @@
-"""Pictures of a gate trace, in the lecture's layout and others. Needs matplotlib.
+"""Pictures of a gate trace. Needs matplotlib.
 
-Every function returns a matplotlib figure that no window knows of: ``figure.savefig("gates.png")``
-or ``"gates.svg"`` writes it.
+Every function returns a matplotlib figure, and opens no window. ``figure.savefig("gates.png")`` (or
+``"gates.svg"``) writes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MEANINGS = {
 
 
 class Trace(Protocol):
-    """What is drawn: as :class:`lstm_ext.GateTrace` has it, and is documented there."""
+    """What these functions need of a trace. :class:`lstm_ext.GateTrace` has it, and explains it."""
 
     @property
     def i(self) -> Tensor:
@@ -80,27 +80,32 @@ def gates(
     classes: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draw two heat maps, a row a step: the gates i, f, o, and g, c, h beside the prediction.
+    """Draw two heat maps with one row a step: i, f, o; and g, c, h beside the prediction.
 
-    Blue is -1, white 0, red 1. Beyond 128, units are drawn together in as many columns at most: of
-    each group of neighbours a gate's mean, and of g, c and h the value farthest from zero. Of more
+    Blue is -1, white 0, red 1. More than 128 units share 128 columns: a column then shows the mean
+    of a group of neighbours for a gate, and for g, c and h the value farthest from zero. Of more
     than 12 classes, the 12 that are likeliest in some step are drawn.
 
     Args:
-        trace: of :func:`lstm_ext.trace_gates`.
+        trace: from :func:`lstm_ext.trace_gates`.
         layer: which layer; the last by default.
         direction: 0 forward, 1 backward.
-        sample: which of the batch.
-        last: draw this many steps from the end. All by default.
-        tokens: one label a step, the input's; as many as steps of the trace (or of the sample).
+        sample: which sample of the batch.
+        last: draw only this many steps from the end. All by default.
+        tokens: a label for the input of each step, as many as the trace (or the sample) has steps.
         yhat: (L, V), probabilities to draw beside h.
         classes: V labels for yhat; their numbers by default.
-        title: above both.
+        title: a title above both maps.
 
     Raises:
         ImportError: matplotlib is missing.
         IndexError: there is no such layer, direction or sample.
         ValueError: tokens, yhat or classes do not fit the steps, or last is not positive.
+
+    Example:
+        >>> trace = lstm_ext.trace_gates(lstm_ext.LSTM(3, 4), torch.randn(6, 2, 3))
+        >>> figure = lstm_ext.plot.gates(trace, sample=1, tokens="abcabc")
+        >>> figure.savefig("gates.png")
     """
     part = trace.select(layer, direction)
     L = len(part.i[0])
@@ -178,12 +183,16 @@ def _heat_map(axis: Axes, name: str, values: Tensor, classes: Sequence[str]) -> 
 
 
 def pool(values: Tensor, columns: int, signed: bool) -> Tensor:
-    """Draw units together, (L, H) -> (L, at most columns), in groups of neighbours.
+    """Put neighbouring units together, so that they fit: (L, H) -> (L, at most ``columns``).
 
     Args:
         values: (L, H).
-        columns: how many there may be.
-        signed: take the value farthest from zero of each group, not the mean.
+        columns: the largest number of columns.
+        signed: whether a group becomes the value farthest from zero, and not the mean.
+
+    Example:
+        >>> lstm_ext.plot.pool(torch.tensor([[0.1, -0.9, 0.2, 0.4]]), 2, signed=True)
+        tensor([[-0.9000,  0.4000]])
     """
     H = values.shape[1]
     if columns >= H:
@@ -197,16 +206,21 @@ def pool(values: Tensor, columns: int, signed: bool) -> Tensor:
 
 
 def histogram(trace: Trace, *, layer: int = -1, direction: int = 0) -> Figure:
-    """Draw how the values of i, f, o, g, c and h spread, over all steps, samples and units.
+    """Draw histograms of i, f, o, g, c and h, over all steps, samples and units.
 
     Args:
-        trace: of :func:`lstm_ext.trace_gates`.
+        trace: from :func:`lstm_ext.trace_gates`.
         layer: which layer; the last by default.
         direction: 0 forward, 1 backward.
 
     Raises:
         ImportError: matplotlib is missing.
         IndexError: there is no such layer or direction.
+
+    Example:
+        >>> trace = lstm_ext.trace_gates(lstm_ext.LSTM(3, 4), torch.randn(6, 2, 3))
+        >>> figure = lstm_ext.plot.histogram(trace)
+        >>> figure.savefig("histogram.png")
     """
     part = trace.select(layer, direction)
     valid = part.valid()
@@ -226,11 +240,16 @@ def saturation(trace: Trace, *, margin: float = 0.1) -> Figure:
     """Draw the shares of :meth:`lstm_ext.GateTrace.saturation`, a bar for each layer and direction.
 
     Args:
-        trace: of :func:`lstm_ext.trace_gates`.
-        margin: what counts as near 0 or 1.
+        trace: from :func:`lstm_ext.trace_gates`.
+        margin: how near to 0 or 1 a value counts as near.
 
     Raises:
         ImportError: matplotlib is missing.
+
+    Example:
+        >>> trace = lstm_ext.trace_gates(lstm_ext.LSTM(3, 4), torch.randn(6, 2, 3))
+        >>> figure = lstm_ext.plot.saturation(trace)
+        >>> figure.savefig("saturation.png")
     """
     figure = _figure(10, 4)
     axis = figure.subplots()
@@ -251,10 +270,15 @@ def half_life(trace: Trace) -> Figure:
     """Draw how many steps each unit remembers: :meth:`lstm_ext.GateTrace.half_life`, sorted.
 
     Args:
-        trace: of :func:`lstm_ext.trace_gates`.
+        trace: from :func:`lstm_ext.trace_gates`.
 
     Raises:
         ImportError: matplotlib is missing.
+
+    Example:
+        >>> trace = lstm_ext.trace_gates(lstm_ext.LSTM(3, 4), torch.randn(6, 2, 3))
+        >>> figure = lstm_ext.plot.half_life(trace)
+        >>> figure.savefig("half_life.png")
     """
     figure = _figure(8, 4)
     axis = figure.subplots()
@@ -277,7 +301,7 @@ def half_life(trace: Trace) -> Figure:
 
 
 class Errors(Protocol):
-    """What :func:`frozen_error` draws: as :class:`lstm_ext.FrozenError` has it."""
+    """What :func:`frozen_error` needs of an error. :class:`lstm_ext.FrozenError` has it."""
 
     @property
     def output(self) -> float:
@@ -292,10 +316,15 @@ def frozen_error(errors: Mapping[str, Errors]) -> Figure:
     """Draw the error of frozen modules over time, in percent, one line for each module.
 
     Args:
-        errors: of :func:`lstm_ext.frozen_error`.
+        errors: from :func:`lstm_ext.frozen_error`.
 
     Raises:
         ImportError: matplotlib is missing.
+
+    Example:
+        >>> model = lstm_ext.freeze(lstm_ext.LSTM(10, 20).eval(), weights="int8")
+        >>> errors = lstm_ext.frozen_error(model, torch.randn(50, 8, 10))
+        >>> figure = lstm_ext.plot.frozen_error(errors)
     """
     figure = _figure(8, 4)
     axis = figure.subplots()
