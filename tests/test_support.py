@@ -1,12 +1,13 @@
 """docs/support.md and the packaging agree with the sources: headers, versions, the matrix."""
 
+import base64
+import hashlib
 import re
+import zipfile
 from pathlib import Path
 
 import matrix
 import pytest
-
-import lstm_ext
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "support.md").read_text()
@@ -40,7 +41,6 @@ def test_one_version():
     assert re.search(r"^version: (.*)$", text("CITATION.cff"), re.M).group(1) == version
     released = re.findall(r"^## \[(\d.*?)\] - \d{4}-\d\d-\d\d$", text("CHANGELOG.md"), re.M)
     assert released[0] == version
-    assert lstm_ext.__version__.split("+")[0] == version
 
 
 def test_what_is_supported_is_what_is_tested():
@@ -56,26 +56,44 @@ def test_what_is_supported_is_what_is_tested():
             assert wanted in found, (workflow, name)
 
 
-def test_a_wheel_is_named_for_its_torch(tmp_path, monkeypatch):
-    """Version and requirement, in a wheel that has nothing else."""
-    pytest.importorskip("wheel")
-    monkeypatch.setattr(matrix, "tools", lambda: Path(matrix.sys.executable))
-    plain = tmp_path / "in"
-    info = plain / "lstm_ext-1.2.3.dist-info"
-    info.mkdir(parents=True)
-    (info / "WHEEL").write_text("Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: cp311-cp311-any\n")
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: lstm_ext\nVersion: 1.2.3\nRequires-Dist: torch>=2.11\n"
-        "Requires-Dist: numpy; extra == 'test'\n\nRequires-Dist: torch>=1 says the text\n"
-    )
-    (info / "RECORD").write_text("")
-    matrix.run(matrix.sys.executable, "-m", "wheel", "pack", "-d", tmp_path, plain)
-    (wheel,) = tmp_path.glob("*.whl")
-    named = matrix.name_for_torch(wheel, "2.13.0+cpu", tmp_path / "out")
-    assert named.name == "lstm_ext-1.2.3+torch2.13.cpu-cp311-cp311-any.whl"
+METADATA = (
+    "Metadata-Version: 2.1\nName: lstm_ext\nVersion: 1.2.3\nRequires-Dist: torch>=2.11\n"
+    "Requires-Dist: torch-geometric; extra == 'published'\n\nRequires-Dist: torch>=1 in the text\n"
+)
+
+
+def test_a_wheel_is_named_for_its_torch(tmp_path):
+    """Version and requirement; what pip checks of it agrees."""
+    plain = tmp_path / "lstm_ext-1.2.3-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(plain, "w") as file:
+        file.writestr("lstm_ext/__init__.py", "")
+        file.writestr("lstm_ext-1.2.3.dist-info/METADATA", METADATA)
+        file.writestr("lstm_ext-1.2.3.dist-info/RECORD", "")
+    named = matrix.name_for_torch(plain, "2.13.0+cpu", tmp_path / "out")
+    assert named.name == "lstm_ext-1.2.3+torch2.13.cpu-cp311-cp311-linux_x86_64.whl"
     found = matrix.contents(named)
     assert found["version"] == "1.2.3+torch2.13.cpu"
     assert found["requires"] == ["torch==2.13.*"]
+    with zipfile.ZipFile(named) as file:
+        (info,) = {name.split("/")[0] for name in file.namelist()} - {"lstm_ext"}
+        assert info == "lstm_ext-1.2.3+torch2.13.cpu.dist-info"
+        assert file.read(f"{info}/METADATA").decode().endswith("torch>=1 in the text\n")
+        record = file.read(f"{info}/RECORD").decode().splitlines()
+        assert [line.split(",")[0] for line in record] == file.namelist()
+        for line in record[:-1]:
+            name, digest, size = line.split(",")
+            content = file.read(name)
+            right = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+            assert (digest, int(size)) == (f"sha256={right}", len(content))
+
+
+def test_a_wheel_that_does_not_require_torch(tmp_path):
+    plain = tmp_path / "lstm_ext-1.2.3-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(plain, "w") as file:
+        bare = METADATA.replace("Requires-Dist: torch>=2.11\n", "")
+        file.writestr("lstm_ext-1.2.3.dist-info/METADATA", bare)
+    with pytest.raises(matrix.FailedError, match="0 lines match"):
+        matrix.name_for_torch(plain, "2.13.0", tmp_path / "out")
 
 
 def test_a_pair_without_its_python_fails(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -113,7 +112,7 @@ def show(found: dict[str, Any]) -> None:
 def python() -> Finding:
     """Which Python, and that it has a GIL."""
     says = f"{platform.python_version()} ({sys.executable}), {platform.platform()}"
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    if "t" in getattr(sys, "abiflags", ""):
         return Finding("python", WRONG, f"{says}, free-threaded", "use the ordinary Python")
     return Finding("python", OK, says)
 
