@@ -257,15 +257,17 @@ def check_wheel(python: Path, wheel: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         fresh = environment_with_torch_of(python, Path(scratch) / "env")
         # No compiler, no ninja: nothing but this environment.
-        variables = clean(PATH=str(fresh.parent), PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull)
-        for name in ("CC", "CXX", "PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL"):
-            variables.pop(name, None)
+        variables = clean(PATH=str(fresh.parent), PIP_CONFIG_FILE=os.devnull)
+        for name in [k for k in variables if k in ("CC", "CXX") or k.startswith("PIP_")]:
+            if name != "PIP_CONFIG_FILE":
+                del variables[name]
         for name in ("c++", "g++", "cc", "gcc", "clang"):
             if shutil.which(name, path=variables["PATH"]):
                 raise FailedError(f"{name} in {variables['PATH']}")
         start = time.monotonic()
         run(
-            fresh, "-m", "pip", "install", "--no-index", "--find-links", wheel.parent,
+            fresh, "-m", "pip", "install", "--no-index", "--no-deps", "--find-links",
+            wheel.resolve().parent,
             f"lstm_ext=={version}", cwd=scratch, env=variables,
         )  # fmt: skip
         seconds = time.monotonic() - start
@@ -293,6 +295,7 @@ def environment_with_torch_of(python: Path, folder: Path) -> Path:
             target = ours / item.name
             if target.is_dir():
                 shutil.rmtree(target)
+            target.unlink(missing_ok=True)
             target.symlink_to(item)
     return fresh
 

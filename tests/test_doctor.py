@@ -23,7 +23,7 @@ ROWS = [
 @pytest.fixture(autouse=True)
 def _no_time(monkeypatch):
     """How fast the machine is while it tests says nothing."""
-    monkeypatch.setattr(bench, "measure", lambda *_, **__: [dict(row) for row in ROWS])
+    monkeypatch.setattr(doctor, "timings", lambda: [dict(row) for row in ROWS])
 
 
 def asked(capsys, *arguments):
@@ -47,24 +47,32 @@ def test_fine(capsys):
     assert capsys.readouterr().out == said
 
 
-def test_it_times_what_it_says(capsys, monkeypatch):
+def test_it_times_what_it_says(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(bench, "ROUNDS", 1)
-    rows = []
-    finding = doctor.speed(rows)
-    assert {(row["module"], row["mode"]) for row in rows} == {
-        (module, mode) for module in ("LSTM", "LSTMCell") for mode in bench.MODES
-    }
-    assert finding.name == "speed"
+    monkeypatch.setattr(doctor, "_ROUNDS", 1)
+    before = torch.get_num_threads()
+    rows = doctor.timings()
+    assert torch.get_num_threads() == before
+    assert [(row["module"], row["mode"]) for row in rows] == [
+        (module, mode) for module in ("LSTMCell", "LSTM") for mode in bench.MODES
+    ]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["torchs"] / row["ours"])
+        assert row["ours"] > 0.1
 
 
-@pytest.mark.parametrize(("ratio", "status"), [(0.4, "wrong"), (0.8, "note"), (1.5, "ok")])
-def test_too_slow(capsys, monkeypatch, ratio, status):
-    monkeypatch.setattr(bench, "measure", lambda *_, **__: [*ROWS, {**ROWS[0], "ratio": ratio}])
+@pytest.mark.parametrize(
+    ("ratio", "load", "status"),
+    [(0.4, 0, "wrong"), (0.4, 9, "note"), (0.8, 0, "note"), (1.5, 0, "ok"), (1.5, 9, "ok")],
+)
+def test_too_slow(capsys, monkeypatch, ratio, load, status):
+    monkeypatch.setattr(doctor, "timings", lambda: [*ROWS, {**ROWS[0], "ratio": ratio}])
+    monkeypatch.setattr(os, "getloadavg", lambda: (load * doctor.processors(), 0, 0))
     found, checks, _ = asked(capsys)
     assert checks["speed"]["status"] == status
     assert found["fine"] == (status != "wrong")
     assert bool(checks["speed"]["do"]) == (status != "ok")
+    assert ("the machine is busy" in checks["speed"]["says"]) == (status == "note" and load > 0)
 
 
 def off_by_a_little(result):

@@ -183,7 +183,7 @@ def _info(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
 def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from lstm_ext.cli import doctor
 
-    found = doctor.report(*doctor.run(_progress("timing")))
+    found = doctor.report(*doctor.run())
     doctor.show(found)
     return found, 0 if found["fine"] else 1
 
