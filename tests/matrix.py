@@ -360,6 +360,14 @@ def do(pair: Pair, with_tests: bool, out: Path, arguments: list[str]) -> dict[st
     return row | {"seconds": round(time.monotonic() - start)}
 
 
+def note(pair: Pair, row: dict[str, Any]) -> None:
+    """Write a result beside those of other pairs, in the place of the pair's last."""
+    file = FOLDER / "results.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(found | {pair.name: row}, indent=1, sort_keys=True))
+
+
 def line(row: dict[str, Any]) -> str:
     """Write a result for the terminal."""
     found = row.get("tests") or row.get("platform") or row.get("error", "").split("\n")[0]
@@ -394,14 +402,12 @@ def main() -> int:
             print(error, file=sys.stderr)
             return 1
     pairs = [Pair(t, p) for t in options.torch or TORCHES for p in options.python or PYTHONS]
-    file = FOLDER / "results.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for pair in pairs:
         print(f"{pair.name} ...", file=sys.stderr)
         rows.append(do(pair, options.command == "test", options.out, options.arguments))
         print(line(rows[-1]), flush=True)
-        file.write_text(json.dumps(rows, indent=1))
+        note(pair, rows[-1])
     return 0 if all(row["result"] == "ok" for row in rows) else 1
 
 
