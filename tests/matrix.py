@@ -11,7 +11,7 @@ CPU builds); an environment that has a torch of the release is taken as it is.
 
 A wheel is compiled, made fit for other machines (auditwheel), named for its torch, and checked:
 installed offline into an environment without a compiler, where `python -m lstm_ext doctor` has to
-find nothing wrong. Wheels come to dist/, what was found to build/matrix/results.json. Exit status
+find nothing wrong. Wheels come to dist/, what was found to build/matrix/results. Exit status
 1 if anything failed. docs/release.md says why a wheel is named as it is.
 """
 
@@ -361,11 +361,10 @@ def do(pair: Pair, with_tests: bool, out: Path, arguments: list[str]) -> dict[st
 
 
 def note(pair: Pair, row: dict[str, Any]) -> None:
-    """Write a result beside those of other pairs, in the place of the pair's last."""
-    file = FOLDER / "results.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(found | {pair.name: row}, indent=1, sort_keys=True))
+    """Write a result, in the place of the pair's last."""
+    folder = FOLDER / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{pair.name}.json").write_text(json.dumps(row, indent=1))
 
 
 def line(row: dict[str, Any]) -> str:
