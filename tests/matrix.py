@@ -392,8 +392,10 @@ def main() -> int:
     parser.add_argument("--torch", action="append", help=f"of {', '.join(TORCHES)}; all")
     parser.add_argument("--python", action="append", help=f"of {', '.join(PYTHONS)}; all")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where wheels go")
-    parser.add_argument("arguments", nargs="*", help="after --, for pytest")
-    options = parser.parse_args()
+    parser.epilog = "What comes after -- goes to pytest."
+    given = sys.argv[1:]
+    cut = given.index("--") if "--" in given else len(given)
+    options, for_pytest = parser.parse_args(given[:cut]), given[cut + 1 :]
     if options.command == "here":
         try:
             return here(options.out)
@@ -404,7 +406,7 @@ def main() -> int:
     rows = []
     for pair in pairs:
         print(f"{pair.name} ...", file=sys.stderr)
-        rows.append(do(pair, options.command == "test", options.out, options.arguments))
+        rows.append(do(pair, options.command == "test", options.out, for_pytest))
         print(line(rows[-1]), flush=True)
         note(pair, rows[-1])
     return 0 if all(row["result"] == "ok" for row in rows) else 1
