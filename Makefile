@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.14.1
+MATRIX ?=
 OUT ?= build/gpu-check
 GPU_VENV ?= .venv-gpu
 BIN := $(VENV)/bin
@@ -23,7 +24,8 @@ export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
 endif
 
-.PHONY: demo test test-slow test-all cuda-build gpu-prebuild gpu-check bench lint format docs clean
+.PHONY: demo test test-slow test-all test-matrix wheel wheels cuda-build gpu-prebuild gpu-check \
+	bench lint format docs clean
 
 demo: $(BUILT)
 	$(BIN)/python -m lstm_ext demo
@@ -40,6 +42,17 @@ test-slow: $(VENV)/.published
 test-all:
 	$(MAKE) test
 	$(MAKE) test-slow
+
+# In dist/, for machines without a compiler: a wheel for the torch of VENV, or one for each pair of
+# the torches and Pythons that are supported; and the tests with each pair (docs/support.md).
+wheel: $(BUILT)
+	$(BIN)/python tests/matrix.py here
+
+wheels:
+	$(PYTHON) tests/matrix.py wheels $(MATRIX)
+
+test-matrix:
+	$(PYTHON) tests/matrix.py test $(MATRIX)
 
 # The whole package against a CUDA build of torch, in a clone with an environment of its own (6 GB):
 # builds, links, imports, and passes the tests; a GPU is not needed.
@@ -79,6 +92,7 @@ lint: $(VENV)/.tools
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 	$(BIN)/python tests/cuda_tools.py
 	$(BIN)/mypy
+	$(BIN)/python tests/commit_subjects.py
 
 format: $(VENV)/.tools
 	$(BIN)/ruff check --fix
@@ -86,7 +100,7 @@ format: $(VENV)/.tools
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 clean:
-	rm -rf $(VENV) build docs/project *.egg-info lstm_ext/_C.*.so lstm_ext/_built_with.py
+	rm -rf $(VENV) build dist docs/project *.egg-info lstm_ext/_C.*.so lstm_ext/_built_with.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

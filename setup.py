@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -28,6 +29,12 @@ except ImportError as error:
         f"({error}); install it, or drop --no-build-isolation to have one installed"
     ) from error
 from torch.utils import cpp_extension
+
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    raise SystemExit(
+        "lstm_ext: not for a free-threaded Python: it was never tested without the GIL "
+        "(docs/support.md); use the ordinary Python of the same version"
+    )
 
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = "lstm_ext"
@@ -108,11 +115,11 @@ def extension(with_cuda: bool) -> cpp_extension.CppExtension:
     if "-g" not in os.environ.get("CFLAGS", "").split():
         # Python's own flags have -g: nine tenths of the module, and half the time to compile it.
         cxx.append("-g0")
-    link = []
     if sys.platform.startswith("linux"):
-        # Without it the header-only at::parallel_for would run serially, and say nothing.
+        # Without it the header-only at::parallel_for would run serially, and say nothing. For the
+        # compiler only: linked with a runtime of its own name, the module could bring a second
+        # one into the process. Its symbols are found in the one that libtorch_cpu has loaded.
         cxx.append("-fopenmp")
-        link.append("-fopenmp")
     folders = ("core", "ops", "autograd", "python", "cpu")
     files = joined(sources(*(f"csrc/{folder}/*.cpp" for folder in folders)))
     kind = cpp_extension.CppExtension
@@ -127,7 +134,6 @@ def extension(with_cuda: bool) -> cpp_extension.CppExtension:
         include_dirs=[str(ROOT / "csrc")],
         depends=headers,
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]} if with_cuda else {"cxx": cxx},
-        extra_link_args=link,
     )
 
 

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+from lstm_ext import _check_load as _check_load
 from lstm_ext import _flops as _flops
 from lstm_ext import _vmap as _vmap
 from lstm_ext import init, reference

@@ -10,18 +10,41 @@ import functools
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 
-def _refuse(reason: str, error: BaseException | None = None) -> NoReturn:
+def _refuse(reason: str, built: str | None = None, error: BaseException | None = None) -> NoReturn:
     raise ImportError(
-        f"lstm_ext {reason}; torch {torch.__version__} is installed; "
-        "rebuild it in this environment: pip install --no-build-isolation --no-deps "
-        "--force-reinstall lstm_ext (or, in a checkout, pip install --no-build-isolation -e .)"
+        f"lstm_ext {reason}; torch {torch.__version__} is installed; {_remedy(built)}"
     ) from error
+
+
+def _remedy(built: str | None) -> str:
+    """Say what to install: another wheel where this came as one, else a new build."""
+    try:
+        release, _, wheel = metadata.version("lstm_ext").partition("+torch")
+    except metadata.PackageNotFoundError:
+        release, wheel = "", ""
+    rebuild = (
+        "pip install --no-build-isolation --no-deps --force-reinstall lstm_ext "
+        "(or, in a checkout, pip install --no-build-isolation -e .)"
+    )
+    if not wheel:
+        return f"rebuild it in this environment: {rebuild}"
+    if built is None or _release(built) == _release(torch.__version__):
+        again = f"'lstm_ext=={release}+torch{wheel}'"
+        return f"install it again: pip install --no-deps --force-reinstall {again}"
+    wanted, came_with = (".".join(_release(version)) for version in (torch.__version__, built))
+    return (
+        "a wheel is for one release of torch: install that of yours, from where this one came: "
+        f"pip install --no-deps 'lstm_ext=={release}+torch{wanted}.cpu', "
+        f"or the torch of this one: pip install 'torch=={came_with}.*'; "
+        f"where there is no such wheel, build it: {rebuild}"
+    )
 
 
 def _release(version: str) -> tuple[str, ...]:
@@ -37,19 +60,24 @@ def load() -> Any:
 
     Raises:
         ImportError: it was not built, or was built against another torch; one line says against
-            which, and how to rebuild.
+            which, and what to install. Or Python is a free-threaded one.
     """
+    if "t" in getattr(sys, "abiflags", ""):
+        raise ImportError(
+            "lstm_ext is not for a free-threaded Python: it was never tested without the GIL; "
+            "use the ordinary Python of the same version"
+        )
     try:
         from lstm_ext import _built_with
     except ImportError as error:
-        _refuse("was not built", error)
-    built = f"was built against torch {_built_with.TORCH_VERSION}"
-    if _release(_built_with.TORCH_VERSION) != _release(torch.__version__):
-        _refuse(built)
+        _refuse("was not built", error=error)
+    version = _built_with.TORCH_VERSION
+    if _release(version) != _release(torch.__version__):
+        _refuse(f"was built against torch {version}", version)
     try:
         from lstm_ext import _C
     except ImportError as error:
-        _refuse(f"{built} and does not load ({error})", error)
+        _refuse(f"was built against torch {version} and does not load ({error})", version, error)
     return _C
 
 

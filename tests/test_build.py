@@ -9,6 +9,7 @@ import venv
 import zipfile
 from pathlib import Path
 
+import matrix
 import pytest
 import torch
 from built import objects
@@ -99,6 +100,16 @@ def test_importing_pulls_in_torch_and_nothing_else():
         "torch._inductor"
         not in run(sys.executable, "-c", "import lstm_ext, sys; print(*sys.modules)").stdout.split()
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the symbols of an ELF file")
+def test_openmp_is_torchs():
+    """The module is parallel and names no runtime: it cannot bring a second one."""
+    module = lstm_ext._ops._C.__file__
+    needed = run("readelf", "--dynamic", module).stdout
+    assert "Shared library: [libtorch_cpu.so]" in needed
+    assert "omp" not in needed
+    assert "GOMP_parallel" in run("nm", "--dynamic", "--undefined-only", module).stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the symbols of an ELF file")
@@ -227,6 +238,20 @@ def test_wheel_and_incremental_rebuild(environment, checkout):
     run(*wheel, cwd=checkout)
     changed = [p.name for p, time in objects.items() if p.stat().st_mtime_ns != time]
     assert changed == ["dispatch.o"]
+
+
+@pytest.mark.packaging
+def test_wheel_for_other_machines(tmp_path):
+    """make wheel: named for its torch, without torch's libraries, and works without a compiler."""
+    wheel = matrix.build_wheel(Path(sys.executable), ROOT, tmp_path)
+    release = ".".join(torch.__version__.split(".")[:2])
+    found = matrix.contents(wheel)
+    assert found["version"] == f"{lstm_ext.__version__}+torch{release}.cpu"
+    assert found["requires"] == [f"torch=={release}.*"]
+    assert found["platform"].startswith("manylinux_")
+    assert found["libraries"] == []
+    checked = matrix.check_wheel(Path(sys.executable), wheel)
+    assert checked["doctor"]["build"]["version"] == found["version"]
 
 
 @pytest.mark.packaging

@@ -1,4 +1,4 @@
-"""The command line: ``python -m lstm_ext {info, demo, gates, bench, convert}``."""
+"""The command line: ``python -m lstm_ext {info, doctor, demo, gates, bench, convert}``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from typing import Any
 DESCRIPTION = """\
 A fused LSTM for PyTorch: look at the build, at its numbers, at its gates and at its speed.
 Every command has a --help of its own; with --json, what it finds is printed for machines.
+"""
+DOCTOR = """\
+Checks the installation: versions, instruction sets, threads, OpenMP, switches and GPU; computes a
+cell and a layer beside torch.nn's in float64; times both. Says what is wrong and what to do.
+Exit status 0 if nothing is wrong, else 1.
 """
 GATES = """\
 Draws the gates of an LSTM that reads a text, character by character, and counts how open they were.
@@ -59,11 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 for what went wrong, in one line on stderr, and when the demo finds
-        numbers that differ; 2, by way of SystemExit, for arguments that make no sense.
+        numbers that differ, or the doctor that something is wrong; 2, by way of SystemExit, for
+        arguments that make no sense.
     """
     options = _parser().parse_args(arguments)
     commands = {
-        "info": _info, "demo": _demo, "gates": _gates, "bench": _bench, "convert": _convert,
+        "info": _info, "doctor": _doctor, "demo": _demo, "gates": _gates, "bench": _bench,
+        "convert": _convert,
     }  # fmt: skip
     command = commands[options.command]
     try:
@@ -96,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
     what = "what was built, and what of it is in use"
     add("info", what, what.capitalize() + ".")
+    add("doctor", "check the installation, say what is wrong and what to do", DOCTOR)
     what = "train the lecture's model, check numbers, show speed"
     demo = add("demo", what, what.capitalize() + ".")
     demo.add_argument("--epochs", type=_positive, default=150, help="passes over the text")
@@ -170,6 +178,14 @@ def _info(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
     for name, value in info.items():
         print(f"{name:22} {value}")
     return info, 0
+
+
+def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    from lstm_ext.cli import doctor
+
+    found = doctor.report(*doctor.run())
+    doctor.show(found)
+    return found, 0 if found["fine"] else 1
 
 
 def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
