@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_ext import _backend, _ops, _variants
-from lstm_ext.functional import LayerWeights, expand_reset_states, lstm
+from lstm_ext._steps import expand_reset_states
+from lstm_ext.functional import LayerWeights, lstm
 
 States = tuple[Tensor, Tensor]
 

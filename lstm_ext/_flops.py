@@ -51,14 +51,12 @@ def _forward(input: Tensor, hx: Tensor, cx: Tensor, *_: Any, **__: Any) -> int:
 def _backward(rows: int, first_rows: int, I: int, H: int, P: int, mask: Sequence[bool]) -> int:
     """Of those gradients that are wanted; mask: input, hx, cx, w_ih, w_hh, ...
 
-    The ninth is w_hr, where h is projected. The gradient of h goes on from each step but the first
-    of all, where it is that of hx.
+    The gradient of h goes on from each step but the first of all, where it is that of hx.
     """
     want_input, want_hx, _, want_w_ih, want_w_hh = mask[:5]
     flops = (want_input + want_w_ih) * _product(rows, H, I)
     flops += _product(rows if want_hx else rows - first_rows, H, P)
-    flops += want_w_hh * _product(rows, H, P)
-    return flops + (1 + mask[8]) * 2 * rows * P * H if len(mask) > 8 else flops
+    return flops + want_w_hh * _product(rows, H, P)
 
 
 def _backward_formula(op: Any) -> Callable[..., int]:
@@ -75,7 +73,10 @@ def _backward_formula(op: Any) -> Callable[..., int]:
         # A packed sequence in reverse begins with its last step. (A fake tensor has no numbers.)
         if given.get("reverse") and type(sizes) is Tensor:
             N = int(sizes[-1])
-        return _backward(_rows(input), N, input.shape[-1], H, P, mask)
+        flops = _backward(_rows(input), N, input.shape[-1], H, P, mask)
+        if "w_hr" in given:  # whose gradient is the mask's last
+            flops += (1 + mask[-1]) * 2 * _rows(input) * P * H
+        return flops
 
     return formula
 

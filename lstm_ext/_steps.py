@@ -101,3 +101,47 @@ def layer_in_steps(
         # Sequences that have ended, or in reverse not begun, keep their states.
         h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])
     return torch.cat(steps).reshape(*input.shape[:-1], h.shape[1]), h, c
+
+
+def expand_reset_states(
+    reset_hx: tuple[Tensor, Tensor] | None, reset: Tensor | None, hx: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """Return the states of resets for each sequence, or an error in torch's words.
+
+    Args:
+        reset_hx: h (K, N, P) and c (K, N, H), for N also 1 or nothing; or (K, L, N, P) and
+            (K, L, N, H), for N also 1; or None.
+        reset: the mask of the same call, (L, N).
+        hx: h (K, N, P) and c (K, N, H).
+
+    Returns:
+        h and c, each with N in full, and with L if it was given.
+    """
+    if reset_hx is None:
+        return None
+    if reset is None:
+        raise ValueError("reset_hx is for a call with reset, which says where")
+    if not (isinstance(reset_hx, (tuple, list)) and len(reset_hx) == 2):
+        raise RuntimeError("lstm expects two hidden states in reset_hx")
+    L = reset.shape[0]
+    h, c = (_expand_states(k, *pair, L) for k, pair in enumerate(zip(reset_hx, hx, strict=True)))
+    return h, c
+
+
+def _expand_states(k: int, state: Tensor, like: Tensor, L: int) -> Tensor:
+    layers, N, features = like.shape
+    whole = state.unsqueeze(1) if state.dim() == 2 else state
+    steps = (L,) if whole.dim() == 4 else ()
+    if whole.shape not in [(layers, *steps, n, features) for n in (1, N)]:
+        raise RuntimeError(
+            f"Expected reset_hx[{k}] size {(layers, N, features)}, or for each step "
+            f"{(layers, L, N, features)}, or with one for all sequences in place of {N}, "
+            f"got {list(state.shape)}"
+        )
+    autocast = torch._C._is_any_autocast_enabled()
+    if state.device != like.device or (state.dtype != like.dtype and not autocast):
+        raise RuntimeError(
+            f"Expected reset_hx[{k}] to have the states' dtype {like.dtype} and device "
+            f"{like.device}, got {state.dtype} and {state.device}"
+        )
+    return whole.expand(layers, *steps, N, features)

@@ -64,7 +64,7 @@ def fused(x, h, c, w_ih, w_hh, b_ih, b_hh, w_hr, sizes, reset, reverse, p=None):
 def by_reference(x, h, c, w_ih, w_hh, b_ih, b_hh, w_hr, sizes, reset, reverse, p=None):
     variant = 0 if p is None else 1
     output, states = reference.lstm(
-        x, (h, c), w_ih, w_hh, b_ih, b_hh, sizes, reset, reverse, p, variant, w_hr
+        x, (h, c), w_ih, w_hh, b_ih, b_hh, sizes, reset, reverse, p, variant, w_hr=w_hr
     )
     return output, *states
 

@@ -16,10 +16,10 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from lstm_ext import _backend, _call, _ops, _variants
 from lstm_ext._call import States
-from lstm_ext._steps import Steps, layer_in_steps, run_layers
+from lstm_ext._steps import Steps, expand_reset_states, layer_in_steps, run_layers
 from lstm_ext.cell import LSTMCell
 from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell
-from lstm_ext.functional import LayerWeights, expand_reset_states
+from lstm_ext.functional import LayerWeights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
