@@ -219,17 +219,34 @@ void check_step(const Table& table, const Step& step, double terms) {
   weights.gate_product({N, I, H, x_factors.data(), packed_ih.data(), chunk, 0, true}, 0, blocks);
   Bytes c_state = c, c_before(c.size()), output(c.size()), gates_bytes(4 * c.size());
   Bytes h_state(h_factors.size());
-  // The last row starts again at the next step.
+  // The last row starts again at the next step: h from given numbers, c from zero.
   const auto reset = std::make_unique<bool[]>(N);
   reset[N - 1] = true;
-  layer.step({N, H, chunk, 0, b_ih.data(), b_hh.data(), kPlain, c_state.data(), h_state.data(),
-              output.data(), gates_bytes.data(), c_before.data(), reset.get(), false},
-             0, blocks);
+  const Values start = random(dtype, N * H);
+  const Bytes reset_h = pack(dtype, start);
+  Bytes cells(c.size());
+  lstm_ext::cpu::StepArgs args = {};
+  args.rows = N;
+  args.H = H;
+  args.sums = chunk;
+  args.b_ih = b_ih.data();
+  args.b_hh = b_hh.data();
+  args.cell = kPlain;
+  args.c = c_state.data();
+  args.h_factors = h_state.data();
+  args.output = output.data();
+  args.gates = gates_bytes.data();
+  args.c_before = c_before.data();
+  args.cells = cells.data();
+  args.reset_next = reset.get();
+  args.reset_h = reset_h.data();
+  layer.step(args, 0, blocks);
   Values c_next = cy, h_next = hy;
   std::fill_n(c_next.end() - H, H, 0.0);
-  std::fill_n(h_next.end() - H, H, 0.0);
+  std::copy(start.end() - H, start.end(), h_next.end() - H);
   compare(table, "step: h", N, I, H, dtype, output, hy, terms);
   compare(table, "step: c", N, I, H, dtype, c_state, c_next, terms);
+  compare(table, "step: c of every step", N, I, H, dtype, cells, cy, terms);
   compare(table, "step: gates", N, I, H, dtype, gates_bytes, gates, terms);
   compare(table, "step: c before", N, I, H, dtype, c_before, unpack(dtype, c), 0);
   const Dtype state = pairs ? dtype : compute;
@@ -416,10 +433,15 @@ void check_state_gradient(const Table& table, int64_t N, int64_t H, const Values
   layer.pack_columns(panels, weights.data(), packed.data(), 0, blocks);
   const auto reset = std::make_unique<bool[]>(N);
   reset[N - 1] = true;
-  layer.state_gradient({N, panels, factors.data(), packed.data(), grad_h.data(), reset.get()}, 0,
-                       blocks);
-  Values expected = multiply(grad_gates, false, w_hh, N, 4 * H, H);
+  Bytes grad_reset_h = pack(compute, Values(N * H));
+  layer.state_gradient(
+      {N, panels, factors.data(), packed.data(), grad_h.data(), reset.get(), grad_reset_h.data()},
+      0, blocks);
+  Values expected = multiply(grad_gates, false, w_hh, N, 4 * H, H), of_reset(N * H);
+  std::copy(expected.end() - H, expected.end(), of_reset.end() - H);
   std::fill_n(expected.end() - H, H, 0.0);
+  compare(table, "step: gradient of h to reset to", N, 0, H, compute, grad_reset_h, of_reset,
+          std::sqrt(static_cast<double>(4 * H)) + 4);
   compare(table, "step: h gradient", N, 0, H, compute, grad_h, expected,
           std::sqrt(static_cast<double>(4 * H)) + 4);
 }
@@ -528,19 +550,33 @@ void check(const Table& table, int64_t N, int64_t I, int64_t H) {
   // The same by the layer's kernel, whose gradients of the states are in the compute type.
   const auto reset = std::make_unique<bool[]>(N);
   reset[N - 1] = true;
-  const Bytes from_after = pack(compute, Values(N * H));
-  Bytes step_grad_c = pack(compute, grad_cy), step_gates(N * 4 * H * size_of(compute));
-  Bytes step_factors(pairs ? N * 4 * H * size_of(dtype) : 0);
-  table.kernels->layer.step_gradient(
-      {N, H, grad_hy_bytes.data(), from_after.data(), step_grad_c.data(), kept_bytes.data(),
-       c_bytes.data(), kPlain, step_gates.data(), pairs ? step_factors.data() : nullptr,
-       reset.get()},
-      0, table.kernels->layer.unit_blocks(H));
+  // All of the gradient of c' comes through that of the c of every step.
+  const Bytes from_after = pack(compute, Values(N * H)), grad_cells = pack(dtype, grad_cy);
+  Bytes step_grad_c = from_after, step_gates(N * 4 * H * size_of(compute));
+  Bytes step_factors(pairs ? N * 4 * H * size_of(dtype) : 0), grad_reset_c = from_after;
+  lstm_ext::cpu::StepGradientArgs step = {};
+  step.rows = N;
+  step.H = H;
+  step.grad_output = grad_hy_bytes.data();
+  step.grad_cells = grad_cells.data();
+  step.grad_h = from_after.data();
+  step.grad_c = step_grad_c.data();
+  step.gates = kept_bytes.data();
+  step.c_before = c_bytes.data();
+  step.cell = kPlain;
+  step.grad_gates = step_gates.data();
+  if (pairs) step.grad_gates_factors = step_factors.data();
+  step.reset = reset.get();
+  step.grad_reset_c = grad_reset_c.data();
+  table.kernels->layer.step_gradient(step, 0, table.kernels->layer.unit_blocks(H));
   compare(table, "step: gate gradients", N, I, H, compute, step_gates, grad_gates, 1);
   if (pairs) compare(table, "step: their factors", N, I, H, dtype, step_factors, grad_gates, 1);
   Values grad_c = grad_cx;
   std::fill_n(grad_c.end() - H, H, 0.0);
   compare(table, "step: c gradient", N, I, H, compute, step_grad_c, grad_c, 1);
+  Values of_reset(N * H);
+  std::copy(grad_cx.end() - H, grad_cx.end(), of_reset.end() - H);
+  compare(table, "step: gradient of c to reset to", N, I, H, compute, grad_reset_c, of_reset, 1);
 
   // Gate gradients that every dtype holds exactly, so that only the products are measured.
   const Values factors = random(Dtype::kBFloat16, N * 4 * H);
