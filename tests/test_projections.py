@@ -367,6 +367,22 @@ def test_export():
     torch.testing.assert_close(program.module()(longer), lstm(longer))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"peephole": True}, {"bidirectional": True, "num_layers": 2}])
+def test_onnx_of_an_exported_program(options, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    lstm = lstm_ext.LSTM(3, 6, proj_size=2, **options).eval()
+    x = torch.randn(5, 2, 3)
+    exported = torch.export.export(lstm, (x,))
+    torch.onnx.export(exported, (x,), dynamo=True, verbose=False).save(tmp_path / "lstm.onnx")
+    session = runtime.InferenceSession(tmp_path / "lstm.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        output, states = lstm(x)
+    for a, b in zip(found, (output, *states), strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), b)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "bias": False}])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_frozen(options, dtype):
