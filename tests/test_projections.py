@@ -184,6 +184,24 @@ def test_gradcheck(packed, reverse, with_reset, peephole):
     assert torch.autograd.gradgradcheck(layer, leaves)
 
 
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_differentiable_gradients_are_the_references(with_reset):
+    """Of both orders: gradgradcheck compares the second with a first of its own kind."""
+    tensors = draw(3, 3, 5, 2)
+    tensors[0] = uniform((4, 3, 3))
+    reset = torch.rand(4, 3) < 0.4 if with_reset else None
+    found = []
+    for layer in (fused, by_reference):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = layer(*leaves, None, reset, False)
+        generator = torch.Generator().manual_seed(1)
+        grads = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in out]
+        first = torch.autograd.grad(out, leaves, grads, create_graph=True)
+        grads = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in first]
+        found.append([*first, *torch.autograd.grad(first, leaves, grads)])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("wanted", range(8))
 def test_gradients_that_are_asked_for_alone(wanted):
     tensors = draw(3, 4, 20, 9)
@@ -365,6 +383,22 @@ def test_export():
     assert "lstm_ext.lstm.default" in {str(node.target) for node in program.graph.nodes}
     longer = torch.randn(8, 2, 3)
     torch.testing.assert_close(program.module()(longer), lstm(longer))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"peephole": True}, {"bidirectional": True, "num_layers": 2}])
+def test_onnx_of_an_exported_program(options, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    lstm = lstm_ext.LSTM(3, 6, proj_size=2, **options).eval()
+    x = torch.randn(5, 2, 3)
+    exported = torch.export.export(lstm, (x,))
+    torch.onnx.export(exported, (x,), dynamo=True, verbose=False).save(tmp_path / "lstm.onnx")
+    session = runtime.InferenceSession(tmp_path / "lstm.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        output, states = lstm(x)
+    for a, b in zip(found, (output, *states), strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), b)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "bias": False}])
