@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST = 71
-BEGAN_AFTER = "2070c138e04b2ca6b6dc8ebc653c8acb754e252e"
+BEGAN_AFTER = "3f3d19e26af1167421ca14d7cdb1b0b6667784b0"
 
 
 def git(*arguments: str, folder: Path = ROOT) -> str | None:

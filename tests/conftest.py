@@ -11,7 +11,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import hypothesis
 import pytest
 import torch
-import torch._dynamo
 from limits import COLLECTED
 
 if torch.cuda.is_available():
@@ -79,6 +78,8 @@ def device(request):
 @pytest.fixture
 def allow_rnn():
     """torch's switch, without which torch.compile takes no nn.LSTM into a graph."""
+    import torch._dynamo  # which takes seconds: not for every process
+
     with torch._dynamo.config.patch(allow_rnn=True):
         yield
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from limits import slow
 from measure import DTYPES, case, ours, run
 
 import lstm_ext
@@ -254,7 +255,7 @@ def test_backward_operator_checks_its_arguments(grad):
 OPS = torch.ops.lstm_ext
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [*slow(False), True])
 def test_compile_without_graph_breaks(dynamic):
     torch._dynamo.reset()
     cell = lstm_ext.LSTMCell(4, 2)

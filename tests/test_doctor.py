@@ -233,6 +233,7 @@ def test_another_torch(copy):
     assert err.splitlines()[-1].startswith("ImportError: lstm_ext was built against torch 2.5.1")
 
 
+@pytest.mark.slow
 def test_wheel_for_another_torch(copy):
     (copy / "_built_with.py").write_text("TORCH_VERSION = '2.5.1+cpu'\nCUDA_VERSION = None\n")
     installed = copy.parent / "lstm_ext-0.7.1+torch2.5.cpu.dist-info"
@@ -277,6 +278,7 @@ def test_no_torch(tmp_path, copy):
     assert "pip install 'torch>=2.11'" in out
 
 
+@pytest.mark.slow
 def test_without_the_gil():
     code = "import sys; sys.abiflags = 't'; {}import lstm_ext"
     status, _, err = in_process(None, code=code.format(""))
@@ -287,6 +289,7 @@ def test_without_the_gil():
     assert "free-threaded" in out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_two_runtimes_of_openmp(tmp_path):
     """A second copy under another name, as a package that vendors its own would bring it."""

@@ -253,7 +253,7 @@ class CellAndLayer(nn.Module):
         return self.lstm(x)[0][-1] + self.cell(x[0])[0]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, *slow(True)])
 @pytest.mark.usefixtures("allow_rnn")
 def test_compile_in_continuous_integration(dynamic, monkeypatch):
     """Where CI is set, inductor refuses operators that have decompositions, once a process."""

@@ -141,9 +141,9 @@ CALLS = (cells, layers, states, packed_weights, peepholes, projections)
 @pytest.mark.parametrize(
     ("calls", "requires_grad"),
     [
-        *[(layers, False), (states, False), (projections, False), (packed_weights, False)],
-        *[(cells, True), (packed_weights, True)],
-        *slow((cells, False), (peepholes, False)),
+        *[(cells, True), (layers, False), (packed_weights, False)],
+        *slow((cells, False), (states, False), (projections, False), (peepholes, False)),
+        *slow((packed_weights, True)),
         *slow((layers, True), (states, True), (peepholes, True), (projections, True)),
     ],
 )

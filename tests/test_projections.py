@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from layers import identify, pair, run, sequence
-from limits import slow
+from limits import slow, slow_where
 from measure import DTYPES, Pool, uniform
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -134,7 +134,7 @@ def test_rows_do_not_depend_on_each_other():
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("options", OPTIONS, ids=identify)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES[:-1], *slow(DTYPES[-1])], ids=str)
 def test_error_is_no_worse_than_torchs(dtype, options, packed):
     torch.manual_seed(0)
     pools = {}
@@ -167,7 +167,9 @@ def test_error_is_no_worse_than_torchs(dtype, options, packed):
         pool.assert_no_worse(name, dtype)
 
 
-@pytest.mark.parametrize(("packed", "reverse", "with_reset"), CASES)
+@pytest.mark.parametrize(
+    ("packed", "reverse", "with_reset"), slow_where(lambda *options: sum(options) % 2, CASES)
+)
 @pytest.mark.parametrize("peephole", [False, *slow(True)])
 def test_gradcheck(packed, reverse, with_reset, peephole):
     """Both orders, and forward mode."""

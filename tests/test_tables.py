@@ -47,6 +47,7 @@ def test_figures_of_the_readme():
     assert f"up to {1 - slowest:.0%} slower".replace("%", " %") in text
 
 
+@pytest.mark.slow
 def test_check_sees_a_table_by_hand(tmp_path):
     for name in ("benchmarks", "docs"):
         (tmp_path / name).mkdir()
