@@ -94,6 +94,8 @@ lstm_layer_states = torch.ops.lstm_ext.lstm_layer_states
 lstm_layer_states_forward = torch.ops.lstm_ext.lstm_layer_states_forward
 lstm_layer_projected = torch.ops.lstm_ext.lstm_layer_projected
 lstm_layer_projected_forward = torch.ops.lstm_ext.lstm_layer_projected_forward
+lstm_recurrence = torch.ops.lstm_ext.lstm_recurrence
+lstm_recurrence_forward = torch.ops.lstm_ext.lstm_recurrence_forward
 lstm_packed = torch.ops.lstm_ext.lstm_packed
 lstm_layer_pack = torch.ops.lstm_ext.lstm_layer_pack
 lstm_layer_packed = torch.ops.lstm_ext.lstm_layer_packed
@@ -248,3 +250,31 @@ def _(a: Any) -> tuple[Tensor, ...]:
     output, *states = layer_states(a)
     rows, H = output.flatten(0, -2).shape[0], a.cx.shape[1]
     return output, *states, *(output.new_empty(rows, k) for k in (4 * H, H, H))
+
+
+@_fake("lstm_recurrence")
+def recurrence_states(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output, h_n and c_n of a recurrence."""
+    output = a.gates_x.new_empty(*a.gates_x.shape[:-1], a.hx.shape[1])
+    return output, a.hx.new_empty(a.hx.shape), a.cx.new_empty(a.cx.shape)
+
+
+@_fake("lstm_recurrence_forward")
+def _(a: Any) -> tuple[Tensor, ...]:
+    output, *states = recurrence_states(a)
+    (S, P), H = output.flatten(0, -2).shape, a.cx.shape[1]
+    normed, projected = 0 if a.norm is None else S, 0 if a.w_hr is None else S
+    sums = torch.float64 if output.dtype == torch.float64 else torch.float32
+    sizes = (S, 4 * H), (S, H), (S, P), (normed, 4 * H), (normed,), (projected, H), (projected, P)
+    kept = [output.new_empty(size) for size in sizes]
+    kept[4] = kept[4].to(sums)
+    return output, *states, *kept
+
+
+@_fake("lstm_recurrence_backward")
+def _(a: Any) -> tuple[Tensor | None, ...]:
+    of = a.gates_x, a.hx, a.cx, a.w_hh, a.bias, a.norm, a.norm_c, a.bias_c, a.w_hr
+    return tuple(
+        a.gates.new_empty(t.shape) if wanted and t is not None else None
+        for t, wanted in zip(of, a.output_mask, strict=True)
+    )

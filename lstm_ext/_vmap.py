@@ -216,3 +216,49 @@ def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
     op = torch.ops.lstm_ext.lstm_layer_projected_backward
     results = _each(op, info.batch_size, in_dims, args)
     return results, _dims(results)
+
+
+_MASKS = ("update_h", "update_c", "dropout_h")
+_PARAMETERS = ("w_hh", "bias", "norm", "norm_c", "bias_c", "w_hr")
+
+
+@torch.library.register_vmap("lstm_ext::lstm_recurrence")
+def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
+    return _recurrence("lstm_recurrence", info.batch_size, in_dims, args), (0,) * 3
+
+
+@torch.library.register_vmap("lstm_ext::lstm_recurrence_forward")
+def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
+    return _recurrence("lstm_recurrence_forward", info.batch_size, in_dims, args), (0,) * 10
+
+
+def _recurrence(name: str, B: int, dims: Dims, args: tuple[Any, ...]) -> Results:
+    op, (a, d) = getattr(torch.ops.lstm_ext, name), _named(name, args, dims)
+    if a.batch_sizes is not None or any(getattr(d, key) is not None for key in _PARAMETERS):
+        return _each(op, B, dims, args)
+    # Where the batch is; a mask of all sequences has none.
+    batch = {"gates_x": 1, "hx": 0, "cx": 0, "reset": 1}
+    for key in _MASKS:
+        mask, dim = getattr(a, key), getattr(d, key)
+        rank = 0 if mask is None else mask.dim() - (dim is not None)
+        if rank == 1 and dim is not None:
+            return _each(op, B, dims, args)
+        if rank > 1:
+            batch[key] = rank - 2
+    joined = {key: _join(getattr(a, key), getattr(d, key), B, at) for key, at in batch.items()}
+    output, h, c, *kept = op(*a._replace(**joined))
+    L, rows = output.shape[0], h.shape[0]
+
+    def of_steps(k: Tensor) -> Tensor:
+        if k.shape[0] == 0:  # not kept
+            return k.new_empty(B, *k.shape)
+        return _split(k.reshape(L, rows, *k.shape[1:]), B, 1).flatten(1, 2)
+
+    return _split(output, B, 1), _split(h, B, 0), _split(c, B, 0), *map(of_steps, kept)
+
+
+@torch.library.register_vmap("lstm_ext::lstm_recurrence_backward")
+def _(info: Any, in_dims: Dims, *args: Any) -> tuple[Results, Dims]:
+    op = torch.ops.lstm_ext.lstm_recurrence_backward
+    results = _each(op, info.batch_size, in_dims, args)
+    return results, _dims(results)

@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <typeinfo>
 #include <utility>
 #include <vector>
@@ -77,7 +78,7 @@ struct FieldsOfGroup {
 //   static variable_list gradients(const variable_list& grads, const Kept& kept,
 //                                  const Wanted& wanted);
 // with the gradients that Wanted names, of tensors of Inputs, which begins with those of
-// CellInputs. Results is what the forward kept beside them.
+// CellInputs, or is of another kind. Results is what the forward kept beside them.
 template <class Derived, class Inputs, class Results, class Wanted = lstm_ext::Wanted>
 struct RecordedNode : public torch::autograd::Node {
   using variable_list = torch::autograd::variable_list;
@@ -85,6 +86,7 @@ struct RecordedNode : public torch::autograd::Node {
   using OfInputs = FieldsOfGroup<Inputs>;
   using OfResults = FieldsOfGroup<Results>;
   static constexpr size_t kTensors = OfInputs::kTensors + OfResults::kTensors;
+  static constexpr bool kHasBiases = std::is_base_of_v<CellInputs, Inputs>;
 
   // What the node keeps, while it is used.
   struct Kept {
@@ -106,7 +108,7 @@ struct RecordedNode : public torch::autograd::Node {
     const auto save_all = [&](const auto&... field) { (save(field), ...); };
     std::apply(save_all, in.fields());
     std::apply(save_all, results.fields());
-    biases_ = {or_undefined(in.b_ih), or_undefined(in.b_hh)};
+    if constexpr (kHasBiases) biases_ = {or_undefined(in.b_ih), or_undefined(in.b_hh)};
     options_ = OfInputs::options(in);
   }
 
@@ -120,7 +122,7 @@ struct RecordedNode : public torch::autograd::Node {
     const bool checked = at::GradMode::is_enabled();
     Kept kept = {{}, options_};
     for (size_t k = 0; k < kTensors; ++k) {
-      const bool bias = k == kFirstBias || k == kFirstBias + 1;
+      const bool bias = kHasBiases && (k == kFirstBias || k == kFirstBias + 1);
       kept.tensors[k] = or_none(bias && !checked ? biases_[k - kFirstBias] : saved_[k].unpack());
     }
     return kept;

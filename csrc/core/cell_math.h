@@ -41,7 +41,7 @@ struct PlainCell {
   template <class M, class V>
   static LSTM_EXT_INLINE Gates<V> forward(const Gates<V>& pre, V c, const V* /*weights*/, V& c_next,
                                           V& h_next) {
-    const Gates<V> gate = {M::sigmoid(pre.i), M::sigmoid(pre.f), M::tanh(pre.g), M::sigmoid(pre.o)};
+    const Gates<V> gate = activate<M>(pre);
     c_next = next_cell_state(gate, c);
     h_next = gate.o * M::tanh(c_next);
     return gate;
@@ -61,10 +61,30 @@ struct PlainCell {
   template <class V>
   static LSTM_EXT_INLINE Gates<V> backward_from(const Gates<V>& gate, V c, V tanh_c, V grad_h,
                                                 V grad_c_next, V& grad_c) {
-    const V grad_state = grad_c_next + grad_h * gate.o * (1 - tanh_c * tanh_c);
-    const Gates<V> grad = {
-        grad_state * gate.g * gate.i * (1 - gate.i), grad_state * c * gate.f * (1 - gate.f),
-        grad_state * gate.i * (1 - gate.g * gate.g), grad_h * tanh_c * gate.o * (1 - gate.o)};
+    const V grad_state = grad_c_next + shown_gradient(gate, tanh_c, grad_h);
+    return state_gradients(gate, c, grad_state, output_gradient(gate, tanh_c, grad_h), grad_c);
+  }
+
+  // And both in pieces, for steps that do something in between (ops/recurrence.h).
+  template <class M, class V>
+  static LSTM_EXT_INLINE Gates<V> activate(const Gates<V>& pre) {
+    return {M::sigmoid(pre.i), M::sigmoid(pre.f), M::tanh(pre.g), M::sigmoid(pre.o)};
+  }
+  // Of o before its activation, and of what tanh_c is the tanh of.
+  template <class V>
+  static LSTM_EXT_INLINE V output_gradient(const Gates<V>& gate, V tanh_c, V grad_h) {
+    return grad_h * tanh_c * gate.o * (1 - gate.o);
+  }
+  template <class V>
+  static LSTM_EXT_INLINE V shown_gradient(const Gates<V>& gate, V tanh_c, V grad_h) {
+    return grad_h * gate.o * (1 - tanh_c * tanh_c);
+  }
+  template <class V>
+  static LSTM_EXT_INLINE Gates<V> state_gradients(const Gates<V>& gate, V c, V grad_state, V grad_o,
+                                                  V& grad_c) {
+    const Gates<V> grad = {grad_state * gate.g * gate.i * (1 - gate.i),
+                           grad_state * c * gate.f * (1 - gate.f),
+                           grad_state * gate.i * (1 - gate.g * gate.g), grad_o};
     grad_c = grad_state * gate.f;
     return grad;
   }

@@ -7,6 +7,7 @@
 
 #include "cpu/cell_kernels.h"
 #include "cpu/layer_kernels.h"
+#include "cpu/recurrence_kernels.h"
 
 namespace lstm_ext::cpu {
 
@@ -14,6 +15,7 @@ struct Kernels {
   CellKernels cell;
   LayerKernels layer;
   ProductKernels product;
+  RecurrenceKernels recurrence;
 };
 
 // Of weights, from kFirstIntegerType on.

@@ -16,6 +16,7 @@
 #include "cpu/layer_forward.h"
 #include "cpu/product.h"
 #include "cpu/projection.h"
+#include "cpu/recurrence.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -78,7 +79,7 @@ constexpr LayerKernels layer_table() {
   table.step_gradient = step_gradient<S>;
   table.state_gradient = state_gradient<S>;
   table.project = project<S>;
-  table.projection_gradient = projection_gradient<S>;
+  table.multiply_columns = multiply_columns<S>;
   table.output_gradient = output_gradient<S>;
   table.block_sums = block_sums<S>;
   return table;
@@ -86,7 +87,7 @@ constexpr LayerKernels layer_table() {
 
 template <class S>
 constexpr Kernels table() {
-  return {cell_table<S>(), layer_table<S>(), product_table<S>()};
+  return {cell_table<S>(), layer_table<S>(), product_table<S>(), recurrence_table<S>()};
 }
 
 }  // namespace

@@ -119,14 +119,14 @@ Tensor backward_loop(const StatesOutputGradients& grads, const StatesInputs& in,
         const int64_t vectors = hh.panels().vectors;
         if (rows > 0) layer.output_gradient(of_h, hh_block * vectors, hh_end * vectors);
         meet();
-        ProjectionGradientArgs of_r = {};
+        ColumnProductArgs of_r = {};
         of_r.rows = rows;
         of_r.panels = hr.panels();
-        of_r.grad_h = pairs ? of_h.factors : of_h.sum;
+        of_r.x = pairs ? of_h.factors : of_h.sum;
         of_r.packed = hr.at(block);
-        of_r.grad_r = computed.at(grad_r.mutable_data_ptr(), row * H);
-        if (rows > 0) layer.projection_gradient(of_r, block, block_end);
-        step.grad_h = of_r.grad_r;
+        of_r.out = computed.at(grad_r.mutable_data_ptr(), row * H);
+        if (rows > 0) layer.multiply_columns(of_r, block, block_end);
+        step.grad_h = of_r.out;
       } else {
         step.grad_output = stored.at(grad_output.data(), first_row * H);
         step.grad_h = computed.at(grad_h.const_data_ptr(), row * H);

@@ -105,13 +105,14 @@ struct OutputGradientArgs {
   void* factors;            // [rows, P] as factors where those are pairs, else null
 };
 
-// grad_r [rows, H] = grad_h [rows, P] W_hr. Of W_hr, [P, H], the panels.
-struct ProjectionGradientArgs {
+// out [rows, columns] = x [rows, depth] m, of a matrix m [depth, columns], the panels. Where h is
+// projected, the gradient of r from that of h; and the products of a recurrence.
+struct ColumnProductArgs {
   int64_t rows;
   ColumnPanels panels;
-  const void* grad_h;  // factors
+  const void* x;  // factors
   const void* packed;
-  void* grad_r;  // in the compute type
+  void* out;  // in the compute type
 };
 
 // How packed weights are stored (weight_types.h, integer_weights.h), the last in 8 bits for rows in
@@ -149,10 +150,9 @@ struct LayerKernels {
   void (*step)(const StepArgs&, int64_t first_block, int64_t last_block);
   void (*step_gradient)(const StepGradientArgs&, int64_t first_block, int64_t last_block);
   void (*state_gradient)(const StateGradientArgs&, int64_t first_block, int64_t last_block);
-  // With a projection, by blocks of the panels; or, the third, by vectors of h.
+  // By blocks of the panels; or, the third, by vectors of h.
   void (*project)(const ProjectionArgs&, int64_t first_block, int64_t last_block);
-  void (*projection_gradient)(const ProjectionGradientArgs&, int64_t first_block,
-                              int64_t last_block);
+  void (*multiply_columns)(const ColumnProductArgs&, int64_t first_block, int64_t last_block);
   void (*output_gradient)(const OutputGradientArgs&, int64_t first_vector, int64_t last_vector);
   // sums [ceil(rows / kBiasBlockRows), columns] of m [rows, columns], in the compute type.
   void (*block_sums)(const void* m, int64_t rows, int64_t columns, void* sums, int64_t first,

@@ -95,10 +95,8 @@ void project(const ProjectionArgs& args, int64_t first_block, int64_t last_block
 }
 
 template <class S>
-void projection_gradient(const ProjectionGradientArgs& args, int64_t first_block,
-                         int64_t last_block) {
-  column_product<S>(args.panels, args.rows, args.grad_h, args.packed, args.grad_r, first_block,
-                    last_block);
+void multiply_columns(const ColumnProductArgs& args, int64_t first_block, int64_t last_block) {
+  column_product<S>(args.panels, args.rows, args.x, args.packed, args.out, first_block, last_block);
 }
 
 template <class S>

@@ -2,4 +2,5 @@
 #include "autograd/cell.cpp"
 #include "autograd/layer.cpp"
 #include "autograd/projected.cpp"
+#include "autograd/recurrence.cpp"
 #include "ops/autocast.cpp"

@@ -4,6 +4,8 @@
 #include "ops/cell.cpp"
 #include "ops/composite_cell.cpp"
 #include "ops/composite_layer.cpp"
+#include "ops/composite_recurrence.cpp"
 #include "ops/layer.cpp"
 #include "ops/lstm.cpp"
 #include "ops/projected.cpp"
+#include "ops/recurrence.cpp"

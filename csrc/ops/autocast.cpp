@@ -11,6 +11,7 @@
 #include "ops/layer.h"
 #include "ops/layer_states.h"
 #include "ops/projected.h"
+#include "ops/recurrence.h"
 
 namespace lstm_ext {
 namespace {
@@ -100,15 +101,41 @@ CellOutputs lstm_cell_cuda(const CellInputs& in) {
                    [](const CellInputs& cell) { return ops::lstm_cell::call(cell); });
 }
 
+// As a layer: all of it in the lower precision, packed or not.
+LayerOutputs cast_recurrence(at::DeviceType device, const RecurrenceInputs& in) {
+  const auto cast = caster(device);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  return std::apply(
+      [&](const auto&... tensor) {
+        return std::apply(
+            [&](const auto&... mask) {
+              return ops::lstm_recurrence::call({cast(tensor)..., cast(mask)..., in.batch_sizes,
+                                                 in.reset, in.reverse, in.norm_joint, in.carry_norm,
+                                                 in.eps, in.cell_clip, in.projection_clip});
+            },
+            in.masks());
+      },
+      in.tensors());
+}
+LayerOutputs lstm_recurrence_cpu(const RecurrenceInputs& in) {
+  return cast_recurrence(at::kCPU, in);
+}
+LayerOutputs lstm_recurrence_cuda(const RecurrenceInputs& in) {
+  return cast_recurrence(at::kCUDA, in);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lstm_ext, AutocastCPU, m) {
+  ops::lstm_recurrence::implement<lstm_recurrence_cpu>(m);
   ops::lstm_layer::implement_with_keys<lstm_layer_cpu>(m);
   ops::lstm_layer_states::implement_with_keys<lstm_layer_states_cpu>(m);
   ops::lstm_layer_projected::implement_with_keys<lstm_layer_projected_cpu>(m);
 }
 
 TORCH_LIBRARY_IMPL(lstm_ext, AutocastCUDA, m) {
+  ops::lstm_recurrence::implement<lstm_recurrence_cuda>(m);
   ops::lstm_layer::implement<lstm_layer_cuda>(m);
   ops::lstm_layer_states::implement<lstm_layer_states_cuda>(m);
   ops::lstm_cell::implement<lstm_cell_cuda>(m);

@@ -6,6 +6,7 @@
 #include "ops/layer.h"
 #include "ops/layer_states.h"
 #include "ops/projected.h"
+#include "ops/recurrence.h"
 
 namespace lstm_ext::composite {
 
@@ -46,6 +47,15 @@ LayerOutputs projected(const ProjectedInputs& in);
 ProjectedGradients projected_backward(const LayerOutputGradients& grads, const ProjectedInputs& in,
                                       const ProjectedResults& results,
                                       const ProjectedWanted& wanted);
+// Of a recurrence.
+LayerOutputs recurrence(const RecurrenceInputs& in);
+RecurrenceTrainingOutputs recurrence_forward(const RecurrenceInputs& in);
+RecurrenceGradients recurrence_backward(const LayerOutputGradients& grads,
+                                        const RecurrenceInputs& in,
+                                        const RecurrenceResults& results,
+                                        const RecurrenceWanted& wanted);
+// first, and below it the rows of whole that it leaves out.
+at::Tensor over(const at::Tensor& first, const at::Tensor& whole);
 // The first rows of h or c, with zeros in those that time t starts anew.
 at::Tensor reset_to_zero(const at::Tensor& state, const LayerInputs& in, int64_t t);
 

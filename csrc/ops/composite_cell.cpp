@@ -18,6 +18,7 @@
 #include "core/path_log.h"
 #include "ops/cell.h"
 #include "ops/composite.h"
+#include "ops/tensor_cell.h"
 
 namespace lstm_ext {
 namespace composite {
@@ -56,22 +57,6 @@ void check_inputs(const CellInputs& in, bool projected) {
         if (has_memory(t)) check_allocated(t);
       },
       in);
-}
-
-struct TensorMath {
-  static at::Tensor sigmoid(const at::Tensor& x) { return x.sigmoid(); }
-  static at::Tensor tanh(const at::Tensor& x) { return x.tanh(); }
-};
-
-using TensorGates = Gates<at::Tensor>;
-
-// Of [N, 4H]: four times [N, H].
-TensorGates quarters(const at::Tensor& gates) {
-  const auto quarter = gates.chunk(4, 1);
-  return {quarter[0], quarter[1], quarter[2], quarter[3]};
-}
-at::Tensor join(const TensorGates& gates) {
-  return at::cat({gates.i, gates.f, gates.g, gates.o}, 1);
 }
 
 // Of each of the weights of the units: [H].

@@ -35,6 +35,12 @@ at::Tensor reset_to(const std::optional<at::Tensor>& value, const at::Tensor& st
   return at::where(reset_rows(in, t, n), to, state);
 }
 
+// first, and below it the rows of whole that it leaves out.
+at::Tensor over(const at::Tensor& first, const at::Tensor& whole) {
+  const int64_t n = first.size(0), N = whole.size(0);
+  return n == N ? first : at::cat({first, whole.narrow(0, n, N - n)});
+}
+
 at::Tensor reset_to_zero(const at::Tensor& state, const LayerInputs& in, int64_t t) {
   return reset_to(std::nullopt, state, in, t);
 }
@@ -55,12 +61,6 @@ struct Steps {
             in.b_ih, in.b_hh,     in.unit_weights, in.variant};
   }
 };
-
-// first, and below it the rows of whole that it leaves out.
-at::Tensor over(const at::Tensor& first, const at::Tensor& whole) {
-  const int64_t n = first.size(0), N = whole.size(0);
-  return n == N ? first : at::cat({first, whole.narrow(0, n, N - n)});
-}
 
 // w_hr: undefined where h is not projected.
 Steps run(const StatesInputs& in, const at::Tensor& w_hr) {
