@@ -1,6 +1,7 @@
 """lstm_ext: the LSTM as fused operations, drop-ins for ``torch.nn.LSTMCell`` and ``torch.nn.LSTM``.
 
 - ``LSTMCell`` and ``LSTM`` are the modules, ``lstm_cell`` and ``lstm`` their functional forms.
+- ``LayerNormLSTM`` and ``LayerNormLSTMCell`` normalise their layers.
 - ``run_sequences`` runs an LSTM over a list of sequences of different lengths.
 - ``convert`` makes the LSTMs of a model ours, ``revert`` makes them torch's again. ``replacing``
   does it for models that other code constructs.
@@ -30,6 +31,7 @@ from lstm_ext.inspect import plot
 from lstm_ext.inspect.frozen import FrozenError, frozen_error
 from lstm_ext.inspect.gates import GateTrace, trace_gates
 from lstm_ext.layer import LSTM
+from lstm_ext.layer_norm import LayerNormLSTM, LayerNormLSTMCell
 from lstm_ext.replacing import replacing
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "GateTrace",
     "LSTMCell",
     "LSTMCellFunction",
+    "LayerNormLSTM",
+    "LayerNormLSTMCell",
     "LayerWeights",
     "__version__",
     "build_info",

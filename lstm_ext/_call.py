@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_ext import _backend, _ops, _variants
+from lstm_ext import _backend, _onnx, _ops, _recurrence, _step_options, _variants
 from lstm_ext._steps import expand_reset_states
 from lstm_ext.functional import LayerWeights, lstm
 
@@ -332,6 +332,11 @@ def run(
     except TorchAnswersError as error:
         return by_torch(module, input, hx, given, str(error))
     ready = prepare(module, options, input, hx, reset, reset_hx)
+    steps = _step_options.of_module(module)
+    if steps is not _step_options.NONE or _recurrence.has_norm(module):
+        _check_steps(module, options, given)
+        output, h, c = _recurrence.run(module, ready, steps)
+        return ready.as_asked(output), ready.states_as_asked((h, c))
     torchs = options.cell is _variants.PLAIN and reset is None and module.checkpoint_every is None
     if torchs and _is_mixed(ready):
         return by_torch(module, input, hx, given, "dtypes, devices or layouts differ")
@@ -349,6 +354,21 @@ def run(
         return_cell_states=return_cell_states,
     )
     return ready.as_asked(output), ready.states_as_asked((h, c)), *map(ready.as_asked, cells)
+
+
+def _check_steps(module: Any, options: Options, given: dict[str, Any]) -> None:
+    """Raise an error for what layers whose steps are not torch's do not have."""
+    refused = {
+        **{name: name != "reset" and value is not None for name, value in given.items()},
+        "checkpoint_every": module.checkpoint_every is not None,
+        "torch.onnx.export": _onnx.exporting(),
+    }
+    by_steps = _step_options.of_module(module).needs_steps or _recurrence.has_norm(module)
+    if by_steps and options.cell is not _variants.PLAIN:
+        refused[options.cell.name] = True
+    names = ", ".join(_step_options.names(module))
+    for name in (name for name, used in refused.items() if used):
+        raise RuntimeError(f"{name} is not for an LSTM with {names}")
 
 
 def _is_mixed(ready: Prepared) -> bool:
@@ -464,6 +484,7 @@ def _why_not_direct(module: Any, data: Tensor, hx: Any, reset: Tensor | None) ->
     weights = [parameters.get(name) for name in module._flat_weights_names]
     reasons = {
         "the cell is not torch's": _variants.of_module(module) is not _variants.PLAIN,
+        "a step is not torch's": bool(_step_options.names(module)),
         "reset": reset is not None,
         "checkpoint_every": module.checkpoint_every is not None,
         "dropout is to be drawn": bool(module.training and module.dropout),
@@ -510,6 +531,7 @@ def by_torch(
     out: tuple[Any, ...] = nn.LSTM.forward(module, input, hx)
     cell = _variants.of_module(module)
     options = {
+        **dict.fromkeys(_step_options.names(module), True),
         cell.name: cell is not _variants.PLAIN,
         **{name: value is not None for name, value in given.items()},
         "checkpoint_every": module.checkpoint_every is not None,

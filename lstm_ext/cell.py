@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lstm_ext import _backend, _fx, _ops, _variants
+from lstm_ext import _backend, _fx, _ops, _recurrence, _step_options, _variants
+from lstm_ext._step_options import Option
 from lstm_ext.functional import lstm_cell
 
 
@@ -29,6 +30,13 @@ class LSTMCell(nn.LSTMCell):
         peephole: by keyword: whether i and f see c, and o sees c', through ``weight_ci``,
             ``weight_cf`` and ``weight_co`` (H) (:class:`lstm_ext.reference.PeepholeCell`).
             torch.nn.LSTMCell has no such option.
+        zoneout_h: by keyword, as all that follow: see :class:`lstm_ext.LSTM`. Masks are drawn at
+            each call.
+        zoneout_c: the same of c.
+        recurrent_dropout: probability of dropout on h before the product.
+        weight_dropout: probability of dropout on the elements of ``weight_hh``.
+        weight_dropout_rows: whether it drops rows instead.
+        cell_clip: what c is clamped to; None for no clamp.
 
     Inputs: ``input``, ``(h, c)``
         - input: (N, I), or (I) for a single sample. float32, float64, bfloat16 and float16 run in
@@ -49,6 +57,15 @@ class LSTMCell(nn.LSTMCell):
         (torch.Size([3, 20]), torch.Size([3, 20]))
     """
 
+    _step_options: dict[str, Any] | None = None
+    _layer_norm: tuple[bool, bool, float] | None = None  # of LayerNormLSTMCell
+    zoneout_h = Option()
+    zoneout_c = Option()
+    recurrent_dropout = Option()
+    weight_dropout = Option()
+    weight_dropout_rows = Option()
+    cell_clip = Option()
+
     def __init__(
         self,
         input_size: int,
@@ -58,15 +75,32 @@ class LSTMCell(nn.LSTMCell):
         dtype: torch.dtype | None = None,
         *,
         peephole: bool = False,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        weight_dropout_rows: bool = False,
+        cell_clip: float | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
         if peephole:
             _variants.add_parameters(self, _variants.PEEPHOLE, [""])
+        self.zoneout_h = zoneout_h
+        self.zoneout_c = zoneout_c
+        self.recurrent_dropout = recurrent_dropout
+        self.weight_dropout = weight_dropout
+        self.weight_dropout_rows = weight_dropout_rows
+        self.cell_clip = cell_clip
+        if peephole and self._step_options:
+            names = ", ".join(_step_options.names(self))
+            raise ValueError(f"peephole is not for an LSTMCell with {names}")
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute (h', c') from the input and the states."""
+        if self._step_options is not None:
+            return self._own_step(input, hx)
         if not torch.compiler.is_compiling():
             out = _ops.fast_cell_module(self.__dict__, input, hx)
             if out is not None:
@@ -92,11 +126,23 @@ class LSTMCell(nn.LSTMCell):
                 )  # fmt: skip
         return self._torch_forward(input, hx)
 
+    def _own_step(self, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Compute a step that is not torch's."""
+        if not torch.compiler.is_compiling():
+            if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+                self._check_torchs_cell("torch.jit is tracing")
+            recorded: tuple[Tensor, Tensor] | None = _fx.record_call(self, input, hx)
+            if recorded is not None:
+                return recorded
+        return _recurrence.run_cell(self, input, hx, _step_options.of_module(self))
+
     def _check_torchs_cell(self, reason: str) -> None:
         cell = _variants.of_module(self)
-        if cell is not _variants.PLAIN:
+        names = _step_options.names(self) + [cell.name] * (cell is not _variants.PLAIN)
+        if names:
             raise RuntimeError(
-                f"{cell.name} is not for torch.nn.LSTMCell, which has to compute this: {reason}"
+                f"{', '.join(names)} is not for torch.nn.LSTMCell, which has to compute this: "
+                f"{reason}"
             )
 
     def _log_refusal(self, input: object, hx: object) -> None:
@@ -130,7 +176,7 @@ class LSTMCell(nn.LSTMCell):
 
     def extra_repr(self) -> str:
         """Describe the options as torch.nn.LSTMCell does."""
-        return super().extra_repr() + _variants.repr_of(self)
+        return super().extra_repr() + _variants.repr_of(self) + _step_options.repr_of(self)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lstm_ext import _rebind, _variants
+from lstm_ext import _rebind, _step_options, _variants
 from lstm_ext.cell import LSTMCell
 from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell
 from lstm_ext.layer import LSTM
@@ -126,7 +126,9 @@ def revert(model: Model, *, report: bool = False) -> Model:
     for name, module in list(model.named_modules()):
         kind = _plain_kind(module)
         theirs = _TORCHS.get(kind) or vars(kind).get("_lstm_ext_joined_to")
-        if theirs is not None and _variants.of_module(module) is _variants.PLAIN:
+        beyond = _step_options.names(module)
+        plain = _variants.of_module(module) is _variants.PLAIN and not beyond
+        if theirs is not None and plain:
             if isinstance(module, LSTM):
                 if module.checkpoint_every is not None:
                     _warn(
@@ -143,7 +145,8 @@ def revert(model: Model, *, report: bool = False) -> Model:
             if frozen:
                 reason = "it is frozen; call lstm_ext.unfreeze first"
             elif theirs is not None:
-                reason = f"torch's modules have no {cell.name}"
+                names = beyond or [cell.name]
+                reason = f"torch's modules have no {', '.join(names)}"
             else:
                 reason = "its class derives from lstm_ext's"
             lines.append(_Line(name, type(module).__name__, f"left as it is: {reason}"))

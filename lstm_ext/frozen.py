@@ -20,7 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lstm_ext import _call, _fx, _guard, _ops, _variants
+from lstm_ext import _call, _fx, _guard, _ops, _step_options, _variants
 from lstm_ext._call import States
 from lstm_ext.cell import LSTMCell
 from lstm_ext.layer import LSTM
@@ -194,6 +194,9 @@ def _freeze_one(module: nn.Module, name: str, how: tuple[str | None, str | None,
         raise RuntimeError(
             f"{where} is in training mode: frozen weights are for inference. Call .eval() first"
         )
+    beyond = _step_options.names(module, in_evaluation=True)
+    if beyond:
+        raise ValueError(f"{where} has {', '.join(beyond)}, of which there is no frozen form")
     if "forward" in vars(module):
         raise ValueError(
             f"{where} has a forward of its own as an attribute, which would go on with the "

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_ext import _call, _fx, _ops, _ragged, _variants
+from lstm_ext import _call, _fx, _ops, _ragged, _step_options, _variants
 from lstm_ext._call import States
+from lstm_ext._step_options import Option
 
 _CHECKS = (
     "check_forward_args",
@@ -52,6 +53,22 @@ class LSTM(nn.LSTM):
         peephole: by keyword: whether i and f see c, and o sees c', through ``weight_ci_l0``,
             ``weight_cf_l0`` and ``weight_co_l0`` (H), and so on for each layer and direction
             (:class:`lstm_ext.reference.PeepholeCell`). torch.nn.LSTM has no such option.
+        zoneout_h: by keyword, as all that follow; torch.nn.LSTM has none of them, and
+            docs/variants.md says which is for what. Probability that a unit keeps its h instead of
+            the new one (Krueger et al. 2017). Drawn for each unit and step in training. In
+            evaluation, h is the mean of both.
+        zoneout_c: the same of c.
+        recurrent_dropout: probability of dropout on h before the product with ``weight_hh``, in
+            training; one mask for all steps of a sequence (Gal & Ghahramani 2016).
+        recurrent_dropout_per_step: whether to draw that mask for each step.
+        input_dropout: probability of dropout on the input's features, in training; one mask for
+            all steps of a sequence.
+        variational_dropout: whether ``dropout`` between the layers has one mask for all steps too.
+        weight_dropout: probability of dropout on the elements of ``weight_hh``, in training; one
+            mask for each call (Wan et al. 2013, Merity et al. 2018).
+        weight_dropout_rows: whether it drops rows of ``weight_hh`` instead.
+        cell_clip: c is clamped to [-cell_clip, cell_clip] at each step; None for no clamp.
+        projection_clip: the same of h after its projection; needs ``proj_size``.
 
     Inputs: ``input``, ``(h_0, c_0)``, ``reset``, ``reset_hx``, ``return_cell_states``
         - input: (L, N, I), (N, L, I) if ``batch_first``, (L, I) for a single sequence, or a
@@ -101,6 +118,18 @@ class LSTM(nn.LSTM):
     # A default of the class: modules that were pickled, or converted, before have it too.
     checkpoint_every: int | None = None
     _has_own_checks = False
+    _step_options: dict[str, Any] | None = None
+    _layer_norm: tuple[bool, bool, float] | None = None  # of LayerNormLSTM
+    zoneout_h = Option()
+    zoneout_c = Option()
+    recurrent_dropout = Option()
+    recurrent_dropout_per_step = Option()
+    input_dropout = Option()
+    variational_dropout = Option()
+    weight_dropout = Option()
+    weight_dropout_rows = Option()
+    cell_clip = Option()
+    projection_clip = Option()
     _direct = staticmethod(_ops.fast_lstm_module)
 
     def __init__(
@@ -118,6 +147,16 @@ class LSTM(nn.LSTM):
         *,
         checkpoint_every: int | None = None,
         peephole: bool = False,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_per_step: bool = False,
+        input_dropout: float = 0.0,
+        variational_dropout: bool = False,
+        weight_dropout: float = 0.0,
+        weight_dropout_rows: bool = False,
+        cell_clip: float | None = None,
+        projection_clip: float | None = None,
     ) -> None:
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
@@ -127,6 +166,18 @@ class LSTM(nn.LSTM):
             self.checkpoint_every = checkpoint_every
         if peephole:
             _variants.add_parameters(self, _variants.PEEPHOLE, _call.layer_suffixes(self))
+        self.zoneout_h = zoneout_h
+        self.zoneout_c = zoneout_c
+        self.recurrent_dropout = recurrent_dropout
+        self.recurrent_dropout_per_step = recurrent_dropout_per_step
+        self.input_dropout = input_dropout
+        self.variational_dropout = variational_dropout
+        self.weight_dropout = weight_dropout
+        self.weight_dropout_rows = weight_dropout_rows
+        self.cell_clip = cell_clip
+        self.projection_clip = projection_clip
+        if projection_clip and proj_size == 0:
+            raise ValueError("projection_clip is for an LSTM with proj_size")
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -203,6 +254,7 @@ class LSTM(nn.LSTM):
         if (
             reset is None
             and not own_states
+            and self._step_options is None
             and not self._has_own_checks
             and not torch.compiler.is_compiling()
         ):
@@ -267,7 +319,7 @@ class LSTM(nn.LSTM):
 
     def extra_repr(self) -> str:
         """Describe the options as torch.nn.LSTM does."""
-        return super().extra_repr() + _variants.repr_of(self)
+        return super().extra_repr() + _variants.repr_of(self) + _step_options.repr_of(self)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(

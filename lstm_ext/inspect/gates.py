@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lstm_ext import _backend, _call, _ops, _variants
+from lstm_ext import _backend, _call, _ops, _recurrence, _step_options, _variants
 from lstm_ext._call import States
 from lstm_ext._steps import Steps, expand_reset_states, layer_in_steps, run_layers
 from lstm_ext.cell import LSTMCell
@@ -246,6 +246,7 @@ def trace_gates(
     """
     if isinstance(module, (FrozenLSTM, FrozenLSTMCell)):
         module = module.find_original("trace_gates: the frozen module")
+    own_steps = _has_own_steps(module, reset_hx, differentiable)
     if isinstance(module, nn.LSTMCell):
         return _trace_cell(module, input, hx, reset, reset_hx, differentiable)
     if not isinstance(module, nn.LSTM):
@@ -269,6 +270,8 @@ def trace_gates(
         to = None if ready.reset_hx is None else (ready.reset_hx[0][k], ready.reset_hx[1][k])
         reverse = k % options.directions == 1
         layer = _Run(w, options.cell, sizes, ready.reset, reverse, to)
+        if own_steps:
+            return layer.in_own_steps(module, k, input, h, c)
         return layer.in_steps(input, h, c) if differentiable else layer(input, h, c)
 
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
@@ -286,6 +289,21 @@ def trace_gates(
         for parts in zip(*layers, strict=True)
     )
     return GateTrace(i, f, g, o, c, h, lengths, options.bidirectional)
+
+
+def _has_own_steps(module: Any, reset_hx: Any, differentiable: bool) -> bool:
+    """Whether a module's steps are not torch's; an error for what is not traced of such."""
+    names = _step_options.names(module)
+    if not names:
+        return False
+    given = {
+        "differentiable=True": differentiable,
+        "reset_hx": reset_hx is not None,
+        "the training mode": module.training,
+    }
+    for name in (name for name, used in given.items() if used):
+        raise RuntimeError(f"trace_gates: {name} is not for a module with {', '.join(names)}")
+    return _step_options.of_module(module).needs_steps or _recurrence.has_norm(module)
 
 
 def _trace_cell(
@@ -320,7 +338,10 @@ def _trace_cell(
     )  # fmt: skip
     run = _Run(weights, _variants.of_module(cell), None, reset, False, reset_hx)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        _, tensors = run.in_steps(input, *hx) if differentiable else run(input, *hx)
+        if _step_options.names(cell):
+            _, tensors = run.in_own_steps(cell, 0, input, *hx)
+        else:
+            _, tensors = run.in_steps(input, *hx) if differentiable else run(input, *hx)
     i, f, g, o, c, h = (t.unsqueeze(0) for t in tensors)
     return GateTrace(i, f, g, o, c, h)
 
@@ -398,17 +419,30 @@ class _Run:
 
     def in_steps(self, input: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run in tensor operations, differentiable any number of times."""
-        L, N = len(input) if self.batch_sizes is None else len(self.batch_sizes), h.shape[0]
-        kept: list[tuple[Tensor, ...]] = [()] * L
+        kept: list[tuple[Tensor, ...]] = [()] * (
+            len(input) if self.batch_sizes is None else len(self.batch_sizes)
+        )
 
         def keep(t: int, tensors: tuple[Tensor, ...]) -> None:
-            kept[t] = tuple(nn.functional.pad(x, (0, 0, 0, N - x.shape[0])) for x in tensors)
+            kept[t] = tensors
 
         output, _, _ = layer_in_steps(input, h, c, self.w, self.cell, self._steps(), keep)
-        i, f, g, o, c, h = (torch.stack(parts) for parts in zip(*kept, strict=True))
-        return output, (i, f, g, o, c, h)
+        return output, _stack(kept, h.shape[0])
+
+    def in_own_steps(
+        self, module: nn.Module, k: int, input: Tensor, h: Tensor, c: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run the k'th layer of a module whose steps are not torch's, one step after the other."""
+        output, kept = _recurrence.trace(module, input, h, c, self.w, k, self._steps())
+        return output, _stack(kept, h.shape[0])
 
     def _pad(self, rows: Tensor) -> Tensor:
         if self.batch_sizes is None:
             return rows
         return pad_packed_sequence(PackedSequence(rows, self.batch_sizes))[0]
+
+
+def _stack(kept: list[tuple[Tensor, ...]], N: int) -> tuple[Tensor, ...]:
+    """Stack the tensors of every step, each of at most N rows, with zeros below them."""
+    padded = [tuple(nn.functional.pad(x, (0, 0, 0, N - x.shape[0])) for x in step) for step in kept]
+    return tuple(torch.stack(parts) for parts in zip(*padded, strict=True))
