@@ -31,8 +31,8 @@ class LayerNormLSTM(LSTM):
     - ``normalize="apart"``, the formula above: the form of Ba et al. and of haste's LayerNormLSTM.
     - The same with ``carry_norm=True``, where the next step starts from n instead of c': the form
       of PyTorch's fastrnns benchmark, and of TensorFlow Addons (``eps=1e-3``).
-    - ``normalize="sum"``, where ``norm_gates * LN(W_ih x + W_hh h)`` stands for the first two terms,
-      with ``carry_norm=True``: the form of torchaudio's RNN-T models.
+    - ``normalize="sum"``, with ``norm_gates * LN(W_ih x + W_hh h)`` in place of the two terms, and
+      ``carry_norm=True``: the form of torchaudio's RNN-T models.
 
     Parameters beside those of torch.nn.LSTM, for each layer and direction (``_l0``,
     ``_l0_reverse``, ..): ``norm_ih`` and ``norm_hh`` (4H), or ``norm_gates`` (4H) with "sum";
