@@ -361,9 +361,9 @@ def _check_steps(module: Any, options: Options, given: dict[str, Any]) -> None:
     refused = {
         **{name: name != "reset" and value is not None for name, value in given.items()},
         "checkpoint_every": module.checkpoint_every is not None,
-        "torch.onnx.export": _onnx.exporting(),
     }
     by_steps = _step_options.of_module(module).needs_steps or _recurrence.has_norm(module)
+    refused["torch.onnx.export"] = by_steps and _onnx.exporting()
     if by_steps and options.cell is not _variants.PLAIN:
         refused[options.cell.name] = True
     names = ", ".join(_step_options.names(module))

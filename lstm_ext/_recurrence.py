@@ -87,6 +87,23 @@ def draw_masks(o: StepOptions, training: bool, x: Tensor, h: Tensor, c: Tensor) 
     return Masks(update(o.zoneout_h, h), update(o.zoneout_c, c), dropout)
 
 
+def couple_gates(w: LayerWeights, o: StepOptions) -> LayerWeights:
+    """Make f = 1 - i, if the options say so: sigmoid(-v) is 1 - sigmoid(v)."""
+    if not o.coupled_gates:
+        return w
+
+    def coupled(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        i, _, g, output = t.chunk(4)
+        return torch.cat([i, -i, g, output])
+
+    w_ih, w_hh, b_ih, b_hh = map(coupled, w[:4])
+    assert w_ih is not None
+    assert w_hh is not None
+    return w._replace(w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh)
+
+
 def drop_weights(w: LayerWeights, o: StepOptions, training: bool) -> LayerWeights:
     """Drop elements of w_hh, or whole rows, and scale what is left."""
     if not training or o.weight_dropout == 0:
@@ -177,7 +194,7 @@ def run(module: Any, ready: Any, o: StepOptions) -> tuple[Tensor, Tensor, Tensor
 
     options, training, D = ready.options, module.training, ready.options.directions
     x, (h, c) = ready.input, ready.hx
-    weights = [drop_weights(w, o, training) for w in options.layers()]
+    weights = [drop_weights(couple_gates(w, o), o, training) for w in options.layers()]
     norms = layer_norms(module)
     by_steps = o.needs_steps or norms is not None
     if training and o.input_dropout > 0:
@@ -261,7 +278,7 @@ def run_cell(
     from lstm_ext.functional import LayerWeights
 
     w = LayerWeights(cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
-    w, x = drop_weights(w, o, cell.training), x.unsqueeze(0)
+    w, x = drop_weights(couple_gates(w, o), o, cell.training), x.unsqueeze(0)
     norms = layer_norms(cell)
     masks = draw_masks(o, cell.training, x, h, c)
     _, h, c = layer(

@@ -23,6 +23,7 @@ class StepOptions(NamedTuple):
     variational_dropout: bool = False
     weight_dropout: float = 0.0
     weight_dropout_rows: bool = False
+    coupled_gates: bool = False
     cell_clip: float = 0.0
     projection_clip: float = 0.0
 

@@ -36,6 +36,7 @@ class LSTMCell(nn.LSTMCell):
         recurrent_dropout: probability of dropout on h before the product.
         weight_dropout: probability of dropout on the elements of ``weight_hh``.
         weight_dropout_rows: whether it drops rows instead.
+        coupled_gates: whether f = 1 - i.
         cell_clip: what c is clamped to; None for no clamp.
 
     Inputs: ``input``, ``(h, c)``
@@ -64,6 +65,7 @@ class LSTMCell(nn.LSTMCell):
     recurrent_dropout = Option()
     weight_dropout = Option()
     weight_dropout_rows = Option()
+    coupled_gates = Option()
     cell_clip = Option()
 
     def __init__(
@@ -80,6 +82,7 @@ class LSTMCell(nn.LSTMCell):
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
         weight_dropout_rows: bool = False,
+        coupled_gates: bool = False,
         cell_clip: float | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
@@ -90,6 +93,7 @@ class LSTMCell(nn.LSTMCell):
         self.recurrent_dropout = recurrent_dropout
         self.weight_dropout = weight_dropout
         self.weight_dropout_rows = weight_dropout_rows
+        self.coupled_gates = coupled_gates
         self.cell_clip = cell_clip
         if peephole and self._step_options:
             names = ", ".join(_step_options.names(self))

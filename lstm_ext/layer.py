@@ -67,6 +67,8 @@ class LSTM(nn.LSTM):
         weight_dropout: probability of dropout on the elements of ``weight_hh``, in training; one
             mask for each call (Wan et al. 2013, Merity et al. 2018).
         weight_dropout_rows: whether it drops rows of ``weight_hh`` instead.
+        coupled_gates: whether the forget gate is f = 1 - i (Greff et al. 2017). The parameters keep
+            torch's shapes, as in ONNX; the rows of f in them are not used.
         cell_clip: c is clamped to [-cell_clip, cell_clip] at each step; None for no clamp.
         projection_clip: the same of h after its projection; needs ``proj_size``.
 
@@ -128,6 +130,7 @@ class LSTM(nn.LSTM):
     variational_dropout = Option()
     weight_dropout = Option()
     weight_dropout_rows = Option()
+    coupled_gates = Option()
     cell_clip = Option()
     projection_clip = Option()
     _direct = staticmethod(_ops.fast_lstm_module)
@@ -155,6 +158,7 @@ class LSTM(nn.LSTM):
         variational_dropout: bool = False,
         weight_dropout: float = 0.0,
         weight_dropout_rows: bool = False,
+        coupled_gates: bool = False,
         cell_clip: float | None = None,
         projection_clip: float | None = None,
     ) -> None:
@@ -174,6 +178,7 @@ class LSTM(nn.LSTM):
         self.variational_dropout = variational_dropout
         self.weight_dropout = weight_dropout
         self.weight_dropout_rows = weight_dropout_rows
+        self.coupled_gates = coupled_gates
         self.cell_clip = cell_clip
         self.projection_clip = projection_clip
         if projection_clip and proj_size == 0:

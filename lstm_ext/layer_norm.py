@@ -95,9 +95,7 @@ class LayerNormLSTM(LSTM):
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             proj_size, device, dtype, **options,
         )  # fmt: skip
-        if options.get("peephole") or options.get("checkpoint_every") is not None:
-            name = "peephole" if options.get("peephole") else "checkpoint_every"
-            raise ValueError(f"{name} is not for an LSTM with layer normalization")
+        _refuse(options, "LSTM")
         _add_norms(self, _call.layer_suffixes(self), normalize, carry_norm, eps)
 
     def reset_parameters(self) -> None:
@@ -230,8 +228,7 @@ class LayerNormLSTMCell(LSTMCell):
         **options: Any,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype, **options)
-        if options.get("peephole"):
-            raise ValueError("peephole is not for an LSTMCell with layer normalization")
+        _refuse(options, "LSTMCell")
         _add_norms(self, [""], normalize, carry_norm, eps)
 
     def reset_parameters(self) -> None:
@@ -242,6 +239,12 @@ class LayerNormLSTMCell(LSTMCell):
     def extra_repr(self) -> str:
         """Describe the options as torch.nn.LSTMCell does, and the form."""
         return super().extra_repr() + _form_of(self)
+
+
+def _refuse(options: dict[str, Any], kind: str) -> None:
+    for name in ("peephole", "checkpoint_every", "coupled_gates"):
+        if options.get(name):
+            raise ValueError(f"{name} is not for an {kind} with layer normalization")
 
 
 _TORCHAUDIO = {

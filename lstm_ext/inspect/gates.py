@@ -262,7 +262,9 @@ def trace_gates(
     ready = _call.prepare(module, options, input, hx, reset, reset_hx)
     if 0 in ready.input.shape:
         module(input, hx)  # raises torch's own error, if that is one
-    data, sizes, weights = ready.input, ready.batch_sizes, options.layers()
+    step_options = _step_options.of_module(module)
+    data, sizes = ready.input, ready.batch_sizes
+    weights = [_recurrence.couple_gates(w, step_options) for w in options.layers()]
 
     def run(
         input: Tensor, h: Tensor, c: Tensor, w: LayerWeights, k: int
@@ -336,6 +338,7 @@ def _trace_cell(
         cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh,
         unit_weights=_variants.unit_weights(cell),
     )  # fmt: skip
+    weights = _recurrence.couple_gates(weights, _step_options.of_module(cell))
     run = _Run(weights, _variants.of_module(cell), None, reset, False, reset_hx)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         if _step_options.names(cell):
