@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_ext import _backend, _onnx, _ops, _recurrence, _step_options, _variants
+from lstm_ext import _backend, _ops, _recurrence, _step_options, _variants
 from lstm_ext._steps import expand_reset_states
 from lstm_ext.functional import LayerWeights, lstm
 
@@ -363,7 +363,6 @@ def _check_steps(module: Any, options: Options, given: dict[str, Any]) -> None:
         "checkpoint_every": module.checkpoint_every is not None,
     }
     by_steps = _step_options.of_module(module).needs_steps or _recurrence.has_norm(module)
-    refused["torch.onnx.export"] = by_steps and _onnx.exporting()
     if by_steps and options.cell is not _variants.PLAIN:
         refused[options.cell.name] = True
     names = ", ".join(_step_options.names(module))

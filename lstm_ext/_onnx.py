@@ -142,6 +142,72 @@ def _decompose_packed_layer(_: Any) -> Any:
     return _refuse_packed_weights() if torch.onnx.is_in_onnx_export() else NotImplemented
 
 
+@_decomposition("lstm_recurrence", _ops.recurrence_states)
+def _decompose_recurrence(a: Any) -> Any:
+    """Make it ONNX's Scan, with length and batch open."""
+    if not torch.onnx.is_in_onnx_export():
+        return NotImplemented
+    _check(_variants.PLAIN.number, a.batch_sizes, a.reset)
+    if any(mask is not None and mask.dim() > 1 for mask in (a.update_h, a.update_c, a.dropout_h)):
+        raise RuntimeError(
+            "an LSTM with zoneout or recurrent dropout goes to ONNX in evaluation mode: "
+            "call .eval() first"
+        )
+
+    scan: Any = importlib.import_module("torch._higher_order_ops.scan").scan
+    (h, c), output = scan(_recurrence_step(a), (a.hx, a.cx), a.gates_x, reverse=a.reverse)
+    return output, h, c
+
+
+def _recurrence_step(a: Any) -> Callable[[tuple[Tensor, Tensor], Tensor], Any]:
+    """Return a step (csrc/ops/recurrence.h), of operations that leave the batch open in ONNX."""
+    # Each by itself: of a tuple that holds them, the exporter would fix the sizes.
+    w_hh, bias, norm, norm_c, bias_c, w_hr = a.w_hh, a.bias, a.norm, a.norm_c, a.bias_c, a.w_hr
+    dropout_h, eps, joint, carry = a.dropout_h, a.eps, a.norm_joint, a.carry_norm
+
+    # Nor has a step room for constants: these come from outside.
+    def both(update: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        return None if update is None else (update, 1 - update)
+
+    def limits(clip: float) -> tuple[Tensor, Tensor] | None:
+        return (a.cx.new_full((1,), -clip), a.cx.new_full((1,), clip)) if clip > 0 else None
+
+    update_h, update_c = both(a.update_h), both(a.update_c)
+    limits_c, limits_h = limits(a.cell_clip), limits(a.projection_clip)
+
+    def normalized(v: Tensor, weight: Tensor, shift: Tensor | None = None) -> Tensor:
+        return torch.nn.functional.layer_norm(v, v.shape[-1:], weight, shift, eps)
+
+    def clipped(v: Tensor, limits: tuple[Tensor, Tensor] | None) -> Tensor:
+        return v if limits is None else torch.minimum(torch.maximum(v, limits[0]), limits[1])
+
+    def updated(update: tuple[Tensor, Tensor] | None, new: Tensor, old: Tensor) -> Tensor:
+        return new if update is None else update[0] * new + update[1] * old
+
+    def step(states: tuple[Tensor, Tensor], gates_x: Tensor) -> Any:
+        h, c = states
+        z = torch.mm(h if dropout_h is None else h * dropout_h, w_hh.t())
+        if norm is None:
+            pre = gates_x + z
+        elif joint:
+            pre = normalized(gates_x + z, norm)
+        else:
+            pre = gates_x + normalized(z, norm)
+        if bias is not None:
+            pre = pre + bias
+        i, f, g, o = pre.chunk(4, -1)
+        c_next = clipped(f.sigmoid() * c + i.sigmoid() * g.tanh(), limits_c)
+        shown = c_next if norm_c is None else normalized(c_next, norm_c, bias_c)
+        h_next = o.sigmoid() * shown.tanh()
+        if w_hr is not None:
+            h_next = clipped(torch.mm(h_next, w_hr.t()), limits_h)
+        h_next = updated(update_h, h_next, h)
+        c_next = updated(update_c, shown if carry else c_next, c)
+        return (h_next, c_next), h_next + 0  # no result twice
+
+    return step
+
+
 # While the model is captured.
 
 
