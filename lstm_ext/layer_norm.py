@@ -40,8 +40,8 @@ class LayerNormLSTM(LSTM):
     weights as torch draws them.
 
     Input, states and outputs are those of :class:`lstm_ext.LSTM`: batches, single sequences, packed
-    and nested ones, ``reset``. ``reset_hx``, ``return_cell_states``, ``checkpoint_every`` and freezing
-    are not for it and raise an error.
+    and nested ones, ``reset``. ``reset_hx``, ``return_cell_states``, ``checkpoint_every``, freezing
+    and ``torch.jit`` are not for it and raise an error.
 
     Args:
         input_size: number of features I of the input.
