@@ -258,6 +258,24 @@ def test_projection_benchmark(monkeypatch, capsys, tmp_path):
     assert all(row["ratio"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize("loops", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_variants_benchmark(monkeypatch, capsys, tmp_path, loops):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench = importlib.import_module("bench_variants")
+    monkeypatch.setattr(bench.protocol, "ROUND_SECONDS", 0.001)
+    out = tmp_path / "rows.json"
+    options = ["--shapes", "4x3x3x4", "--rounds", "1", "--out", str(out), *["--loops"] * loops]
+    monkeypatch.setattr(sys, "argv", ["bench_variants.py", *options])
+    bench.main()
+    rows = json.loads(out.read_text())["rows"]
+    cost = [row for row in rows if row["table"] == "cost"]
+    assert [(row["mode"], row["variant"]) for row in cost] == [
+        (mode, name) for mode in bench.MODES for name in bench.VARIANTS
+    ]
+    assert len(rows) - len(cost) == 6 * loops
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
 def test_a_wrong_projection_is_not_timed(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     bench = importlib.import_module("bench_projection")
