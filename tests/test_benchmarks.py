@@ -126,6 +126,7 @@ def test_a_wrong_layer_is_not_timed():
     assert "a peer's result is off by" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_peer_is_not_timed():
     """The check before a row is timed fails when a peer computes something else."""
     code = (
@@ -139,6 +140,7 @@ def test_a_wrong_peer_is_not_timed():
     assert "a peer's result is off by" in result.stderr
 
 
+@pytest.mark.slow
 def test_shapes_are_checked():
     result = run(BENCHMARKS / "bench_cell.py", "--shapes", "3x2")
     assert result.returncode == 2
@@ -193,6 +195,7 @@ def test_decay_benchmark(monkeypatch, capsys):
         assert ratio == pytest.approx(tiny / ordinary, rel=0.005, abs=0.01)
 
 
+@pytest.mark.slow
 def test_what_the_tagger_is_measured_by():
     """Its tags are those of Python's tokenizer, and a span counts as a whole."""
     source = 'def add(a):\n    """Two\n    lines."""\n    return len("x") + 12  # all\n'
