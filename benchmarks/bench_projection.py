@@ -122,7 +122,7 @@ def main() -> None:
     for mode in options.modes:
         ratios = [row["ratio"] for row in rows if row["mode"] == mode]
         print(f"{mode:17} {protocol.geometric_mean(ratios):.2f}, least {min(ratios):.2f}")
-    protocol.save(options.out, rows, dtype=options.dtype)
+    protocol.save(options.out, rows, dtype=options.dtype, rounds=rounds)
 
 
 if __name__ == "__main__":

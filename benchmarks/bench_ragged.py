@@ -1,6 +1,6 @@
 """Sequences of different lengths: lists and nested tensors, against packing and padding by hand.
 
-    python benchmarks/bench_ragged.py [--shapes LxNxIxH ..] [--threads 1] [--rounds 15]
+    python benchmarks/bench_ragged.py [--shapes LxNxIxH ..] [--threads 1 2] [--rounds 15]
 
 One lstm_ext.LSTM, lengths drawn from 1 to L, of which one is L. By hand, with torch's helpers:
 
@@ -10,13 +10,16 @@ One lstm_ext.LSTM, lengths drawn from 1 to L, of which one is L. By hand, with t
 - nested: to_padded_tensor, the same as padded, and a nested tensor of all rows but the padding.
 
 Prints microseconds a call (medians, taken in turn), and by hand over ours, from and to the same
-kind of batch: inference, then a training step with the gradients of weights and input.
+kind of batch: inference, then a training step with the gradients of weights and input. Writes the
+rows to benchmarks/results/ragged.json.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import protocol
 import torch
@@ -84,11 +87,14 @@ def training(forward: Callable[[], Tensor]) -> Callable[[], None]:
     return lambda: forward().backward(ones)
 
 
-def measure(shape: str, rounds: int) -> None:
+def measure(shape: str, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """Time the modes of a shape and print them."""
     L, N, I, H = map(int, shape.split("x"))
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     module = lstm_ext.LSTM(I, H, batch_first=True)
     batch = [torch.randn(n, I) for n in [L, *torch.randint(1, L + 1, (N - 1,)).tolist()]]
+    rows = []
     for mode in ("inference", "training"):
         with torch.set_grad_enabled(mode == "training"):
             ways = calls(module, batch)
@@ -97,13 +103,16 @@ def measure(shape: str, rounds: int) -> None:
             if mode == "training":
                 timed = {name: training(way) for name, way in ways.items()}
             times = protocol.interleaved(timed, rounds)
-        ratios = (times[f"{name} by hand"] / times[name] for name in ("list", "nested"))
+        ratios = {name: times[f"{name} by hand"] / times[name] for name in ("list", "nested")}
         print(
-            f"{shape:16} {mode:9}",
+            f"{shape:16} {mode:9} {threads:2}",
             *(f"{time:14.1f}" for time in times.values()),
-            *(f"{ratio:8.2f}" for ratio in ratios),
+            *(f"{ratio:8.2f}" for ratio in ratios.values()),
             flush=True,
         )
+        rows.append({"shape": shape, "mode": mode, "threads": threads,
+                     "us": times, "ratios": ratios})  # fmt: skip
+    return rows
 
 
 def main() -> None:
@@ -111,14 +120,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", nargs="+", type=int, default=None, help="default: 1 and all")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=protocol.RESULTS / "ragged.json")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     names = "padded", "list by hand", "list", "nested by hand", "nested"
-    print(f"{'L x N x I x H':26}", *(f"{name:>14}" for name in names), "    list   nested")
-    for shape in options.shapes:
-        measure(shape, options.rounds)
+    print(f"{'L x N x I x H':29}", *(f"{name:>14}" for name in names), "    list   nested")
+    rows = [
+        row
+        for threads in options.threads or sorted({1, torch.get_num_threads()})
+        for shape in options.shapes
+        for row in measure(shape, threads, options.rounds)
+    ]
+    protocol.save(options.out, rows, rounds=options.rounds)
 
 
 if __name__ == "__main__":

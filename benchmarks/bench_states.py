@@ -1,20 +1,23 @@
 """Cell states of every step, resets to states, and TorchRL's recurrent mode.
 
-    python benchmarks/bench_states.py [--shapes LxNxIxH ..] [--threads 1] [--rounds 15]
+    python benchmarks/bench_states.py [--shapes LxNxIxH ..] [--threads 1 2] [--rounds 15]
 
 Three tables, of medians in microseconds, taken in turn; inference, then a training step with the
-gradients of all weights (and of the states to reset to, where there are some):
+gradients of all weights (and of the states to reset to, where there are some). The rows are written
+to benchmarks/results/states.json as well.
 
 - cells: one lstm_ext.LSTM without and with return_cell_states; torch.nn.LSTM, which has none; and
   what people write instead, a loop of torch.nn.LSTMCell that keeps every c. The last two over ours.
 - resets: none, to zero, to one learned state, and to a state for each step; 3 % of the steps.
 - torchrl: torchrl's LSTMModule in its recurrent mode, which cuts, pads and packs, and the module
-  of examples/torchrl_lstm.py in its place; over it, their ratio. Shape 64x128x128x128 unless told.
+  of examples/torchrl_lstm.py in its place; over it, their ratio. Shape 64x128x128x128 unless told;
+  left out where torchrl is not installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,8 +126,11 @@ TABLES: dict[str, tuple[Callable[..., Ways], list[str], list[tuple[str, str]]]] 
 }
 
 
-def measure(table: str, shape: str, rounds: int) -> None:
-    make, alike, ratios = TABLES[table]
+def measure(table: str, shape: str, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """Time the modes of a shape and print them."""
+    make, alike, pairs = TABLES[table]
+    torch.set_num_threads(threads)
+    rows = []
     for mode in ("inference", "training"):
         torch.manual_seed(0)
         with torch.set_grad_enabled(mode == "training"):
@@ -134,12 +140,16 @@ def measure(table: str, shape: str, rounds: int) -> None:
             if mode == "training":
                 timed = {name: training(way) for name, way in ways.items()}
             times = protocol.interleaved(timed, rounds)
+        ratios = {f"{a} / {b}": times[a] / times[b] for a, b in pairs}
         print(
-            f"{table:8} {shape:16} {mode:9}",
+            f"{table:8} {shape:16} {mode:9} {threads:2}",
             *(f"{name} {time:.1f};" for name, time in times.items()),
-            *(f"{a} / {b} {times[a] / times[b]:.2f};" for a, b in ratios),
+            *(f"{name} {ratio:.2f};" for name, ratio in ratios.items()),
             flush=True,
         )
+        rows.append({"table": table, "shape": shape, "mode": mode, "threads": threads,
+                     "us": times, "ratios": ratios})  # fmt: skip
+    return rows
 
 
 def main() -> None:
@@ -148,13 +158,22 @@ def main() -> None:
     )
     parser.add_argument("--shapes", nargs="+", default=None)
     parser.add_argument("--tables", nargs="+", choices=[*TABLES], default=[*TABLES])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", nargs="+", type=int, default=None, help="default: 1 and all")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=protocol.RESULTS / "states.json")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    for table in options.tables:
-        for shape in options.shapes or (TORCHRL_SHAPES if table == "torchrl" else SHAPES):
-            measure(table, shape, options.rounds)
+    tables = options.tables
+    if "torchrl" in tables and importlib.util.find_spec("torchrl") is None:
+        print("torchrl is not installed: its table is left out")
+        tables = [table for table in tables if table != "torchrl"]
+    rows = [
+        row
+        for table in tables
+        for threads in options.threads or sorted({1, torch.get_num_threads()})
+        for shape in options.shapes or (TORCHRL_SHAPES if table == "torchrl" else SHAPES)
+        for row in measure(table, shape, threads, options.rounds)
+    ]
+    protocol.save(options.out, rows, rounds=options.rounds)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch.utils.benchmark import Timer
 
 import lstm_ext
 
+RESULTS = Path(__file__).parent / "results"
 ROUND_SECONDS = 0.02  # least time of one timing, so that the clock's grain does not matter
 
 
@@ -43,7 +44,7 @@ def options(
     )
     parser.add_argument("--peers", nargs="*", default=peers, choices=all_peers)
     parser.add_argument("--rounds", type=int, default=None, help="timings of each peer per row")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / out)
+    parser.add_argument("--out", type=Path, default=RESULTS / out)
     return parser
 
 

@@ -323,6 +323,93 @@ def gpu(kind: str) -> list[str]:
     return lines([f"{kind}, {sizes}", "dtype", "inference", "training"], body, 2)
 
 
+FEW = 10  # timings: the medians of fewer are not to be relied on
+
+
+def measured(file: str) -> list[str]:
+    """Say on what machine a result file was made, and of how many timings the medians are."""
+    content = load(RESULTS / file)
+    where = content["environment"]
+    rounds = f", medians of {content['rounds']} timings" if "rounds" in content else ""
+    text = f"On {machine(where)}, torch {where['torch']}, revision {where['git']}{rounds}."
+    if content.get("rounds", FEW) < FEW:
+        text += " Provisional: so few timings, on a machine with other work."
+    return [*textwrap.wrap(text, 100), ""]
+
+
+PROJECTION_TARGET = 2.0
+
+
+def projection_means() -> list[str]:
+    """Geometric means over all shapes, and the shape that gains least."""
+    rows = load(RESULTS / "projection.json")["rows"]
+    body = []
+    for (mode, threads), found in groups(rows).items():
+        worst = min(found, key=lambda row: row["ratio"])
+        text = f"{worst['ratio']:.2f} at {projection_name(worst)}"
+        body.append([mode, str(threads), f"{mean(found):.2f}", text])
+    return lines(["nn.LSTM's time over ours", "threads", "geometric mean", "least"], body)
+
+
+def projection_name(row: dict[str, Any]) -> str:
+    *sizes, H, P = row["shape"].split("x")
+    return f"{' x '.join(sizes)} -> {H} -> {P}"
+
+
+def projection_rows() -> list[str]:
+    found = groups(load(RESULTS / "projection.json")["rows"])
+    modes = list(dict.fromkeys(mode for mode, _ in found))
+    body = []
+    for threads in dict.fromkeys(threads for _, threads in found):
+        for rows in zip(*(found[mode, threads] for mode in modes), strict=True):
+            cells = []
+            for row in rows:
+                theirs, ours = row["us"]["torch"], row["us"]["lstm_ext"]
+                ratio = against(PROJECTION_TARGET, row["ratio"])
+                cells.append(f"{number(theirs)} / {number(ours)} = {ratio}")
+            body.append([projection_name(rows[0]), str(threads), *cells])
+    return measured("projection.json") + lines(
+        ["length x batch x input -> H -> P", "threads", *modes], body
+    )
+
+
+def sized(row: dict[str, Any]) -> str:
+    *sizes, H = row["shape"].split("x")
+    return f"{' x '.join(sizes)} -> {H}"
+
+
+def states_rows(which: str) -> list[str]:
+    """Every row of one of the tables of bench_states.py, microseconds and ratios."""
+    rows = [row for row in load(RESULTS / "states.json")["rows"] if row["table"] == which]
+    return measured("states.json") + with_ratios(rows)
+
+
+def ragged_rows() -> list[str]:
+    return measured("ragged.json") + with_ratios(
+        load(RESULTS / "ragged.json")["rows"], " by hand / ours"
+    )
+
+
+OVERHEADS = "on / off", "learned / to zero"  # what an option of ours costs, where 1 is the best
+
+
+def with_ratios(rows: Rows, suffix: str = "") -> list[str]:
+    """Lay out rows with times in microseconds and with several ratios, a rival's bold below 1."""
+    body = [
+        [
+            sized(row), row["mode"], str(row["threads"]),
+            *(number(time) for time in row["us"].values()),
+            *(
+                f"{ratio:.2f}" if name in OVERHEADS else bold_below_one(ratio)
+                for name, ratio in row["ratios"].items()
+            ),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    head = ["length x batch x input -> hidden", "", "threads", *rows[0]["us"]]
+    return lines([*head, *(f"{name}{suffix}" for name in rows[0]["ratios"])], body, 2)
+
+
 def all_rows(file: str, modes: Iterable[str] = ()) -> list[str]:
     """Every row of a result file, a heading for each mode and number of threads."""
     content = load(RESULTS / file)
@@ -354,6 +441,12 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "frozen-rows": frozen_rows,
     "accuracy-texts": lambda: accuracy("character model", "speaker encoder", ("{:.4f}", "{:.1f}%")),
     "accuracy-tags": lambda: accuracy("tagger", "silero-vad", ("{:.2f}%", "{:.2f}")),
+    "projection-means": projection_means,
+    "projection-rows": projection_rows,
+    "states-cells": lambda: states_rows("cells"),
+    "states-resets": lambda: states_rows("resets"),
+    "states-torchrl": lambda: states_rows("torchrl"),
+    "ragged-rows": ragged_rows,
     "gpu-layers": lambda: gpu("layer"),
     "gpu-cells": lambda: gpu("cell"),
 }

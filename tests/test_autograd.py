@@ -255,11 +255,13 @@ def test_backward_operator_checks_its_arguments(grad):
 OPS = torch.ops.lstm_ext
 
 
-@pytest.mark.parametrize("dynamic", [*slow(False), True])
-def test_compile_without_graph_breaks(dynamic):
+@pytest.mark.parametrize(
+    ("backend", "dynamic"), [("aot_eager", True), *slow(("inductor", False), ("inductor", True))]
+)
+def test_compile_without_graph_breaks(backend, dynamic):
     torch._dynamo.reset()
     cell = lstm_ext.LSTMCell(4, 2)
-    compiled = torch.compile(cell, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(cell, fullgraph=True, dynamic=dynamic, backend=backend)
     for N in (3, 5):
         x = torch.randn(N, 4, requires_grad=True)
         h = torch.randn(N, 2)

@@ -126,6 +126,7 @@ def test_a_wrong_layer_is_not_timed():
     assert "a peer's result is off by" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_peer_is_not_timed():
     """The check before a row is timed fails when a peer computes something else."""
     code = (
@@ -139,6 +140,7 @@ def test_a_wrong_peer_is_not_timed():
     assert "a peer's result is off by" in result.stderr
 
 
+@pytest.mark.slow
 def test_shapes_are_checked():
     result = run(BENCHMARKS / "bench_cell.py", "--shapes", "3x2")
     assert result.returncode == 2
@@ -193,6 +195,7 @@ def test_decay_benchmark(monkeypatch, capsys):
         assert ratio == pytest.approx(tiny / ordinary, rel=0.005, abs=0.01)
 
 
+@pytest.mark.slow
 def test_what_the_tagger_is_measured_by():
     """Its tags are those of Python's tokenizer, and a span counts as a whole."""
     source = 'def add(a):\n    """Two\n    lines."""\n    return len("x") + 12  # all\n'
@@ -216,26 +219,55 @@ def test_what_the_tagger_is_measured_by():
     assert wholly == 100
 
 
-def test_ragged_benchmark(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    bench_ragged = importlib.import_module("bench_ragged")
-    monkeypatch.setattr(bench_ragged.protocol, "ROUND_SECONDS", 0.001)
-    bench_ragged.measure("4x3x3x2", 1)
-    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs a benchmark in this process, one shape on one thread, and returns its rows."""
+
+    def measure(name, shape, *options):
+        monkeypatch.syspath_prepend(BENCHMARKS)
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module.protocol, "ROUND_SECONDS", 0.001)
+        out = tmp_path / "rows.json"
+        options = ["--shapes", shape, "--threads", "1", "--rounds", "1", *options]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *options, "--out", str(out)])
+        threads = torch.get_num_threads()
+        module.main()
+        torch.set_num_threads(threads)
+        return json.loads(out.read_text())["rows"]
+
+    return measure
+
+
+def test_ragged_benchmark(bench, capsys):
+    rows = bench("bench_ragged", "4x3x3x2")
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]] == [
         ["4x3x3x2", "inference"],
         ["4x3x3x2", "training"],
     ]
+    assert [row["mode"] for row in rows] == ["inference", "training"]
+    for row in rows:
+        assert list(row["us"]) == ["padded", "list by hand", "list", "nested by hand", "nested"]
+        for name, ratio in row["ratios"].items():
+            assert ratio == pytest.approx(row["us"][f"{name} by hand"] / row["us"][name])
 
 
-def test_states_benchmark(monkeypatch, capsys):
+def test_states_benchmark(bench, capsys):
+    tables, modes = ("cells", "resets"), ("inference", "training")
+    rows = bench("bench_states", "4x3x3x2", "--tables", *tables)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        [table, "4x3x3x2", mode] for table in tables for mode in modes
+    ]
+    assert [(row["table"], row["mode"]) for row in rows] == [(t, m) for t in tables for m in modes]
+    for row in rows:
+        for name, ratio in row["ratios"].items():
+            a, b = name.split(" / ")
+            assert ratio == pytest.approx(row["us"][a] / row["us"][b])
+
+
+def test_wrong_cell_states_are_not_timed(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     bench_states = importlib.import_module("bench_states")
-    monkeypatch.setattr(bench_states.protocol, "ROUND_SECONDS", 0.001)
-    for table in ("cells", "resets"):
-        bench_states.measure(table, "4x3x3x2", 1)
-        lines = capsys.readouterr().out.splitlines()
-        modes = ["inference", "training"]
-        assert [line.split()[:3] for line in lines] == [[table, "4x3x3x2", m] for m in modes]
     ways = {"on": lambda: [torch.ones(2), torch.ones(2)], "off": lambda: [torch.ones(2)]}
     bench_states.compare(ways, ["on", "off"])
     ways["loop of cells"] = lambda: [torch.ones(2), torch.zeros(2)]
@@ -243,18 +275,13 @@ def test_states_benchmark(monkeypatch, capsys):
         bench_states.compare(ways, ["on", "off", "loop of cells"])
 
 
-def test_projection_benchmark(monkeypatch, capsys, tmp_path):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    bench = importlib.import_module("bench_projection")
-    monkeypatch.setattr(bench.protocol, "ROUND_SECONDS", 0.001)
-    out = tmp_path / "rows.json"
-    options = ["--shapes", "4x3x3x4x2", "--rounds", "1", "--threads", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["bench_projection.py", *options])
-    bench.main()
+def test_projection_benchmark(bench, capsys):
+    rows = bench("bench_projection", "4x3x3x4x2")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:5]] == ["4x3x3x4x2"] * 4
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["mode"] for row in rows] == bench.MODES
+    assert [row["mode"] for row in rows] == [
+        "inference", "training", "packed inference", "packed training",
+    ]  # fmt: skip
     assert all(row["ratio"] > 0 for row in rows)
 
 

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from limits import slow
 from torch import nn
 
 import lstm_ext
@@ -220,17 +221,17 @@ def test_demo_needs_folders(capsys, tmp_path):
         assert "no such folder" in err
 
 
-def test_missing_packages_are_named():
-    for command, missing in (("gates", "matplotlib"), ("demo", "tqdm")):
-        code = (
-            f"import sys; sys.modules[{missing!r}] = None\n"
-            f"from lstm_ext import cli; sys.exit(cli.main([{command!r}]))"
-        )
-        result = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 1
-        assert "pip install" in result.stderr
+@pytest.mark.parametrize(("command", "missing"), [("gates", "matplotlib"), *slow(("demo", "tqdm"))])
+def test_missing_packages_are_named(command, missing):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        f"from lstm_ext import cli; sys.exit(cli.main([{command!r}]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "pip install" in result.stderr
 
 
 def test_convert_of_a_state_dict(capsys, saved):

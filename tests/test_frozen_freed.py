@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import os
 import pickle
 import subprocess
@@ -13,7 +14,7 @@ import weakref
 import pytest
 import torch
 from layers import OPTIONS, identify
-from limits import slow_but
+from limits import slow, slow_but, slow_where
 from measure import DTYPES
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -151,8 +152,13 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("name", slow_but(["LSTM", "LSTMCell"], MODULES))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    slow_where(
+        lambda name, kind: name != "LSTM" and (name, kind) != ("LSTMCell", "whole"),
+        [*itertools.product(MODULES, WEIGHTS)],
+    ),
+)
 def test_memory(name, kind):
     module = MODULES[name]()
     model = nn.Sequential(nn.Identity(), module)
@@ -187,7 +193,7 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [lstm_ext.LSTM, *slow(lstm_ext.LSTMCell)])
 @pytest.mark.parametrize("how", WRITERS)
 def test_what_writes_weights_goes_with_them(how, kind):
     """The tensors, of the weight's size or twice it, that torch.nn.utils makes a weight of."""

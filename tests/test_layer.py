@@ -23,7 +23,7 @@ LARGE = [(9, 50, 20, 70), (6, 1, 30, 300)]  # for one layer alone
 @pytest.mark.parametrize(
     ("dtype", "options", "packed"),
     slow_where(
-        lambda dtype, options, _: dtype.itemsize == 2 and options,
+        lambda dtype, options, _: dtype != torch.float32 and options,
         [*itertools.product(DTYPES, OPTIONS, [False, True])],
     ),
     ids=lambda v: identify(v) if isinstance(v, dict) else PACKED.get(v, str(v)),
@@ -96,7 +96,7 @@ def test_any_size(L, N, I, H, reverse, packed, with_reset, data):
 @pytest.mark.parametrize(
     ("packed", "N", "dtype"),
     slow_where(
-        lambda packed, N, dtype: N == 9 and packed,
+        lambda packed, N, dtype: N < 60 and (dtype != torch.float32 or (N == 9 and packed)),
         [*itertools.product([False, True], [1, 9, 60], DTYPES)],
     ),
     ids=lambda v: PACKED[v] if isinstance(v, bool) else str(v),

@@ -9,11 +9,15 @@ from torch import nn
 
 import lstm_ext
 
-pytest.importorskip("expecttest")  # which torch's own testing package imports
-common_modules = pytest.importorskip("torch.testing._internal.common_modules")
-
-INFOS = [info for info in common_modules.module_db if info.module_cls in (nn.LSTM, nn.LSTMCell)]
 OURS = {nn.LSTM: lstm_ext.LSTM, nn.LSTMCell: lstm_ext.LSTMCell}
+
+
+@pytest.fixture(scope="module")
+def infos():
+    """By class; torch's package takes seconds to import: not for every process that collects."""
+    pytest.importorskip("expecttest")  # which it imports
+    common_modules = pytest.importorskip("torch.testing._internal.common_modules")
+    return {info.module_cls: info for info in common_modules.module_db}
 
 
 def samples(info, dtype, training):
@@ -44,12 +48,12 @@ def results(module, sample):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
-def test_samples(info, dtype, training):
+@pytest.mark.parametrize("kind", OURS, ids=lambda kind: f"nn.{kind.__name__}")
+def test_samples(infos, kind, dtype, training):
     count = 0
-    for sample in samples(info, dtype, training):
-        theirs = make(info.module_cls, sample, dtype, training)
-        ours = make(OURS[info.module_cls], sample, dtype, training)
+    for sample in samples(infos[kind], dtype, training):
+        theirs = make(kind, sample, dtype, training)
+        ours = make(OURS[kind], sample, dtype, training)
         assert repr(ours) == repr(theirs)
         assert list(ours.state_dict()) == list(theirs.state_dict())
         expected = results(theirs, sample)

@@ -78,7 +78,7 @@ def assert_layer_is_open(options, table, path):
     assert_same(model, path, *[(torch.randn(*size, 3),) for size in ((5, 2), (7, 3), (1, 1))])
 
 
-@table
+@pytest.mark.parametrize("table", [False, *slow(True)], ids=["plain", "table"])
 def test_layer(table, tmp_path):
     assert_layer_is_open({"num_layers": 2, "bidirectional": True}, table, tmp_path / "x.onnx")
 

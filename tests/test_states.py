@@ -579,8 +579,11 @@ def test_vmap_and_func(by_step):
         torch.testing.assert_close(found[k], ensemble({n: w[k] for n, w in weights.items()}, x[0]))
 
 
-@pytest.mark.parametrize("resets", [ONE, *slow(NONE, EACH)])
-def test_compile(resets):
+@pytest.mark.parametrize(
+    ("resets", "backend"),
+    [(ONE, "aot_eager"), *slow((ONE, "inductor"), (NONE, "inductor"), (EACH, "inductor"))],
+)
+def test_compile(resets, backend):
     torch._dynamo.reset()
     lstm = lstm_ext.LSTM(3, 4, num_layers=2)
     x, reset = torch.randn(5, 2, 3), None if resets == NONE else torch.rand(5, 2) < 0.4
@@ -594,7 +597,7 @@ def test_compile(resets):
     wanted = [*lstm.parameters(), *(to or ())]
     expected = torch.autograd.grad(run(x, reset, to), wanted)
     with torch._dynamo.config.patch(allow_rnn=True):
-        compiled = torch.compile(run, fullgraph=True)
+        compiled = torch.compile(run, fullgraph=True, backend=backend)
         torch.testing.assert_close(torch.autograd.grad(compiled(x, reset, to), wanted), expected)
 
 

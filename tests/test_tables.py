@@ -38,6 +38,19 @@ def test_a_changed_result_changes_the_table(tmp_path, monkeypatch):
     assert any("12,346" in line and "0.25" in line for line in tables.cell_in_short())
 
 
+def test_what_loses_is_in_bold():
+    row = {"shape": "4x3x2x5", "mode": "training", "threads": 1, "us": {"nn.LSTM": 1.0, "on": 2.0}}
+    row["ratios"] = {"nn.LSTM / on": 0.5, "on / off": 0.75}
+    line = tables.with_ratios([row])[-1]
+    assert line == "| 4 x 3 x 2 -> 5 | training | 1 | 1.0 | 2.0 | **0.50** | 0.75 |"
+
+
+def test_a_projection_below_its_target_is_in_bold():
+    found = json.loads((tables.RESULTS / "projection.json").read_text())["rows"]
+    text = "\n".join(tables.projection_rows())
+    assert text.count("**") == 2 * sum(row["ratio"] < tables.PROJECTION_TARGET for row in found)
+
+
 def test_figures_of_the_readme():
     """Those that stand in sentences."""
     text = " ".join((ROOT / "README.md").read_text().split())
