@@ -115,7 +115,8 @@ def _recurrence_backward(*arguments: Any, **options: Any) -> int:
     sizes = given["batch_sizes"]
     if given["reverse"] and type(sizes) is Tensor:
         N = int(sizes[-1])
-    flops = _product(rows if want_hx else rows - N, H, P) + want_w_hh * _product(rows, H, P)
+    flops = _product(rows if want_hx else rows - N, H, P)
+    flops += _product(rows, H, P) if want_w_hh else 0
     if given["w_hr"] is not None:
-        flops += (1 + want_w_hr) * _projection(rows, H, P)
+        flops += _projection(rows, H, P) * (2 if want_w_hr else 1)
     return flops
