@@ -89,3 +89,34 @@ for _op in (
     ops.lstm_layer_projected_backward,
 ):
     register_flop_formula(_op, get_raw=True)(_backward_formula(_op))
+
+
+def _projection(rows: int, H: int, P: int) -> int:
+    return 2 * rows * H * P
+
+
+@register_flop_formula([ops.lstm_recurrence, ops.lstm_recurrence_forward], get_raw=True)
+def _recurrence(gates_x: Tensor, hx: Tensor, cx: Tensor, *given: Any, **named: Any) -> int:
+    """Of a recurrence: the product with W_hh, and the projection of h."""
+    rows, H, P = _rows(gates_x), cx.shape[-1], hx.shape[-1]
+    w_hr = named["w_hr"] if "w_hr" in named else given[5]
+    return _product(rows, H, P) + (0 if w_hr is None else _projection(rows, H, P))
+
+
+_RECURRENCE = [a.name for a in ops.lstm_recurrence_backward.default._schema.arguments]
+
+
+@register_flop_formula(ops.lstm_recurrence_backward, get_raw=True)
+def _recurrence_backward(*arguments: Any, **options: Any) -> int:
+    """Of those gradients that are wanted; of h from each step, but from the first only for hx."""
+    given = {**dict(zip(_RECURRENCE, arguments, strict=False)), **options}
+    rows, (N, P), H = _rows(given["gates_x"]), given["hx"].shape, given["cx"].shape[1]
+    want_hx, want_w_hh, want_w_hr = (given["output_mask"][k] for k in (1, 3, 8))
+    sizes = given["batch_sizes"]
+    if given["reverse"] and type(sizes) is Tensor:
+        N = int(sizes[-1])
+    flops = _product(rows if want_hx else rows - N, H, P)
+    flops += _product(rows, H, P) if want_w_hh else 0
+    if given["w_hr"] is not None:
+        flops += _projection(rows, H, P) * (2 if want_w_hr else 1)
+    return flops

@@ -367,3 +367,146 @@ def lstm_with_cells(
     if not steps:
         return h.new_empty(0, *h.shape), c.new_empty(0, *c.shape), (h, c)
     return torch.stack(steps), torch.stack(cells), (h, c)
+
+
+def _normalize(rows: Tensor, eps: float) -> Tensor:
+    """Each row less its mean, over its deviation (Ba, Kiros & Hinton 2016)."""
+    centred = rows - rows.mean(-1, keepdim=True)
+    return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
+
+
+def _clip(value: Tensor, limit: float) -> Tensor:
+    return value.clamp(-limit, limit) if limit > 0 else value
+
+
+def _of_each_step(mask: Tensor | None, N: int, sizes: list[int]) -> list[Tensor | None]:
+    """Return a mask's rows of each step: of each unit, of each sequence, or of all steps."""
+    if mask is None or mask.dim() == 1:
+        return [mask] * len(sizes)
+    if mask.dim() == 2 and len(mask) == N:
+        return [mask[:n] for n in sizes]
+    return [*torch.split(mask.flatten(0, -2), sizes)]
+
+
+def recurrence(
+    gates_x: Tensor,
+    hx: tuple[Tensor, Tensor],
+    w_hh: Tensor,
+    *,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    norm_c: Tensor | None = None,
+    bias_c: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    update_h: Tensor | None = None,
+    update_c: Tensor | None = None,
+    dropout_h: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reset: Tensor | None = None,
+    reverse: bool = False,
+    norm_joint: bool = False,
+    carry_norm: bool = False,
+    eps: float = 1e-5,
+    cell_clip: float = 0.0,
+    projection_clip: float = 0.0,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Run the steps of one layer in one direction, from the product of its input on.
+
+    Each part of a step is optional, but for the gates::
+
+        z    = (dropout_h * h) W_hh^T
+        pre  = gates_x + norm * LN(z) + bias, or norm * LN(gates_x + z) + bias with norm_joint
+        i, f, g, o = the activated quarters of pre
+        c~   = clip(f * c + i * g)
+        n    = norm_c * LN(c~) + bias_c
+        h~   = o * tanh(n), or clip(W_hr of that)
+        h'   = update_h * h~ + (1 - update_h) * h
+        c'   = update_c * c~ + (1 - update_c) * c           with carry_norm, n in place of c~
+
+    LN(v) is (v - mean) / sqrt(variance + eps), of each row (Ba, Kiros & Hinton 2016). A mask of
+    zeros and ones in update_h or update_c is zoneout in training, its mean that in evaluation
+    (Krueger et al. 2017). W_hr projects h (Sak, Senior & Beaufays 2014).
+
+    A mask has a row for each unit, (K); for each sequence, (N, K), the same at every step; or for
+    every step, (L, N, K), or (S, K) where gates_x is packed. K is H for update_c, else P.
+
+    Args:
+        gates_x: x W_ih^T, normalised or not: (L, N, 4H), or packed (S, 4H), S the sum of
+            batch_sizes.
+        hx: h (N, P) and c (N, H) before the first step. P is H without w_hr.
+        w_hh: (4H, P).
+        bias: (4H) or None, added after any normalisation.
+        norm: (4H), what the normalised gates are multiplied by; or None, and they are not
+            normalised.
+        norm_c: (H), the same of c; or None.
+        bias_c: (H), which goes with norm_c; or None.
+        w_hr: (P, H), which projects h; or None.
+        update_h: a mask: how much of the new h counts. Or None, for all.
+        update_c: the same of c.
+        dropout_h: a mask that h is multiplied by before W_hh; or None.
+        batch_sizes: int64 (L) for packed gates_x: the rows of each step, never more than before.
+        reset: bool (L, N): where it is true, h and c are zero before that step. Or None.
+        reverse: whether to go from the last step to the first.
+        norm_joint: whether gates_x and z are normalised as one sum, rather than z alone.
+        carry_norm: whether the next step starts from the normalised c.
+        eps: added to variances.
+        cell_clip: the largest absolute value of c; 0 for none.
+        projection_clip: the same of what w_hr gives.
+
+    Returns:
+        The h of every step, (L, N, P) or (S, P), and the last h (N, P) and c (N, H).
+
+    Example:
+        >>> gates_x, h, c = torch.randn(5, 3, 80), torch.zeros(3, 20), torch.zeros(3, 20)
+        >>> w_hh, norm = torch.randn(80, 20), torch.ones(80)
+        >>> output, (h, c) = lstm_ext.reference.recurrence(gates_x, (h, c), w_hh, norm=norm)
+        >>> output.shape
+        torch.Size([5, 3, 20])
+    """
+    h, c = hx
+    N = len(h)
+    sizes = [N] * len(gates_x) if batch_sizes is None else batch_sizes.tolist()
+    steps = [*torch.split(gates_x.flatten(0, -2), sizes)] if sizes else []
+    updates_h, updates_c, dropouts_h = (
+        _of_each_step(mask, N, sizes) if sizes else [] for mask in (update_h, update_c, dropout_h)
+    )
+    for t in reversed(range(len(steps))) if reverse else range(len(steps)):
+        n = sizes[t]  # the first sequences; the others have ended, or in reverse not begun
+        h_t, c_t = h[:n], c[:n]
+        if reset is not None:
+            h_t, c_t = (s.masked_fill(reset[t, :n, None], 0) for s in (h_t, c_t))
+
+        dropout = dropouts_h[t]
+        z = (h_t if dropout is None else h_t * dropout) @ w_hh.mT
+        if norm is None:
+            pre = steps[t] + z
+        elif norm_joint:
+            pre = norm * _normalize(steps[t] + z, eps)
+        else:
+            pre = steps[t] + norm * _normalize(z, eps)
+        i, f, g, o = (pre if bias is None else pre + bias).chunk(4, dim=-1)
+        i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+
+        c_new = _clip(f * c_t + i * g, cell_clip)
+        shown = c_new
+        if norm_c is not None:
+            shown = norm_c * _normalize(c_new, eps)
+            if bias_c is not None:
+                shown = shown + bias_c
+        h_new = o * torch.tanh(shown)
+        if w_hr is not None:
+            h_new = _clip(h_new @ w_hr.mT, projection_clip)
+        if carry_norm:
+            c_new = shown
+
+        update = updates_h[t]
+        if update is not None:
+            h_new = update * h_new + (1 - update) * h_t
+        update = updates_c[t]
+        if update is not None:
+            c_new = update * c_new + (1 - update) * c_t
+        steps[t] = h_new
+        h, c = torch.cat([h_new, h[n:]]), torch.cat([c_new, c[n:]])
+    if batch_sizes is not None:
+        return torch.cat(steps) if steps else h[:0], (h, c)
+    return torch.stack(steps) if steps else h.new_empty(0, *h.shape), (h, c)

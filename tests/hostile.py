@@ -57,6 +57,30 @@ def layer_arguments(draw, L, N, I, H, dtype):
     return [x, h, c, *weights], [sizes, reset, draw.random() < 0.5]
 
 
+def recurrence_arguments(draw, L, N, H, dtype):
+    """Of a recurrence: with or without each of its parts."""
+    P = draw.choice([H, 1, 2, 5])
+    projects = P != H or draw.random() < 0.5
+    (_, h, c, _, w_hh, *_), (sizes, reset, reverse) = layer_arguments(draw, L, N, H, H, dtype)
+    lead = (L, N) if sizes is None else (int(sizes.sum()),)
+    h, w_hh = floats(draw, N, P, dtype=dtype), floats(draw, 4 * H, P, dtype=dtype)
+    gates_x = floats(draw, *lead, 4 * H, dtype=dtype)
+    vectors = [floats(draw, k, dtype=dtype) if draw.random() < 0.7 else None
+               for k in (4 * H, 4 * H, H, H)]  # fmt: skip
+    if vectors[2] is None:
+        vectors[3] = None
+    masks = []
+    for K in (P, H, P):
+        # Of all steps only where no mask of sequences has as many dimensions: SIZES tells by them.
+        kinds = [(K,), (N, K)] if sizes is not None else [(K,), (N, K), (L, N, K)]
+        shape = draw.choice([None, *kinds])
+        masks.append(None if shape is None else floats(draw, *shape, dtype=dtype))
+    w_hr = floats(draw, P, H, dtype=dtype) if projects else None
+    switches = [reverse, draw.random() < 0.5, draw.random() < 0.5]
+    clips = [0.01, draw.choice([0.0, 0.3]), draw.choice([0.0, 0.3]) * projects]
+    return [gates_x, h, c, w_hh, *vectors, w_hr, *masks, sizes, reset, *switches, *clips]
+
+
 def grads(draw, *tensors):
     return [floats(draw, *t.shape, dtype=t.dtype) if draw.random() < 0.8 else None for t in tensors]
 
@@ -115,6 +139,7 @@ def right_call(draw):
          "lstm_layer", "lstm_layer_forward", "lstm_layer_backward", "lstm", "lstm_layer_pack",
          "lstm_layer_states", "lstm_layer_states_forward", "lstm_layer_states_backward",
          "lstm_layer_packed", "lstm_packed", "_C.lstm_cell", "lstm_module", "lstm_cell_module",
+         "lstm_recurrence", "lstm_recurrence_forward", "lstm_recurrence_backward",
          "frozen_lstm_module", "frozen_lstm_cell_module"]
     )  # fmt: skip
     if kind == "_C.lstm_cell":
@@ -162,6 +187,12 @@ def right_call(draw):
             *grads(draw, output, h, c, cells), *arguments, output, *kept,
             [*mask(draw, 7), False, *([False] * 2 if states[0] is None else mask(draw, 2))],
         ]  # fmt: skip
+    if kind.startswith("lstm_recurrence"):
+        arguments = recurrence_arguments(draw, L, N, H, dtype)
+        if kind != "lstm_recurrence_backward":
+            return kind, function, arguments
+        output, h, c, *kept = OPS.lstm_recurrence_forward(*arguments)
+        return kind, function, [*grads(draw, output, h, c), *arguments, *kept, mask(draw, 9)]
     if kind == "lstm_layer_pack":
         return kind, function, layer[3:5]
     if kind == "lstm_layer_packed":
@@ -310,7 +341,15 @@ LAYER = ["L N I", *CELL[1:], "L", "L N"]
 WEIGHTS = CELL[3:]
 # reset_hx and reset_cx, whose time is no part of S.
 STATES = [*LAYER, None, None, None, "N H|L  N H", "N H|L  N H"]
+RECURRENCE = [
+    *["L N 4H", "N P", "N H", "4H P", "4H", "4H", "H", "H", "P H"],
+    *["P|N P|L N P", "H|N H|L N H", "P|N P|L N P", "L", "L N", *[None] * 6],
+]
 SIZES = {
+    "lstm_recurrence": RECURRENCE,
+    "lstm_recurrence_forward": RECURRENCE,
+    # What is kept may be of no rows: the operator checks it.
+    "lstm_recurrence_backward": ["L N P", "N P", "N H", *RECURRENCE, "S 4H", "S H", "S P"],
     "lstm_cell": CELL,
     "lstm_cell_forward": CELL,
     "lstm_cell_backward": ["N H", "N H", *CELL, None, None, "N 4H"],

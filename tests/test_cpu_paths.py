@@ -22,6 +22,9 @@ SUBSET = [
     "tests/test_layer.py::test_error_is_no_worse_than_torchs",
     "tests/test_peephole.py::test_error_is_no_worse_than_plain_operations",
     "tests/test_peephole.py::test_layer_is_the_reference",
+    "tests/test_recurrence.py::test_is_as_exact_as_the_reference",
+    "tests/test_recurrence.py::test_numbers_are_the_references",
+    "tests/test_recurrence.py::test_training_has_the_bits_of_inference",
 ]
 SHAPES = "1x3x2-bias or 3x50x200-bias or 17x257x129-bias or 400x7x3-bias or plain or not test_error"
 

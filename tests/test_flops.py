@@ -123,3 +123,32 @@ def test_of_fake_tensors():
         op = torch.ops.lstm_ext.lstm_layer
         op(*args, None, None, sizes, None, True)[0].sum().backward()
     assert counter.get_total_flops() > 2 * 7 * 16 * (3 + 4)
+
+
+@pytest.mark.parametrize("wanted", ["parameters", "states"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("P", [None, 2])
+def test_recurrence(P, packed, wanted):
+    """What its layer counts, less the products of the input."""
+    L, N, I, H = 5, 3, 3, 4
+    layer = lstm_ext.LSTM(I, H, proj_size=P or 0, bias=False, dtype=torch.float64)
+    x = torch.randn(L, N, I, dtype=torch.float64)
+    states = [torch.randn(N, K, dtype=torch.float64) for K in (P or H, H)]
+    for s in states:
+        s.requires_grad_(wanted == "states")
+    lengths = torch.tensor([5, 3, 2]) if packed else None
+    sizes = pack_padded_sequence(x, lengths).batch_sizes if packed else None
+    rows = 10 if packed else L * N
+    gates_x = torch.randn(rows, 4 * H, dtype=torch.float64, requires_grad=True)
+    gates_x = gates_x if packed else gates_x.view(L, N, 4 * H)
+    w_hh, w_hr = layer.weight_hh_l0, layer.weight_hr_l0 if P else None
+
+    def recurrence():
+        op = torch.ops.lstm_ext.lstm_recurrence
+        tensors = gates_x, *states, w_hh, *[None] * 4, w_hr, *[None] * 3
+        return sum(t.sum() for t in op(*tensors, sizes, None, False, False, False, 1e-5, 0.0, 0.0))
+
+    call = call_layer(x, tuple(s.unsqueeze(0) for s in states), lengths)
+    of_input = 2 * rows * 4 * H * I
+    forward, backward = count(lambda: call(layer))
+    assert count(recurrence) == (forward - of_input, backward - of_input)  # of x: w_ih's alone

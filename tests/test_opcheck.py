@@ -135,16 +135,39 @@ def projections(device, requires_grad):
         yield OPS.lstm_layer_packed, (x, h, c, packed, *biases, *rest[:3])
 
 
-CALLS = (cells, layers, states, packed_weights, peepholes, projections)
+def recurrences(device, requires_grad):
+    """The steps of a layer alone; with a norm of each kind, masks, clips and a projection."""
+    P = 3
+    for sizes, full in ((None, False), (PACKED, True)):
+        lead = (L, N) if sizes is None else (9,)
+        K = P if full else H
+        shapes = ((*lead, 4 * H), (N, K), (N, H), (4 * H, K), (4 * H,))
+        shapes += ((4 * H,), (H,), (H,), (K, H)) if full else ()
+        masks = draw(((K,), (N, H), (*lead, K)), device) if full else [None] * 3
+        reset = (torch.rand(L, N) < 0.5).to(device) if full else None
+        rest = (*masks, sizes, reset, full, full, full, 1e-5, 0.5 * full, 0.5 * full)
+        args = [*draw(shapes, device, requires_grad), *([None] * 4 if not full else [])]
+        yield OPS.lstm_recurrence, (*args, *rest)
+        yield OPS.lstm_recurrence_forward, (*args, *rest)
+        args = [t if t is None else t.detach() for t in args]
+        output, hy, cy, *kept = OPS.lstm_recurrence_forward(*args, *rest)
+        wanted = [t is not None for t in args]
+        for grads in ((output, hy, cy), (output, None, None), (None, hy, None)):
+            grads = [g if g is None else g.clone() for g in grads]
+            yield OPS.lstm_recurrence_backward, (*grads, *args, *rest, *kept, wanted)
+
+
+CALLS = (cells, layers, states, packed_weights, peepholes, projections, recurrences)
 
 
 @pytest.mark.parametrize(
     ("calls", "requires_grad"),
     [
-        *[(cells, True), (layers, False), (packed_weights, False)],
+        *[(cells, True), (layers, False), (packed_weights, False), (recurrences, False)],
         *slow((cells, False), (states, False), (projections, False), (peepholes, False)),
         *slow((packed_weights, True)),
         *slow((layers, True), (states, True), (peepholes, True), (projections, True)),
+        *slow((recurrences, True)),
     ],
 )
 def test_opcheck(device, calls, requires_grad):

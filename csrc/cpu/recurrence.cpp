@@ -5,7 +5,6 @@
 // those are few, each multiplies by its part of the weights for all rows, and they meet.
 #include "ops/recurrence.h"
 
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -297,7 +296,7 @@ RecurrenceTrainingOutputs forward(const RecurrenceInputs& in, bool training) {
     out.kept.projected = empty_large({projected, P}, r.dtype);
   }
   const Dense gates_x(in.gates_x);
-  if (out.output.numel() > 0) forward_loop(r, gates_x, training, out);
+  if (S > 0) forward_loop(r, gates_x, training, out);
   return out;
 }
 
@@ -428,10 +427,23 @@ RecurrenceGradients no_steps(const LayerOutputGradients& grads, const Recurrence
   return out;
 }
 
+// In blocks, and so in one order: that of at::sum for a single column is one of the threads.
+Tensor sum_of_rows(const Recurrence& r, const Tensor& terms) {
+  const int64_t rows = terms.size(0), columns = terms.size(1), blocks = bias_blocks(rows);
+  const Tensor sums = empty({blocks, columns}, terms.scalar_type()),
+               out = empty({columns}, r.dtype);
+  cpu::run(blocks, rows * columns, [&](int64_t first, int64_t last) {
+    r.kernels.layer.block_sums(terms.const_data_ptr(), rows, columns, sums.mutable_data_ptr(),
+                               first, last);
+  });
+  r.kernels.product.add_up(sums.const_data_ptr(), blocks, columns, out.mutable_data_ptr(), false);
+  return out;
+}
+
 RecurrenceGradients backward(const LayerOutputGradients& grads, const RecurrenceInputs& in,
                              const RecurrenceResults& results, const RecurrenceWanted& wanted) {
   const Recurrence r(in);
-  if (r.sequence.S() == 0 || r.H == 0 || r.P == 0) return no_steps(grads, in, wanted);
+  if (r.sequence.S() == 0) return no_steps(grads, in, wanted);
   const at::ScalarType compute = compute_type(r.dtype);
   const auto initial = [&](const std::optional<Tensor>& grad, const Tensor& state) {
     return defined(grad) ? grad->to(compute).clone(at::MemoryFormat::Contiguous)
@@ -443,7 +455,7 @@ RecurrenceGradients backward(const LayerOutputGradients& grads, const Recurrence
     return asked ? grad.to(r.dtype) : Tensor();
   };
   const auto sum = [&](bool asked, const std::optional<Tensor>& given, const Tensor& terms) {
-    return asked && defined(given) ? at::sum(terms, 0).to(r.dtype) : Tensor();
+    return asked && defined(given) ? sum_of_rows(r, terms) : Tensor();
   };
   RecurrenceGradients out;
   const Tensor& pre = of_steps.pre.defined() ? of_steps.pre : of_steps.z;
@@ -468,8 +480,13 @@ RecurrenceGradients backward(const LayerOutputGradients& grads, const Recurrence
   return out;
 }
 
+// The kernels' loops are over units that exist.
+bool takes(const RecurrenceInputs& in) {
+  return fusable(in) && in.cx.size(1) > 0 && in.hx.size(1) > 0;
+}
+
 LayerOutputs lstm_recurrence(const RecurrenceInputs& in) {
-  if (!fusable(in)) return composite::recurrence(in);
+  if (!takes(in)) return composite::recurrence(in);
   check_all_allocated(in);
   log_cpu_path("lstm_recurrence", in.gates_x, in.cx);
   RecurrenceTrainingOutputs out = forward(in, /*training=*/false);
@@ -477,7 +494,7 @@ LayerOutputs lstm_recurrence(const RecurrenceInputs& in) {
 }
 
 RecurrenceTrainingOutputs lstm_recurrence_forward(const RecurrenceInputs& in) {
-  if (!fusable(in)) return composite::recurrence_forward(in);
+  if (!takes(in)) return composite::recurrence_forward(in);
   check_all_allocated(in);
   log_cpu_path("lstm_recurrence_forward", in.gates_x, in.cx);
   return forward(in, /*training=*/true);
@@ -487,7 +504,7 @@ RecurrenceGradients lstm_recurrence_backward(const LayerOutputGradients& grads,
                                              const RecurrenceInputs& in,
                                              const RecurrenceResults& results,
                                              const RecurrenceWanted& wanted) {
-  if (!fusable(in)) return composite::recurrence_backward(grads, in, results, wanted);
+  if (!takes(in)) return composite::recurrence_backward(grads, in, results, wanted);
   check_all_allocated(in, grads, results);
   check_backward(grads, in, results);
   log_cpu_path("lstm_recurrence_backward", in.gates_x, in.cx);
