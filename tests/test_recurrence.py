@@ -744,6 +744,11 @@ def test_errors_of_what_goes_together():
         OPS.lstm_recurrence_backward(
             *grads, *arguments, kept[0][1:], *kept[1:], case.training()[-1], [True] * 9
         )
+    number = case.tensors[0].flatten()[0]
+    with pytest.raises(RuntimeError, match="expected gates_x"):
+        OPS.lstm_recurrence_backward(
+            *grads, number, *arguments[1:], *case.training()[3:], [True] * 9
+        )
     with pytest.raises(RuntimeError, match="a gradient must have its tensor's shape"):
         OPS.lstm_recurrence_backward(
             grads[0][1:], *grads[1:], *arguments, *case.training()[3:], [True] * 9

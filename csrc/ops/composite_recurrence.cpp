@@ -201,6 +201,7 @@ RecurrenceGradients recurrence_backward(const LayerOutputGradients& grads,
                                         const RecurrenceInputs& in,
                                         const RecurrenceResults& results,
                                         const RecurrenceWanted& wanted) {
+  check_recurrence(in);
   check_backward_sizes(grads, in, results);
   const RecurrenceSteps steps = run_recurrence(in);
   const LayerInputs layer = in.sequence();
