@@ -182,6 +182,10 @@ def _torchaudio_run(module: Any, input: Any, state: Any) -> tuple[Tensor, list[T
         if isinstance(input, Tensor):
             _backend.log_path("_CustomLSTM", input, "torchaudio's own forward: a tool is tracing")
         return None
+    if isinstance(input, Tensor) and input.is_cpu and len(input) == 1:
+        # The operator lays weight_hh out anew at each call, which one step does not pay for.
+        _backend.log_path("_CustomLSTM", input, "torchaudio's own forward: one step")
+        return None
     # What is put in the place of a submodule, or on it, after convert (quantization) is called.
     if _torchaudio_why_not(module) is not None:
         return None
