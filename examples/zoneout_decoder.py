@@ -110,11 +110,15 @@ class TorchsZoneout(nn.Module):
         mixed = []
         for p, old, new in zip(self.rates, states, self.cell(x, states), strict=True):
             if self.training:
-                kept = torch.empty_like(old).bernoulli_(p)
+                kept = self.draw(old, p)
                 mixed.append(kept * old + (1 - kept) * new)
             else:
                 mixed.append(p * old + (1 - p) * new)
         return mixed[0], mixed[1]
+
+    def draw(self, like: Tensor, p: float) -> Tensor:
+        """Draw which units keep their state."""
+        return torch.empty_like(like).bernoulli_(p)
 
 
 def with_torchs_cells(decoder: Decoder) -> Decoder:
@@ -135,13 +139,13 @@ def example(N: int, T: int, decoder: Decoder) -> tuple[Tensor, Tensor]:
     return memory, torch.sin(torch.arange(T)[:, None] / 4 + 3 * tones)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Train, generate, and time the decoder on both kinds of cells."""
     parser = argparse.ArgumentParser(description="train a small decoder with zoneout, and time it")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--frames", type=int, default=30)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.manual_seed(0)
     decoder = Decoder(64, 16, options.hidden, 32)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
