@@ -281,10 +281,31 @@ def run_cell(
     w, x = drop_weights(couple_gates(w, o), o, cell.training), x.unsqueeze(0)
     norms = layer_norms(cell)
     masks = draw_masks(o, cell.training, x, h, c)
+    if norms is None and o.cell_clip == 0:
+        h, c = _torchs_step(x.squeeze(0), h, c, w, masks)
+        return (h, c) if input.dim() == 2 else (h.squeeze(0), c.squeeze(0))
     _, h, c = layer(
         x, h, c, w, o, None if norms is None else norms[0], masks, Steps(None, None, False)
     )
     return (h, c) if input.dim() == 2 else (h.squeeze(0), c.squeeze(0))
+
+
+def _torchs_step(
+    x: Tensor, h: Tensor, c: Tensor, w: LayerWeights, masks: Masks
+) -> tuple[Tensor, Tensor]:
+    """Run torch's step, with masks: the operator of layers would lay w_hh out anew for it."""
+    from lstm_ext.functional import lstm_cell
+
+    seen = h if masks.dropout_h is None else h * masks.dropout_h
+    h_new, c_new = lstm_cell(x, (seen, c), w.w_ih, w.w_hh, w.b_ih, w.b_hh)
+
+    def updated(old: Tensor, new: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return new
+        mask = mask[0] if mask.dim() == 3 else mask  # (1, N, H), or (H)
+        return torch.lerp(old.to(new.dtype), new, mask.to(new.dtype))
+
+    return updated(h, h_new, masks.update_h), updated(c, c_new, masks.update_c)
 
 
 def trace(

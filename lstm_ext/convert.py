@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lstm_ext import _rebind, _step_options, _variants
+from lstm_ext import _other_classes, _rebind, _step_options, _variants
 from lstm_ext.cell import LSTMCell
 from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell
 from lstm_ext.layer import LSTM
@@ -46,6 +46,10 @@ def convert(model: Model, *, report: bool = False) -> Model:
     Libraries sometimes keep a module's old ``forward`` (in an attribute, a ``functools.partial`` or
     a closure). It is replaced by the new one.
 
+    One class that does not derive from torch's is known too: the LSTM of torchaudio's RNN-T models,
+    ``torchaudio.models.rnnt._CustomLSTM``, with layer normalization or without. Its class becomes
+    one of the same name, derived from it.
+
     Args:
         model: any module, itself an LSTM or not.
         report: print a line for each LSTM: what became of it, and why.
@@ -75,7 +79,7 @@ def _convert_and_tell(model: nn.Module) -> list[_Line]:
     """Convert a model, and return a line for each LSTM in it; :func:`convert` is this."""
     lines, converted = [], []
     for name, module in list(model.named_modules()):
-        if isinstance(module, (LSTM, LSTMCell)):
+        if isinstance(module, (LSTM, LSTMCell)) or _other_classes.is_ours(module):
             lines.append(_Line(name, type(module).__name__, "is one of lstm_ext's already"))
             continue
         reason = _why_left(module)
@@ -100,9 +104,9 @@ def _convert_and_tell(model: nn.Module) -> list[_Line]:
 def revert(model: Model, *, report: bool = False) -> Model:
     """Undo :func:`convert`: make every ``lstm_ext.LSTM`` and ``LSTMCell`` one of torch's, in place.
 
-    Modules and parameters stay the same objects, as in convert. Some tools look at a module's exact
-    class or compile its source, and need this first: ``torch.jit.script``,
-    ``torch.ao.quantization.quantize_dynamic``.
+    Modules and parameters stay the same objects, as in convert. What was of torchaudio's class is
+    so again. Some tools look at a module's exact class or compile its source, and need this first:
+    ``torch.jit.script``, ``torch.ao.quantization.quantize_dynamic``.
 
     Args:
         model: any module, itself an LSTM or not.
@@ -151,7 +155,8 @@ def revert(model: Model, *, report: bool = False) -> Model:
                 reason = "its class derives from lstm_ext's"
             lines.append(_Line(name, type(module).__name__, f"left as it is: {reason}"))
             _warn(f"revert left {_where(name, module)} as it is: {reason}")
-    _rebind.rebind(model, reverted, {ours: torchs for torchs, ours in _FORWARDS.items()})
+    forwards = {ours: theirs for theirs, ours in _forwards().items()}
+    _rebind.rebind(model, reverted, forwards)
     if report:
         _print("revert", lines)
     return model
@@ -177,6 +182,9 @@ def _why_left(module: nn.Module) -> str | None:
                 f"super().forward in it, or derive it from lstm_ext.{base.__name__}"
             )
         return None
+    reason = _other_classes.why_left(module)
+    if reason != "":
+        return reason
     if "quantiz" in type(module).__module__ and "LSTM" in type(module).__name__.upper():
         return "it is quantized; convert the model before that, or revert to use torch's"
     if "LSTM" in type(module).__name__.upper() and not _holds_lstm(module):
@@ -252,7 +260,10 @@ def _become_ours(module: nn.Module) -> str | None:
     kind = _plain_kind(module)
     base = nn.LSTM if isinstance(module, nn.LSTM) else nn.LSTMCell
     try:
-        _set_class(module, _OURS[base] if kind is base else _joined(kind, _OURS[base]))
+        if _other_classes.find(kind) is not None:
+            _set_class(module, _other_classes.derived(kind))
+        else:
+            _set_class(module, _OURS[base] if kind is base else _joined(kind, _OURS[base]))
     except TypeError as error:
         return f"its class cannot be changed ({error})"
     return None
@@ -299,10 +310,16 @@ def _new_joined(theirs: Kind, ours: Kind) -> nn.Module:
     return kind.__new__(kind)
 
 
+def _forwards() -> dict[Any, Any]:
+    """Return what takes the place of which forward."""
+    others = {theirs.forward: ours.forward for theirs, ours in _other_classes.pairs()}
+    return {**_FORWARDS, **others}
+
+
 def _rebind_forwards(model: nn.Module, converted: list[tuple[str, nn.Module]]) -> Iterable[_Line]:
     """Put our forward where torch's was kept; warn of one on an instance that keeps none."""
     lines = []
-    found = _rebind.rebind(model, [module for _, module in converted], _FORWARDS)
+    found = _rebind.rebind(model, [module for _, module in converted], _forwards())
     for name, module in converted:
         if "forward" in vars(module) and module not in found:
             reason = (

@@ -254,3 +254,33 @@ def test_inference_mode(device):
     assert h.is_inference()
     assert torch.equal(h, cell(x)[0])
     assert torch.equal(c, cell(x)[1])
+
+
+MASKED = [
+    {"zoneout_h": 0.3},
+    {"zoneout_h": 0.2, "zoneout_c": 0.4},
+    {"recurrent_dropout": 0.4, "zoneout_h": 0.5},
+    {"weight_dropout": 0.5, "zoneout_c": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", MASKED, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_step_with_masks_is_that_of_a_layer(options, training):
+    """Which runs in another operator, with the same masks from a seed."""
+    torch.manual_seed(0)
+    cell = lstm_ext.LSTMCell(4, 5, dtype=torch.float64, **options).train(training)
+    layer = lstm_ext.LSTM(4, 5, dtype=torch.float64, **options).train(training)
+    layer.load_state_dict({f"{name}_l0": p for name, p in cell.state_dict().items()})
+    x, h, c = (torch.randn(3, n, dtype=torch.float64, requires_grad=True) for n in (4, 5, 5))
+    torch.manual_seed(1)
+    found = cell(x, (h, c))
+    torch.manual_seed(1)
+    _, (h_n, c_n) = layer(x[None], (h[None], c[None]))
+    expected = h_n[0], c_n[0]
+    torch.testing.assert_close(found, expected)
+    grads = [
+        torch.autograd.grad(a.sin().sum() + b.square().sum(), [x, h, c, *module.parameters()])
+        for (a, b), module in ((found, cell), (expected, layer))
+    ]
+    torch.testing.assert_close(*grads)

@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import awd_lstm
 import char_model
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import why_lstm
+import zoneout_decoder
 from limits import HUNG
+from torch import nn
+from torch.func import functional_call
 
 import lstm_ext
 
@@ -146,3 +150,111 @@ def test_saturation_and_its_correlation():
     runs = [{"saturated": s, "loss": loss} for s, loss in ((0.1, 3.0), (0.5, 2.0), (0.9, 0.1))]
     assert why_lstm.correlation(runs) == pytest.approx(-1)
     assert math.isnan(why_lstm.correlation(runs[:2]))
+
+
+def fastais(model, words, states, masks):
+    """An AWD-LSTM of torch's modules: (N, 1, F) masks on features, one on each weight_hh."""
+    x, after = model.embedding(words), []
+    for k, (layer, state) in enumerate(zip(model.layers, states, strict=True)):
+        plain = nn.LSTM(layer.input_size, layer.hidden_size, batch_first=True, dtype=x.dtype)
+        weights = dict(layer.named_parameters())
+        if masks:
+            x = x * masks[f"input {k}"]
+            weights["weight_hh_l0"] = weights["weight_hh_l0"] * masks[f"weight {k}"]
+        x, last = functional_call(plain, weights, (x, state))
+        after.append(last)
+    if masks:
+        x = x * masks["output"]
+    return x @ model.embedding.weight.T + model.bias, after
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_awd_lstm_is_fastais(training, monkeypatch):
+    torch.manual_seed(0)
+    N, L = 3, 5
+    model = awd_lstm.AWDLSTM(11, 6, 8).double().train(training)
+    words = torch.randint(11, (N, L))
+    states = [
+        (
+            torch.randn(1, N, layer.hidden_size).double(),
+            torch.randn(1, N, layer.hidden_size).double(),
+        )
+        for layer in model.layers
+    ]
+    masks, asked = {}, []
+    if training:
+        for k, layer in enumerate(model.layers):
+            keep = 0.75 if k == 0 else 0.85
+            masks[f"weight {k}"] = layer.weight_hh_l0.new_empty(layer.weight_hh_l0.shape)
+            masks[f"weight {k}"].bernoulli_(0.8).div_(0.8)
+            masks[f"input {k}"] = torch.empty(N, 1, layer.input_size).double()
+            masks[f"input {k}"].bernoulli_(keep).div_(keep)
+        masks["output"] = torch.empty(N, 1, 6).double().bernoulli_(0.9).div_(0.9)
+    given = iter(masks.values())  # in the order of the calls
+
+    def dropout(x, p, train):
+        assert train
+        mask = next(given)
+        asked.append(p)
+        return x * (mask if mask.dim() == 2 or x.shape == mask.shape else mask.transpose(0, 1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "dropout", dropout)
+        found, last = model(words, states)
+    expected, expected_last = fastais(model, words, states, masks)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(last, expected_last, rtol=1e-6, atol=1e-6)
+    if training:
+        assert asked == [0.2, 0.25, 0.2, 0.15, 0.2, 0.15, 0.1]
+    gradients = [
+        torch.autograd.grad(scores.sin().sum(), list(model.parameters()))
+        for scores in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
+def test_awd_lstm_learns(capsys):
+    awd_lstm.main(["--steps", "30", "--hidden", "48"])
+    out = capsys.readouterr().out.split()
+    assert float(out[3]) < 0.9 * float(out[1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_zoneout_decoder_is_espnets(training, monkeypatch):
+    torch.manual_seed(0)
+    ours = zoneout_decoder.Decoder(6, 4, 8, 5, dropout=0.0).double().train(training)
+    theirs = zoneout_decoder.with_torchs_cells(ours).double()
+    assert theirs.training == training
+    memory, frames = torch.randn(3, 7, 6).double(), torch.randn(3, 5, 4).double()
+    masks = [torch.rand(3, 8) < 0.9 for _ in range(4 * 5)]  # of h and c, two cells, five steps
+    draws, asked = iter(masks), []
+
+    def keep_mask(size, p, like):
+        asked.append(p)
+        return next(draws).to(like).view(size)
+
+    monkeypatch.setattr(lstm_ext._recurrence, "keep_mask", keep_mask)
+    found = ours(memory, frames)
+    assert asked == [0.1] * (len(masks) if training else 0)
+    draws = iter(masks)
+    monkeypatch.setattr(
+        zoneout_decoder.TorchsZoneout, "draw", lambda _, like, p: 1 - next(draws).to(like)
+    )
+    expected = theirs(memory, frames)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    gradients = []
+    for out, model in ((found, ours), (expected, theirs)):
+        named = {n.replace(".cell.", "."): p for n, p in model.named_parameters()}
+        grads = torch.autograd.grad(out.sin().sum(), list(named.values()))
+        gradients.append(dict(zip(named, grads, strict=True)))
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+    if not training:
+        torch.testing.assert_close(ours.generate(memory, 5), theirs.generate(memory, 5))
+
+
+def test_zoneout_decoder_learns(capsys):
+    zoneout_decoder.main(["--steps", "10", "--hidden", "32", "--frames", "10"])
+    lines = capsys.readouterr().out.splitlines()
+    assert float(lines[0].split()[3]) < float(lines[0].split()[1])
+    assert lines[1] == "generated (8, 10, 16)"
+    assert [line.split(":")[0] for line in lines[2:]] == ["training", "generating"]

@@ -7,6 +7,8 @@ They are an optional extra (``pip install -e ".[published]"``); plain test runs 
 
 import contextlib
 import copy
+import sys
+import types
 import warnings
 from collections import Counter
 
@@ -547,3 +549,62 @@ def test_pytorch_forecasting_empty_sequences(lengths):
     if lengths is None or lengths.any():
         assert_only_ours(calls)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.fixture
+def torchaudio_models(monkeypatch):
+    """torchaudio's models, which need none of its binary: that of PyPI asks for torch with CUDA."""
+    stub = types.ModuleType("torchaudio._extension")
+    stub._IS_TORCHAUDIO_EXT_AVAILABLE = False
+    stub.fail_if_no_align = lambda function: function
+    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    return pytest.importorskip("torchaudio.models")
+
+
+def test_torchaudio_predictor(torchaudio_models):
+    """Embedding, three normalised LSTMs that carry the normalised c, and a projection."""
+    from torchaudio.models import rnnt
+
+    torch.manual_seed(0)
+    options = {"symbol_embedding_dim": 16, "num_lstm_layers": 3, "lstm_hidden_dim": 24}
+    torchs = rnnt._Predictor(20, 12, **options, lstm_layer_norm=True, lstm_layer_norm_epsilon=1e-3)
+    ours = copy.deepcopy(torchs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lstm_ext.convert(ours)
+    assert len({type(layer) for layer in (*ours.lstm_layers, *torchs.lstm_layers)}) == 2
+    words, lengths = torch.randint(20, (4, 9)), torch.tensor([9, 9, 7, 4])
+    expected, _, last = torchs(words, lengths)
+    state, pieces = None, []
+    for piece in words.split(3, 1):
+        with operators() as calls:
+            output, _, state = ours(piece, lengths.clamp(max=piece.shape[1]), state)
+        assert_only_ours(calls)
+        pieces.append(output)
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+    grads = []
+    for model in (torchs, ours):
+        out, _, _ = model(words, lengths)
+        loss = nn.functional.cross_entropy(out.flatten(0, 1), words.flatten() % 12)
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.state_dict(), torchs.state_dict(), rtol=0, atol=0)
+    assert all(type(layer) is rnnt._CustomLSTM for layer in lstm_ext.revert(ours).lstm_layers)
+
+
+def test_torchaudio_emformer(torchaudio_models):
+    """Its whole model, with three LSTMs in its predictor: beam search finds the same."""
+    torch.manual_seed(0)
+    torchs = torchaudio_models.emformer_rnnt_base(32).eval()
+    ours = lstm_ext.convert(copy.deepcopy(torchs))
+    features, length = torch.randn(1, 20, 80), torch.tensor([20])
+    found = []
+    for model in (torchs, ours):
+        search = torchaudio_models.RNNTBeamSearch(model, blank=31)
+        with torch.no_grad():
+            found.append(search(features, length, 3))
+    assert found[0]
+    for mine, theirs in zip(found[1], found[0], strict=True):
+        assert mine[0] == theirs[0]
+        assert mine[3] == pytest.approx(theirs[3], rel=1e-4, abs=1e-3)
