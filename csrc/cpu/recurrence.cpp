@@ -5,6 +5,8 @@
 // those are few, each multiplies by its part of the weights for all rows, and they meet.
 #include "ops/recurrence.h"
 
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -41,6 +43,19 @@ class Mask {
   MaskRows rows_ = MaskRows::kUnit;
 };
 
+// Sequences of fewer steps are short.
+constexpr int64_t kShort = 4;
+
+Cut cut_of(const SharedSequence& sequence, int64_t H, const Kernels& kernels, bool is_short) {
+  Cut cut(sequence, H, (kernels.layer.unit_blocks(H) + kUnitBlocks - 1) / kUnitBlocks,
+          kRowsOfAProjectingThread);
+  if (is_short) {
+    cut.by_rows = true;
+    cut.shares = 1;
+  }
+  return cut;
+}
+
 // The inputs, dense, as the kernels take them; and how the work is cut.
 class Recurrence {
  public:
@@ -56,8 +71,8 @@ class Recurrence {
         pairs(kernels.product.pair_rows != nullptr),
         factor(pairs ? stored : computed),
         sequence(in.sequence()),
-        cut(sequence, H, (kernels.layer.unit_blocks(H) + kUnitBlocks - 1) / kUnitBlocks,
-            kRowsOfAProjectingThread),
+        short_(!pairs && compute_type(dtype) == dtype && sequence.L() < kShort),
+        cut(cut_of(sequence, H, kernels, short_)),
         w_hh(in.w_hh),
         w_hr(in.w_hr),
         update_h(in.update_h, in, stored),
@@ -87,6 +102,8 @@ class Recurrence {
     if (pairs) rows.zero_();
     return rows;
   }
+  // Whether packing the weights would cost more than it brings: then torch multiplies.
+  bool is_short() const { return short_; }
   int64_t shares_of_weights() const { return cut.by_rows ? 1 : cut.shares; }
 
   const int64_t N, H, P;
@@ -97,6 +114,11 @@ class Recurrence {
   const bool pairs;
   const Elements factor;
   const SharedSequence sequence;
+
+ private:
+  const bool short_;
+
+ public:
   const Cut cut;
   const Dense w_hh, w_hr;
   const Mask update_h, update_c, dropout_h;
@@ -154,6 +176,7 @@ class Panels {
   Panels(const Recurrence& r, int64_t depth, int64_t columns, int64_t r_depth, int64_t r_columns)
       : hh(r.kernels.layer, compute_type(r.dtype), depth, columns, r.shares_of_weights()),
         hr(r.kernels.layer, compute_type(r.dtype), r_depth, r_columns, r.shares_of_weights()) {
+    if (r.is_short()) return;
     memory_ = empty_large({hh.bytes() + (r.projects ? hr.bytes() : 0)}, at::kByte);
     hh.lie_at(memory_.mutable_data_ptr());
     hr.lie_at(advance(memory_.mutable_data_ptr(), hh.bytes()));
@@ -170,7 +193,7 @@ class Panels {
   }
   template <class Pack>
   void pack_own(const Recurrence& r, const Part& part, const Pack& pack) const {
-    if (!r.cut.own_blocks()) return;
+    if (!r.cut.own_blocks() || r.is_short()) return;
     pack(hh, r.w_hh.data(), part.block(hh), part.block_end(hh));
     if (r.projects) pack(hr, r.w_hr.data(), part.block(hr), part.block_end(hr));
   }
@@ -181,17 +204,29 @@ class Panels {
   Tensor memory_;
 };
 
-void multiply(const Recurrence& r, const PackedColumns& m, const Part& part, int64_t rows,
-              const void* x, void* out, bool backwards) {
+// out = x m; w is m, as torch takes it where the sequence is short.
+void multiply(const Recurrence& r, const PackedColumns& m, const Tensor& w, const Part& part,
+              int64_t rows, const void* x, void* out, bool backwards) {
   if (rows == 0) return;
+  if (r.is_short()) {
+    const ColumnPanels& size = m.panels();
+    const auto rows_of = [&](const void* data, int64_t columns) {
+      return at::from_blob(const_cast<void*>(data), {rows, columns}, at::dtype(r.dtype));
+    };
+    Tensor result = rows_of(out, size.columns);
+    at::mm_out(result, rows_of(x, size.depth), w);
+    return;
+  }
   zigzag(part.block(m), part.block_end(m), rows == 1 ? kSideBlocks : 1, backwards,
          [&](int64_t from, int64_t to) {
            r.kernels.layer.multiply_columns({rows, m.panels(), x, m.at(from), out}, from, to);
          });
 }
 
-void forward_loop(const Recurrence& r, const Dense& gates_x, bool training,
+void forward_loop(const Recurrence& r, const RecurrenceInputs& in, bool training,
                   RecurrenceTrainingOutputs& out) {
+  const Dense gates_x(in.gates_x);
+  const Tensor w_hh = in.w_hh.t(), w_hr = r.projects ? in.w_hr->t() : Tensor();
   const auto transposed = [](const PackedColumns& m, const void* w, int64_t from, int64_t to) {
     m.pack_transposed(w, from, to);
   };
@@ -229,7 +264,7 @@ void forward_loop(const Recurrence& r, const Dense& gates_x, bool training,
       begin.h_before = kept(out.kept.h_before, at);
       if (rows > 0) step_kernels.begin(begin);
       part.meet();
-      multiply(r, panels.hh, part, all_rows,
+      multiply(r, panels.hh, w_hh, part, all_rows,
                r.factor.at(x.const_data_ptr(), part.all_row * x_columns),
                r.computed.at(z.mutable_data_ptr(), part.all_row * 4 * H), s % 2 != 0);
       part.meet();
@@ -260,7 +295,7 @@ void forward_loop(const Recurrence& r, const Dense& gates_x, bool training,
       end.h_new = step.r;
       if (r.projects) {
         part.meet();
-        multiply(r, panels.hr, part, all_rows,
+        multiply(r, panels.hr, w_hr, part, all_rows,
                  r.factor.at(r_factors.const_data_ptr(), part.all_row * r_factors.size(1)),
                  r.computed.at(projected.mutable_data_ptr(), part.all_row * P), s % 2 != 0);
         part.meet();
@@ -295,8 +330,7 @@ RecurrenceTrainingOutputs forward(const RecurrenceInputs& in, bool training) {
     out.kept.r = empty_large({projected, H}, r.dtype);
     out.kept.projected = empty_large({projected, P}, r.dtype);
   }
-  const Dense gates_x(in.gates_x);
-  if (S > 0) forward_loop(r, gates_x, training, out);
+  if (S > 0) forward_loop(r, in, training, out);
   return out;
 }
 
@@ -305,12 +339,14 @@ struct StepGradients {
   Tensor z, pre, norm_terms, norm_c_terms, bias_c_terms, h_new;
 };
 
-StepGradients backward_loop(const Recurrence& r, const LayerOutputGradients& grads,
-                            const RecurrenceResults& results, const RecurrenceWanted& wanted,
-                            const Tensor& grad_h, const Tensor& grad_c) {
+StepGradients backward_loop(const Recurrence& r, const RecurrenceInputs& in,
+                            const LayerOutputGradients& grads, const RecurrenceResults& results,
+                            const RecurrenceWanted& wanted, const Tensor& grad_h,
+                            const Tensor& grad_c) {
   const auto as_it_lies = [](const PackedColumns& m, const void* w, int64_t from, int64_t to) {
     m.pack(w, from, to);
   };
+  const Tensor &w_hh = in.w_hh, &w_hr = or_undefined(in.w_hr);
   const RecurrenceKernels& step_kernels = r.kernels.recurrence;
   const int64_t N = r.N, H = r.H, P = r.P, S = r.sequence.S();
   const at::ScalarType compute = compute_type(r.dtype);
@@ -365,7 +401,7 @@ StepGradients backward_loop(const Recurrence& r, const LayerOutputGradients& gra
         const void* x = h_factors.defined() ? r.stored.at(h_factors.const_data_ptr(),
                                                           part.all_row * h_factors.size(1))
                                             : at_row(of_steps.h_new, offset + part.all_row);
-        multiply(r, panels.hr, part, all_rows, x, at_row(grad_r, part.all_row), s % 2 != 0);
+        multiply(r, panels.hr, w_hr, part, all_rows, x, at_row(grad_r, part.all_row), s % 2 != 0);
         part.meet();
       }
       RecurrenceStepGradientArgs step = {};
@@ -393,7 +429,7 @@ StepGradients backward_loop(const Recurrence& r, const LayerOutputGradients& gra
       part.meet();
       const void* x = r.pairs ? r.stored.at(z_factors.const_data_ptr(), part.all_row * 4 * H)
                               : at_row(of_steps.z, offset + part.all_row);
-      multiply(r, panels.hh, part, all_rows, x, at_row(product, part.all_row), s % 2 != 0);
+      multiply(r, panels.hh, w_hh, part, all_rows, x, at_row(product, part.all_row), s % 2 != 0);
       part.meet();
       RecurrenceBeginGradientArgs begin = {};
       begin.rows = rows;
@@ -450,7 +486,7 @@ RecurrenceGradients backward(const LayerOutputGradients& grads, const Recurrence
                          : at::zeros(state.sizes(), at::dtype(compute));
   };
   const Tensor grad_h = initial(grads.hy, in.hx), grad_c = initial(grads.cy, in.cx);
-  const StepGradients of_steps = backward_loop(r, grads, results, wanted, grad_h, grad_c);
+  const StepGradients of_steps = backward_loop(r, in, grads, results, wanted, grad_h, grad_c);
   const auto stored = [&](bool asked, const Tensor& grad) {
     return asked ? grad.to(r.dtype) : Tensor();
   };
