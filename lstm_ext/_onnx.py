@@ -57,6 +57,13 @@ def _refuse_packed_weights(*_: Any, **__: Any) -> NoReturn:
     _refuse("packed weights", "call lstm_ext.unfreeze(model) before the export")
 
 
+def _refuse_recurrence(*_: Any, **__: Any) -> NoReturn:
+    _refuse(
+        "layer normalization, zoneout or clips of the states",
+        "export a model of torch's operations with the same weights",
+    )
+
+
 # Without a table of translations.
 
 
@@ -140,6 +147,11 @@ def _decompose_projected_layer(a: Any) -> Any:
 @_decomposition("lstm_layer_packed", _ops.layer_states)
 def _decompose_packed_layer(_: Any) -> Any:
     return _refuse_packed_weights() if torch.onnx.is_in_onnx_export() else NotImplemented
+
+
+@_decomposition("lstm_recurrence", _ops.recurrence_states)
+def _decompose_recurrence(_: Any) -> Any:
+    return _refuse_recurrence() if torch.onnx.is_in_onnx_export() else NotImplemented
 
 
 # While the model is captured.
@@ -304,4 +316,5 @@ def onnx_translations() -> dict[Any, Translation]:
         _ops.lstm_cell.default: lstm_cell,
         _ops.lstm_layer.default: lstm_layer,
         _ops.lstm_layer_packed.default: _refuse_packed_weights,
+        _ops.lstm_recurrence.default: _refuse_recurrence,
     }
