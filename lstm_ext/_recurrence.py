@@ -199,7 +199,8 @@ def run(module: Any, ready: Any, o: StepOptions) -> tuple[Tensor, Tensor, Tensor
                 output, h_n, c_n = layer(x, h[d], c[d], weights[d], o, norm, masks, order)
                 outputs.append(output)
                 last_h.append(h_n)
-                last_c.append(c_n)
+                # Of layers with projections, autocast leaves c with its own dtype.
+                last_c.append(c_n.to(c.dtype) if options.proj_size else c_n)
             x = outputs[0] if D == 1 else torch.cat(outputs, -1)
         else:
             x, h_n, c_n = lstm(

@@ -457,29 +457,6 @@ def test_no_effect_in_evaluation(options, grad):
         assert torch.equal(a, b)
 
 
-def test_probabilities_of_one():
-    x, hx = torch.randn(5, 2, 3), (torch.randn(1, 2, 4), torch.randn(1, 2, 4))
-    plain = lstm_ext.LSTM(3, 4)
-
-    def run(x=x, change=(), **options):
-        lstm = lstm_ext.LSTM(3, 4, **options)
-        lstm.load_state_dict({**plain.state_dict(), **dict(change)})
-        output, (_, c) = lstm(x, hx)
-        assert torch.autograd.grad(output.sum(), lstm.weight_hh_l0)[0].isfinite().all()
-        return output, c
-
-    output, _ = run(zoneout_h=1)
-    assert torch.equal(output, hx[0].expand(5, 2, 4))
-    assert torch.equal(run(zoneout_c=1)[1], hx[1])
-    none = [("weight_hh_l0", torch.zeros(16, 4))]
-    for options in ({"recurrent_dropout": 1}, {"weight_dropout": 1}):
-        torch.testing.assert_close(run(**options), run(change=none))
-    torch.testing.assert_close(run(input_dropout=1.0), run(torch.zeros_like(x)))
-    two = lstm_ext.LSTM(3, 4, 2, dropout=1.0, variational_dropout=True)
-    below = two(x)[0]
-    assert torch.equal(below[:, 0], below[:, 1])  # nothing of x
-
-
 def test_cell_step_by_step():
     """In evaluation, a cell by hand is the layer."""
     options = {"zoneout_h": 0.2, "zoneout_c": 0.3, "cell_clip": 0.4, "recurrent_dropout": 0.5}
