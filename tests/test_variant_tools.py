@@ -373,7 +373,7 @@ def test_torchscript_names_it(kind):
     module = getattr(lstm_ext, name)(3, 4, **options).eval()
     with pytest.raises(RuntimeError, match=f"{said}.* is not for torch.nn.LSTM"):
         torch.jit.trace(module, (input_of(module),))
-    with pytest.raises(RuntimeError, match="torch.jit.script cannot compile lstm_ext"):
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot compile lstm_ext"):
         torch.jit.script(module)
 
 
