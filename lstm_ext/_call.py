@@ -332,10 +332,9 @@ def run(
     except TorchAnswersError as error:
         return by_torch(module, input, hx, given, str(error))
     ready = prepare(module, options, input, hx, reset, reset_hx)
-    steps = _step_options.of_module(module)
-    if steps is not _step_options.NONE or _recurrence.has_norm(module):
+    if _step_options.counts(module):
         _check_steps(module, options, given)
-        output, h, c = _recurrence.run(module, ready, steps)
+        output, h, c = _recurrence.run(module, ready, _step_options.of_module(module))
         return ready.as_asked(output), ready.states_as_asked((h, c))
     torchs = options.cell is _variants.PLAIN and reset is None and module.checkpoint_every is None
     if torchs and _is_mixed(ready):
@@ -483,7 +482,7 @@ def _why_not_direct(module: Any, data: Tensor, hx: Any, reset: Tensor | None) ->
     weights = [parameters.get(name) for name in module._flat_weights_names]
     reasons = {
         "the cell is not torch's": _variants.of_module(module) is not _variants.PLAIN,
-        "a step is not torch's": bool(_step_options.names(module)),
+        "a step is not torch's": _step_options.counts(module),
         "reset": reset is not None,
         "checkpoint_every": module.checkpoint_every is not None,
         "dropout is to be drawn": bool(module.training and module.dropout),
@@ -530,7 +529,7 @@ def by_torch(
     out: tuple[Any, ...] = nn.LSTM.forward(module, input, hx)
     cell = _variants.of_module(module)
     options = {
-        **dict.fromkeys(_step_options.names(module), True),
+        **dict.fromkeys(_step_options.names(module, in_evaluation=not module.training), True),
         cell.name: cell is not _variants.PLAIN,
         **{name: value is not None for name, value in given.items()},
         "checkpoint_every": module.checkpoint_every is not None,

@@ -55,7 +55,8 @@ def keep_mask(size: tuple[int, ...], p: float, like: Tensor) -> Tensor:
     limit = round((1 - p) * 2**16) - 2**15  # of numbers from -2^15 on
     plain = like.is_cpu and not torch.compiler.is_compiling()
     if not plain or limit >= 2**15 or torch._C._are_functorch_transforms_active():
-        return torch.empty(size, dtype=like.dtype, device=like.device).bernoulli_(1 - p)
+        # Not in place, which torch.func.vmap refuses where each sample draws its own.
+        return torch.bernoulli(torch.full(size, 1 - p, dtype=like.dtype, device=like.device))
     count = math.prod(size)
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     return (words.view(torch.int16)[:count].view(size) < limit).to(like.dtype)
@@ -215,7 +216,8 @@ def run(module: Any, ready: Any, o: StepOptions) -> tuple[Tensor, Tensor, Tensor
                 output, h_n, c_n = layer(x, h[d], c[d], weights[d], o, norm, masks, order)
                 outputs.append(output)
                 last_h.append(h_n)
-                last_c.append(c_n)
+                # Of layers with projections, autocast leaves c with its own dtype.
+                last_c.append(c_n.to(c.dtype) if options.proj_size else c_n)
             x = outputs[0] if D == 1 else torch.cat(outputs, -1)
         else:
             x, h_n, c_n = lstm(
@@ -258,8 +260,6 @@ def run_cell(
     cell: Any, input: Tensor, hx: tuple[Tensor, Tensor] | None, o: StepOptions
 ) -> tuple[Tensor, Tensor]:
     """Run one step of a cell, (N, I) or (I)."""
-    if input.dim() not in (1, 2):
-        raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
     x = input if input.dim() == 2 else input.unsqueeze(0)
     if x.shape[1] != cell.input_size:
         raise RuntimeError(
@@ -284,9 +284,11 @@ def run_cell(
     if norms is None and o.cell_clip == 0:
         h, c = _torchs_step(x.squeeze(0), h, c, w, masks)
         return (h, c) if input.dim() == 2 else (h.squeeze(0), c.squeeze(0))
+    dtype = c.dtype
     _, h, c = layer(
         x, h, c, w, o, None if norms is None else norms[0], masks, Steps(None, None, False)
     )
+    h, c = h.to(dtype), c.to(dtype)  # as torch's cell, which autocast leaves with the states' own
     return (h, c) if input.dim() == 2 else (h.squeeze(0), c.squeeze(0))
 
 

@@ -103,7 +103,12 @@ def of_module(module: Any) -> StepOptions:
         return NONE
     if not module.training:
         given = {name: value for name, value in given.items() if name not in _IN_TRAINING}
-    return NONE._replace(**given)
+    return NONE._replace(**given) if given else NONE
+
+
+def counts(module: Any) -> bool:
+    """Whether a module's next call is another one than torch's: not with dropouts, evaluating."""
+    return getattr(module, "_layer_norm", None) is not None or of_module(module) is not NONE
 
 
 def names(module: Any, *, in_evaluation: bool = False) -> list[str]:

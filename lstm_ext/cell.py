@@ -103,7 +103,7 @@ class LSTMCell(nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute (h', c') from the input and the states."""
-        if self._step_options is not None:
+        if self._step_options is not None and _step_options.counts(self):
             return self._own_step(input, hx)
         if not torch.compiler.is_compiling():
             out = _ops.fast_cell_module(self.__dict__, input, hx)
@@ -138,11 +138,15 @@ class LSTMCell(nn.LSTMCell):
             recorded: tuple[Tensor, Tensor] | None = _fx.record_call(self, input, hx)
             if recorded is not None:
                 return recorded
+        right = isinstance(input, Tensor) and input.dim() in (1, 2)
+        if not (right and (hx is None or _is_state_pair(hx))):
+            return self._torch_forward(input, hx)
         return _recurrence.run_cell(self, input, hx, _step_options.of_module(self))
 
     def _check_torchs_cell(self, reason: str) -> None:
         cell = _variants.of_module(self)
-        names = _step_options.names(self) + [cell.name] * (cell is not _variants.PLAIN)
+        own = _step_options.names(self, in_evaluation=not self.training)
+        names = own + [cell.name] * (cell is not _variants.PLAIN)
         if names:
             raise RuntimeError(
                 f"{', '.join(names)} is not for torch.nn.LSTMCell, which has to compute this: "

@@ -148,7 +148,7 @@ def revert(model: Model, *, report: bool = False) -> Model:
             cell = _variants.of_module(module)
             if frozen:
                 reason = "it is frozen; call lstm_ext.unfreeze first"
-            elif theirs is not None:
+            elif theirs is not None or beyond:
                 names = beyond or [cell.name]
                 reason = f"torch's modules have no {', '.join(names)}"
             else:

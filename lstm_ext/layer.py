@@ -259,9 +259,9 @@ class LSTM(nn.LSTM):
         if (
             reset is None
             and not own_states
-            and self._step_options is None
             and not self._has_own_checks
             and not torch.compiler.is_compiling()
+            and (self._step_options is None or not _step_options.counts(self))
         ):
             # Here, and not in a method: TorchDynamo, which leaves this function alone, would look
             # into the method at every call.

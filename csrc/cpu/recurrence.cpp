@@ -43,8 +43,9 @@ class Mask {
   MaskRows rows_ = MaskRows::kUnit;
 };
 
-// Sequences of fewer steps are short.
-constexpr int64_t kShort = 4;
+// Sequences of fewer steps are short: of cells, and streams. torch's product, which they get, is of
+// other bits for other rows and threads.
+constexpr int64_t kShort = 2;
 
 Cut cut_of(const SharedSequence& sequence, int64_t H, const Kernels& kernels, bool is_short) {
   Cut cut(sequence, H, (kernels.layer.unit_blocks(H) + kUnitBlocks - 1) / kUnitBlocks,
