@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lstm_ext import _call
+from lstm_ext import _call, _variants
 from lstm_ext.cell import LSTMCell
 from lstm_ext.layer import LSTM
 
@@ -95,7 +95,7 @@ class LayerNormLSTM(LSTM):
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             proj_size, device, dtype, **options,
         )  # fmt: skip
-        _refuse(options, "LSTM")
+        _refuse(self, options, "LSTM")
         _add_norms(self, _call.layer_suffixes(self), normalize, carry_norm, eps)
 
     def reset_parameters(self) -> None:
@@ -228,7 +228,7 @@ class LayerNormLSTMCell(LSTMCell):
         **options: Any,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype, **options)
-        _refuse(options, "LSTMCell")
+        _refuse(self, options, "LSTMCell")
         _add_norms(self, [""], normalize, carry_norm, eps)
 
     def reset_parameters(self) -> None:
@@ -241,10 +241,13 @@ class LayerNormLSTMCell(LSTMCell):
         return super().extra_repr() + _form_of(self)
 
 
-def _refuse(options: dict[str, Any], kind: str) -> None:
-    for name in ("peephole", "checkpoint_every", "coupled_gates"):
-        if options.get(name):
-            raise ValueError(f"{name} is not for an {kind} with layer normalization")
+def _refuse(module: Any, options: dict[str, Any], kind: str) -> None:
+    names = [name for name in ("checkpoint_every", "coupled_gates") if options.get(name)]
+    cell = _variants.of_module(module)
+    if cell is not _variants.PLAIN:
+        names.append(cell.name)
+    for name in names:
+        raise ValueError(f"{name} is not for an {kind} with layer normalization")
 
 
 _TORCHAUDIO = {
