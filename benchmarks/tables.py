@@ -338,6 +338,7 @@ def measured(file: str) -> list[str]:
 
 
 PROJECTION_TARGET = 2.0
+VARIANT_TARGET = 1.15
 
 
 def projection_means() -> list[str]:
@@ -382,6 +383,39 @@ def states_rows(which: str) -> list[str]:
     """Every row of one of the tables of bench_states.py, microseconds and ratios."""
     rows = [row for row in load(RESULTS / "states.json")["rows"] if row["table"] == which]
     return measured("states.json") + with_ratios(rows)
+
+
+def variants() -> list[str]:
+    """Time of each variant over the plain layer's, by shape and mode; over 1.15 in bold."""
+    rows = [r for r in load(RESULTS / "variants.json")["rows"] if r["table"] == "cost"]
+    columns = list(dict.fromkeys((row["shape"], row["mode"]) for row in rows))
+    of = {(row["variant"], row["shape"], row["mode"]): row["over_plain"] for row in rows}
+    body = []
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        ratios = [of[name, shape, mode] for shape, mode in columns]
+        texts = [f"**{r:.2f}**" if round(r, 2) > VARIANT_TARGET else f"{r:.2f}" for r in ratios]
+        body.append([name, *texts])
+    heads = [f"{sized({'shape': shape})}, {mode}" for shape, mode in columns]
+    return measured("variants.json") + lines(["", *heads], body)
+
+
+def variants_loops() -> list[str]:
+    """Time of loops by hand over ours."""
+    rows = [r for r in load(RESULTS / "variants.json")["rows"] if r["table"] == "loops"]
+    peers = list(dict.fromkeys(name for row in rows for name in row["over_ours"]))
+    peers.remove("lstm_ext")
+    body = [
+        [
+            row["variant"],
+            sized(row),
+            row["mode"],
+            f"{row['us']['lstm_ext']:,.0f}",
+            *(f"{row['over_ours'][p]:.2f}" if p in row["over_ours"] else "" for p in peers),
+        ]
+        for row in rows
+    ]
+    heads = ["", "length x batch x input -> H", "", "ours, microseconds", *peers]
+    return lines(heads, body, left=3)
 
 
 def ragged_rows() -> list[str]:
@@ -447,6 +481,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "states-resets": lambda: states_rows("resets"),
     "states-torchrl": lambda: states_rows("torchrl"),
     "ragged-rows": ragged_rows,
+    "variants": variants,
+    "variants-loops": variants_loops,
     "gpu-layers": lambda: gpu("layer"),
     "gpu-cells": lambda: gpu("cell"),
 }
