@@ -209,7 +209,9 @@ def trace_gates(
     """Run an LSTM and return its gates and states at every step.
 
     The fused operation computes the gates for backward anyway, so a trace costs little more than
-    the forward of a training step. The last layer's ``h`` is the module's own output.
+    the forward of a training step. The last layer's ``h`` is the module's own output. Modules whose
+    steps are not torch's (docs/variants.md) are traced step by step, in evaluation mode, and there
+    it is that output up to rounding.
 
     Args:
         module: :class:`lstm_ext.LSTM`, ``torch.nn.LSTM``, :class:`lstm_ext.LSTMCell` or
