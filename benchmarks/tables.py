@@ -391,10 +391,10 @@ def variants() -> list[str]:
     columns = list(dict.fromkeys((row["shape"], row["mode"]) for row in rows))
     of = {(row["variant"], row["shape"], row["mode"]): row["over_plain"] for row in rows}
     body = []
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        ratios = [of[name, shape, mode] for shape, mode in columns]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        ratios = [of[variant, shape, mode] for shape, mode in columns]
         texts = [f"**{r:.2f}**" if round(r, 2) > VARIANT_TARGET else f"{r:.2f}" for r in ratios]
-        body.append([name, *texts])
+        body.append([variant, *texts])
     heads = [f"{sized({'shape': shape})}, {mode}" for shape, mode in columns]
     return measured("variants.json") + lines(["", *heads], body)
 

@@ -4,7 +4,6 @@ import copy
 import io
 import pickle
 import warnings
-from functools import partial
 
 import pytest
 import torch
