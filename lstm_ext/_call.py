@@ -334,6 +334,8 @@ def run(
     ready = prepare(module, options, input, hx, reset, reset_hx)
     if _step_options.counts(module):
         _check_steps(module, options, given)
+        if 0 in ready.input.shape:
+            nn.LSTM.forward(module, input, hx)  # raises torch's own error, if that is one
         output, h, c = _recurrence.run(module, ready, _step_options.of_module(module))
         return ready.as_asked(output), ready.states_as_asked((h, c))
     torchs = options.cell is _variants.PLAIN and reset is None and module.checkpoint_every is None

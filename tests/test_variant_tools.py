@@ -509,3 +509,11 @@ def test_trace_gates_refuses():
         reset, to = x[..., 0] > 0, (torch.zeros(1, 4),) * 2
         with pytest.raises(RuntimeError, match=f"reset_hx is not for a module with {name}"):
             lstm_ext.trace_gates(module, x, reset=reset, reset_hx=to)
+
+
+@pytest.mark.parametrize("options", [{"zoneout_h": 0.1}, {"coupled_gates": True}])
+def test_no_steps_are_torchs_error(options):
+    lstm = lstm_ext.LSTM(3, 4, **options)
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+        lstm(torch.zeros(0, 2, 3))
+    assert lstm(torch.zeros(5, 0, 3))[0].shape == (5, 0, 4)
