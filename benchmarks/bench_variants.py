@@ -11,6 +11,7 @@ gradients of weights and input. Writes the rows to benchmarks/results/variants.j
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,19 @@ def measure_cost(shape: Shape, mode: str, threads: int, rounds: int) -> list[dic
     return rows
 
 
+def compare(
+    runs: dict[str, Callable[[Tensor], Tensor]], exact: Callable[[Tensor], Tensor], x: Tensor
+) -> None:
+    """Raise an error unless all ways are about as near to float64 as the eager loop is."""
+    with torch.no_grad():
+        truth = exact(x.double())
+        errors = {name: (run(x).double() - truth).abs().max() for name, run in runs.items()}
+    bound = 4 * float(errors["eager loop"]) + 1e-6
+    wrong = {name: float(error) for name, error in errors.items() if not error <= bound}
+    if wrong:
+        raise AssertionError(f"errors beyond {bound:.1e}, four times the eager loop's: {wrong}")
+
+
 def measure_loops(shape: Shape, mode: str, threads: int, rounds: int) -> list[dict[str, Any]]:
     """Time loops by hand over ours."""
     L, N, I, H = shape
@@ -173,9 +187,7 @@ def measure_loops(shape: Shape, mode: str, threads: int, rounds: int) -> list[di
             name = f"compiled {compiled}" if compiled else "eager loop"
             runs[name] = loop_of(module, form, compiled, training)
         if "norm" in form or not training:
-            with torch.no_grad():
-                for run in runs.values():
-                    torch.testing.assert_close(run(x), module(x)[0], rtol=1e-3, atol=1e-4)
+            compare(runs, loop_of(copy.deepcopy(module).double(), form, "", training), x)
         times = protocol.interleaved({n: call_of(run, x, mode) for n, run in runs.items()}, rounds)
         text = "x".join(map(str, shape))
         ratios = {name: time / times["lstm_ext"] for name, time in times.items()}

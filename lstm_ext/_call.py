@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_ext import _backend, _ops, _recurrence, _step_options, _variants
-from lstm_ext._steps import expand_reset_states
+from lstm_ext._steps import expand_reset_states, layer_suffixes
 from lstm_ext.functional import LayerWeights, lstm
 
 States = tuple[Tensor, Tensor]
@@ -145,12 +145,6 @@ def read(module: Any, packed: bool = False, weights: Sequence[Tensor] | None = N
             units = [_variants.unit_weights(module, s) for s in layer_suffixes(options)]
             options = options._replace(unit_weights=units)
     return options
-
-
-def layer_suffixes(options: Any) -> list[str]:
-    """Return what the parameters' names end in, for each layer and direction of an LSTM."""
-    ends = ("", "_reverse") if options.bidirectional else ("",)
-    return [f"_l{k}{end}" for k in range(options.num_layers) for end in ends]
 
 
 def _check_weights(options: Options) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lstm_ext import _backend, _ops
 from lstm_ext._step_options import StepOptions, of_module
-from lstm_ext._steps import Steps
+from lstm_ext._steps import Steps, layer_suffixes
 
 if TYPE_CHECKING:
     from lstm_ext.functional import LayerWeights
@@ -240,7 +240,7 @@ def layer_norms(module: Any) -> list[LayerNorm] | None:
     if not has_norm(module):
         return None
     joint, carry, eps = module._layer_norm
-    ends = [""] if not isinstance(module, nn.LSTM) else _layer_suffixes(module)
+    ends = [""] if not isinstance(module, nn.LSTM) else layer_suffixes(module)
     return [
         LayerNorm(
             joint, carry, eps, None if joint else getattr(module, f"norm_ih{end}"),
@@ -249,11 +249,6 @@ def layer_norms(module: Any) -> list[LayerNorm] | None:
         )
         for end in ends
     ]  # fmt: skip
-
-
-def _layer_suffixes(module: Any) -> list[str]:
-    ends = ("", "_reverse") if module.bidirectional else ("",)
-    return [f"_l{k}{end}" for k in range(module.num_layers) for end in ends]
 
 
 def run_cell(

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from torch import nn
-
 
 class StepOptions(NamedTuple):
     """The options; see :class:`lstm_ext.LSTM`."""
@@ -88,12 +86,6 @@ class Option:
             vars(module)["_step_options"] = options
         else:
             vars(module).pop("_step_options", None)
-
-
-def set_all(module: nn.Module, options: dict[str, Any]) -> None:
-    """Set options of a module that is being built."""
-    for name, value in options.items():
-        setattr(module, name, value)
 
 
 def of_module(module: Any) -> StepOptions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -145,3 +145,9 @@ def _expand_states(k: int, state: Tensor, like: Tensor, L: int) -> Tensor:
             f"{like.device}, got {state.dtype} and {state.device}"
         )
     return whole.expand(layers, *steps, N, features)
+
+
+def layer_suffixes(options: Any) -> list[str]:
+    """Return what the parameters' names end in, for each layer and direction of an LSTM."""
+    ends = ("", "_reverse") if options.bidirectional else ("",)
+    return [f"_l{k}{end}" for k in range(options.num_layers) for end in ends]

@@ -20,7 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lstm_ext import _call, _fx, _guard, _ops, _step_options, _variants
+from lstm_ext import _call, _fx, _guard, _ops, _step_options, _steps, _variants
 from lstm_ext._call import States
 from lstm_ext.cell import LSTMCell
 from lstm_ext.layer import LSTM
@@ -224,7 +224,7 @@ def _weight_writer(hook: Any) -> str | None:
 def _weight_names(module: nn.Module) -> list[str]:
     """Return the names of all that is packed or copied."""
     if isinstance(module, LSTM):
-        names, suffixes = list(module._flat_weights_names), _call.layer_suffixes(module)
+        names, suffixes = list(module._flat_weights_names), _steps.layer_suffixes(module)
     else:
         names, suffixes = list(_CELL_WEIGHTS), [""]
     return names + [n for suffix in suffixes for n in _variants.names(module, suffix)]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lstm_ext import _call
+from lstm_ext import _call, _steps
 from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -133,7 +133,7 @@ def _with_forget_rows(number: float, bias: Tensor) -> Tensor:
 
 def _suffixes(lstm: Any) -> list[str]:
     """Return what the parameters' names end in, for each layer and direction."""
-    return _call.layer_suffixes(lstm) if isinstance(lstm, nn.LSTM) else [""]
+    return _steps.layer_suffixes(lstm) if isinstance(lstm, nn.LSTM) else [""]
 
 
 class _Writes:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lstm_ext import _call, _fx, _ops, _ragged, _step_options, _variants
+from lstm_ext import _call, _fx, _ops, _ragged, _step_options, _steps, _variants
 from lstm_ext._call import States
 from lstm_ext._step_options import Option
 
@@ -169,7 +169,7 @@ class LSTM(nn.LSTM):
         if checkpoint_every is not None:
             self.checkpoint_every = checkpoint_every
         if peephole:
-            _variants.add_parameters(self, _variants.PEEPHOLE, _call.layer_suffixes(self))
+            _variants.add_parameters(self, _variants.PEEPHOLE, _steps.layer_suffixes(self))
         self.zoneout_h = zoneout_h
         self.zoneout_c = zoneout_c
         self.recurrent_dropout = recurrent_dropout

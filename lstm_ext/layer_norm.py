@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lstm_ext import _call, _variants
+from lstm_ext import _steps, _variants
 from lstm_ext.cell import LSTMCell
 from lstm_ext.layer import LSTM
 
@@ -96,7 +96,7 @@ class LayerNormLSTM(LSTM):
             proj_size, device, dtype, **options,
         )  # fmt: skip
         _refuse(self, options, "LSTM")
-        _add_norms(self, _call.layer_suffixes(self), normalize, carry_norm, eps)
+        _add_norms(self, _steps.layer_suffixes(self), normalize, carry_norm, eps)
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, as torch does; norms become one and biases zero."""

@@ -303,6 +303,17 @@ def test_variants_benchmark(monkeypatch, capsys, tmp_path, loops):
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
 
 
+def test_a_wrong_variant_is_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench = importlib.import_module("bench_variants")
+    x = torch.randn(3)
+    runs = {"eager loop": lambda x: x + 1e-6, "lstm_ext": lambda x: x + 2e-6}
+    bench.compare(runs, lambda x: x, x)
+    runs["lstm_ext"] = lambda x: x + 1e-4
+    with pytest.raises(AssertionError, match="lstm_ext"):
+        bench.compare(runs, lambda x: x, x)
+
+
 def test_a_wrong_projection_is_not_timed(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     bench = importlib.import_module("bench_projection")

@@ -2,8 +2,12 @@
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -452,8 +456,8 @@ def test_fx():
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["LSTM", "LayerNormLSTM"])
 def test_trace_gates(name, packed):
-    module, x, reset = build(name).eval(), torch.randn(5, 3, 3), torch.rand(5, 3) < 0.3
-    hx = torch.randn(4, 3, 2), torch.randn(4, 3, 4)
+    module, reset = build(name).eval().double(), torch.rand(5, 3) < 0.3
+    x, *hx = (torch.randn(*size, dtype=torch.float64) for size in ((5, 3, 3), (4, 3, 2), (4, 3, 4)))
     lengths = torch.tensor([2, 5, 3]) if packed else torch.full((3,), 5)
     value = pack_padded_sequence(x, lengths, enforce_sorted=False) if packed else x
     trace = lstm_ext.trace_gates(module, value, hx, reset=reset)
@@ -461,7 +465,7 @@ def test_trace_gates(name, packed):
     if packed:
         output = nn.utils.rnn.pad_packed_sequence(output)[0]
     # torch multiplies single steps, of which this trace is made: equal to rounding.
-    close = torch.testing.assert_close
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-14)
     close(torch.cat([trace.h[2], trace.h[3]], -1), output)
     last = lengths - 1
     for k in range(4):
@@ -517,3 +521,16 @@ def test_no_steps_are_torchs_error(options):
     with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
         lstm(torch.zeros(0, 2, 3))
     assert lstm(torch.zeros(5, 0, 3))[0].shape == (5, 0, 4)
+
+
+@pytest.mark.parametrize(("steps", "said"), [(1, True), (2, False)])
+def test_the_log_says_who_multiplies(steps, said):
+    """In a process of its own: the variable is read once."""
+    code = f"lstm_ext.LSTM(3, 4, cell_clip=1.0)(torch.randn({steps}, 2, 3))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import torch, lstm_ext; {code}"],
+        env={**os.environ, "LSTM_EXT_VERBOSE": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if "lstm_recurrence" in line]
+    assert len(lines) == 1
+    assert ("torch's product, for a single step" in lines[0]) == said

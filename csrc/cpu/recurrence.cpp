@@ -522,10 +522,18 @@ bool takes(const RecurrenceInputs& in) {
   return fusable(in) && in.cx.size(1) > 0 && in.hx.size(1) > 0;
 }
 
+void log_recurrence(const char* operation, const RecurrenceInputs& in) {
+  if (!verbose()) return;
+  const Recurrence r(in);
+  const char* product = r.is_short() ? "; torch's product, for a single step" : "";
+  log_path(operation, in.gates_x, in.cx,
+           c10::str("the CPU's kernels, ", active_instruction_set(), product));
+}
+
 LayerOutputs lstm_recurrence(const RecurrenceInputs& in) {
   if (!takes(in)) return composite::recurrence(in);
   check_all_allocated(in);
-  log_cpu_path("lstm_recurrence", in.gates_x, in.cx);
+  log_recurrence("lstm_recurrence", in);
   RecurrenceTrainingOutputs out = forward(in, /*training=*/false);
   return {std::move(out.output), std::move(out.hy), std::move(out.cy)};
 }
@@ -533,7 +541,7 @@ LayerOutputs lstm_recurrence(const RecurrenceInputs& in) {
 RecurrenceTrainingOutputs lstm_recurrence_forward(const RecurrenceInputs& in) {
   if (!takes(in)) return composite::recurrence_forward(in);
   check_all_allocated(in);
-  log_cpu_path("lstm_recurrence_forward", in.gates_x, in.cx);
+  log_recurrence("lstm_recurrence_forward", in);
   return forward(in, /*training=*/true);
 }
 
@@ -544,7 +552,7 @@ RecurrenceGradients lstm_recurrence_backward(const LayerOutputGradients& grads,
   if (!takes(in)) return composite::recurrence_backward(grads, in, results, wanted);
   check_all_allocated(in, grads, results);
   check_backward(grads, in, results);
-  log_cpu_path("lstm_recurrence_backward", in.gates_x, in.cx);
+  log_recurrence("lstm_recurrence_backward", in);
   return backward(grads, in, results, wanted);
 }
 
