@@ -36,6 +36,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zoneout of h": {"zoneout_h": 0.1},
     "zoneout of h and c": {"zoneout_h": 0.1, "zoneout_c": 0.1},
     "recurrent dropout": {"recurrent_dropout": 0.2},
+    "recurrent dropout, each gate": {
+        "recurrent_dropout": 0.2,
+        "recurrent_dropout_per_gate": True,
+    },
     "recurrent dropout, each step": {
         "recurrent_dropout": 0.2,
         "recurrent_dropout_per_step": True,

@@ -175,6 +175,15 @@ def _recurrence_step(a: Any) -> Callable[[tuple[Tensor, Tensor], Tensor], Any]:
     update_h, update_c = both(a.update_h), both(a.update_c)
     limits_c, limits_h = limits(a.cell_clip), limits(a.projection_clip)
 
+    # A mask of h, or one for each gate.
+    by_gate = dropout_h is not None and dropout_h.shape[0] != a.hx.shape[1]
+
+    def product(h: Tensor) -> Tensor:
+        if dropout_h is None or not by_gate:
+            return torch.mm(h if dropout_h is None else h * dropout_h, w_hh.t())
+        of_gate = zip(dropout_h.chunk(4), w_hh.chunk(4), strict=True)
+        return torch.cat([torch.mm(h * mask, w.t()) for mask, w in of_gate], -1)
+
     def normalized(v: Tensor, weight: Tensor, shift: Tensor | None = None) -> Tensor:
         return torch.nn.functional.layer_norm(v, v.shape[-1:], weight, shift, eps)
 
@@ -186,7 +195,7 @@ def _recurrence_step(a: Any) -> Callable[[tuple[Tensor, Tensor], Tensor], Any]:
 
     def step(states: tuple[Tensor, Tensor], gates_x: Tensor) -> Any:
         h, c = states
-        z = torch.mm(h if dropout_h is None else h * dropout_h, w_hh.t())
+        z = product(h)
         if norm is None:
             pre = gates_x + z
         elif joint:

@@ -102,8 +102,12 @@ lstm_layer_packed = torch.ops.lstm_ext.lstm_layer_packed
 fast_lstm_cell: Callable[..., tuple[Tensor, Tensor] | None] = _C.lstm_cell
 # Of a module: see lstm_ext/_call.py.
 fast_cell_module: Callable[..., tuple[Tensor, Tensor] | None] = _C.lstm_cell_module
+fast_cell_with_steps: Callable[..., tuple[Tensor, Tensor] | None] = _C.lstm_cell_module_with_steps
 fast_frozen_cell: Callable[..., tuple[Tensor, Tensor] | None] = _C.frozen_lstm_cell_module
 fast_lstm_module: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]] | None] = _C.lstm_module
+fast_lstm_with_steps: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]] | None] = (
+    _C.lstm_module_with_steps
+)
 fast_frozen_lstm: Callable[..., tuple[Tensor, tuple[Tensor, Tensor]] | None] = _C.frozen_lstm_module
 
 
@@ -265,7 +269,8 @@ def _(a: Any) -> tuple[Tensor, ...]:
     (S, P), H = output.flatten(0, -2).shape, a.cx.shape[1]
     normed, projected = 0 if a.norm is None else S, 0 if a.w_hr is None else S
     sums = torch.float64 if output.dtype == torch.float64 else torch.float32
-    sizes = (S, 4 * H), (S, H), (S, P), (normed, 4 * H), (normed,), (projected, H), (projected, P)
+    fed = P if a.dropout_h is None else a.dropout_h.shape[-1]  # a mask of h, or one for each gate
+    sizes = (S, 4 * H), (S, H), (S, fed), (normed, 4 * H), (normed,), (projected, H), (projected, P)
     kept = [output.new_empty(size) for size in sizes]
     kept[4] = kept[4].to(sums)
     return output, *states, *kept

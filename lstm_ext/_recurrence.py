@@ -83,7 +83,8 @@ def draw_masks(o: StepOptions, training: bool, x: Tensor, h: Tensor, c: Tensor) 
     p, dropout = o.recurrent_dropout, None
     if training and p > 0:
         rows = x.shape[:-1] if o.recurrent_dropout_per_step else h.shape[:1]
-        dropout = keep_mask((*rows, h.shape[1]), p, x)
+        columns = h.shape[1] * (4 if o.recurrent_dropout_per_gate else 1)
+        dropout = keep_mask((*rows, columns), p, x)
         dropout = dropout / (1 - p) if p < 1 else dropout
     return Masks(update(o.zoneout_h, h), update(o.zoneout_c, c), dropout)
 
@@ -109,11 +110,9 @@ def drop_weights(w: LayerWeights, o: StepOptions, training: bool) -> LayerWeight
     """Drop elements of w_hh, or whole rows, and scale what is left."""
     if not training or o.weight_dropout == 0:
         return w
-    w_hh = w.w_hh
-    if o.weight_dropout_rows:
-        rows = torch.dropout(torch.ones_like(w_hh[:, :1]), o.weight_dropout, True)
-        return w._replace(w_hh=w_hh * rows)
-    return w._replace(w_hh=torch.dropout(w_hh, o.weight_dropout, True))
+    w_hh, p = w.w_hh, o.weight_dropout
+    mask = keep_mask((w_hh.shape[0], 1 if o.weight_dropout_rows else w_hh.shape[1]), p, w_hh)
+    return w._replace(w_hh=w_hh * (mask / (1 - p) if p < 1 else mask))
 
 
 def drop_features(x: Tensor, p: float, batch_sizes: Tensor | None) -> Tensor:
@@ -276,7 +275,8 @@ def run_cell(
     w, x = drop_weights(couple_gates(w, o), o, cell.training), x.unsqueeze(0)
     norms = layer_norms(cell)
     masks = draw_masks(o, cell.training, x, h, c)
-    if norms is None and o.cell_clip == 0:
+    by_gate = masks.dropout_h is not None and o.recurrent_dropout_per_gate
+    if norms is None and o.cell_clip == 0 and not by_gate:
         h, c = _torchs_step(x.squeeze(0), h, c, w, masks)
         return (h, c) if input.dim() == 2 else (h.squeeze(0), c.squeeze(0))
     dtype = c.dtype

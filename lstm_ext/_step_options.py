@@ -17,6 +17,7 @@ class StepOptions(NamedTuple):
     zoneout_c: float = 0.0
     recurrent_dropout: float = 0.0
     recurrent_dropout_per_step: bool = False
+    recurrent_dropout_per_gate: bool = False
     input_dropout: float = 0.0
     variational_dropout: bool = False
     weight_dropout: float = 0.0
@@ -39,6 +40,7 @@ NONE = StepOptions()
 _IN_TRAINING = {
     "recurrent_dropout",
     "recurrent_dropout_per_step",
+    "recurrent_dropout_per_gate",
     "input_dropout",
     "variational_dropout",
     "weight_dropout",
@@ -101,6 +103,16 @@ def of_module(module: Any) -> StepOptions:
 def counts(module: Any) -> bool:
     """Whether a module's next call is another one than torch's: not with dropouts, evaluating."""
     return getattr(module, "_layer_norm", None) is not None or of_module(module) is not NONE
+
+
+# What csrc/python/module_options.cpp leaves to Python, where it is of effect.
+_NOT_OF_A_STEP = ("input_dropout", "weight_dropout", "variational_dropout", "coupled_gates")
+
+
+def why_not_direct(module: Any) -> dict[str, bool]:
+    """Return what the direct call does not compute, and whether a module's next call has it."""
+    o = of_module(module)
+    return {f"{name} is computed in Python": bool(getattr(o, name)) for name in _NOT_OF_A_STEP}
 
 
 def names(module: Any, *, in_evaluation: bool = False) -> list[str]:

@@ -34,6 +34,7 @@ class LSTMCell(nn.LSTMCell):
             each call.
         zoneout_c: the same of c.
         recurrent_dropout: probability of dropout on h before the product.
+        recurrent_dropout_per_gate: whether to draw a mask for each of the four gates.
         weight_dropout: probability of dropout on the elements of ``weight_hh``.
         weight_dropout_rows: whether it drops rows instead.
         coupled_gates: whether f = 1 - i.
@@ -63,6 +64,7 @@ class LSTMCell(nn.LSTMCell):
     zoneout_h = Option()
     zoneout_c = Option()
     recurrent_dropout = Option()
+    recurrent_dropout_per_gate = Option()
     weight_dropout = Option()
     weight_dropout_rows = Option()
     coupled_gates = Option()
@@ -80,6 +82,7 @@ class LSTMCell(nn.LSTMCell):
         zoneout_h: float = 0.0,
         zoneout_c: float = 0.0,
         recurrent_dropout: float = 0.0,
+        recurrent_dropout_per_gate: bool = False,
         weight_dropout: float = 0.0,
         weight_dropout_rows: bool = False,
         coupled_gates: bool = False,
@@ -91,6 +94,7 @@ class LSTMCell(nn.LSTMCell):
         self.zoneout_h = zoneout_h
         self.zoneout_c = zoneout_c
         self.recurrent_dropout = recurrent_dropout
+        self.recurrent_dropout_per_gate = recurrent_dropout_per_gate
         self.weight_dropout = weight_dropout
         self.weight_dropout_rows = weight_dropout_rows
         self.coupled_gates = coupled_gates
@@ -133,6 +137,10 @@ class LSTMCell(nn.LSTMCell):
     def _own_step(self, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Compute a step that is not torch's."""
         if not torch.compiler.is_compiling():
+            out = _ops.fast_cell_with_steps(self.__dict__, input, hx)
+            if out is not None:
+                return out
+            self._log_refusal(input, hx)
             if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
                 self._check_torchs_cell("torch.jit is tracing")
             recorded: tuple[Tensor, Tensor] | None = _fx.record_call(self, input, hx)
@@ -164,6 +172,7 @@ class LSTMCell(nn.LSTMCell):
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         reasons = {
             "the cell is not torch's": _variants.of_module(self) is not _variants.PLAIN,
+            **_step_options.why_not_direct(self),
             "a single sample": input.dim() == 1,
             "a weight is no parameter": any(n not in self._parameters for n in names),
             "no tuple of two states": hx is not None and not (type(hx) is tuple and len(hx) == 2),

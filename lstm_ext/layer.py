@@ -61,6 +61,7 @@ class LSTM(nn.LSTM):
         recurrent_dropout: probability of dropout on h before the product with ``weight_hh``, in
             training; one mask for all steps of a sequence (Gal & Ghahramani 2016).
         recurrent_dropout_per_step: whether to draw that mask for each step.
+        recurrent_dropout_per_gate: whether to draw a mask for each of the four gates.
         input_dropout: probability of dropout on the input's features, in training; one mask for
             all steps of a sequence.
         variational_dropout: whether ``dropout`` between the layers has one mask for all steps too.
@@ -126,6 +127,7 @@ class LSTM(nn.LSTM):
     zoneout_c = Option()
     recurrent_dropout = Option()
     recurrent_dropout_per_step = Option()
+    recurrent_dropout_per_gate = Option()
     input_dropout = Option()
     variational_dropout = Option()
     weight_dropout = Option()
@@ -154,6 +156,7 @@ class LSTM(nn.LSTM):
         zoneout_c: float = 0.0,
         recurrent_dropout: float = 0.0,
         recurrent_dropout_per_step: bool = False,
+        recurrent_dropout_per_gate: bool = False,
         input_dropout: float = 0.0,
         variational_dropout: bool = False,
         weight_dropout: float = 0.0,
@@ -174,6 +177,7 @@ class LSTM(nn.LSTM):
         self.zoneout_c = zoneout_c
         self.recurrent_dropout = recurrent_dropout
         self.recurrent_dropout_per_step = recurrent_dropout_per_step
+        self.recurrent_dropout_per_gate = recurrent_dropout_per_gate
         self.input_dropout = input_dropout
         self.variational_dropout = variational_dropout
         self.weight_dropout = weight_dropout
@@ -261,20 +265,21 @@ class LSTM(nn.LSTM):
             and not own_states
             and not self._has_own_checks
             and not torch.compiler.is_compiling()
-            and (self._step_options is None or not _step_options.counts(self))
         ):
+            torchs_steps = self._step_options is None or not _step_options.counts(self)
+            direct = self._direct if torchs_steps else _ops.fast_lstm_with_steps
             # Here, and not in a method: TorchDynamo, which leaves this function alone, would look
             # into the method at every call.
             out: Any
             if type(input) is not PackedSequence:
                 try:
-                    out = self._direct(self.__dict__, input, hx, None)
+                    out = direct(self.__dict__, input, hx, None)
                 except RuntimeError:  # of torch's older nested tensors, which have no sizes
                     if not (isinstance(input, Tensor) and input.is_nested):
                         raise
                     out = None
             else:
-                out = self._run_packed_directly(input, hx)
+                out = self._run_packed_directly(direct, input, hx)
             if out is not None:
                 return out
         if not torch.compiler.is_compiling():
@@ -294,12 +299,12 @@ class LSTM(nn.LSTM):
         return self._run(input, hx, reset, reset_hx, return_cell_states)
 
     def _run_packed_directly(
-        self, input: PackedSequence, hx: Any
+        self, direct: Any, input: PackedSequence, hx: Any
     ) -> tuple[PackedSequence, States] | None:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
-        out = self._direct(self.__dict__, data, hx, batch_sizes)
+        out = direct(self.__dict__, data, hx, batch_sizes)
         if out is None:
             return None
         output, states = out

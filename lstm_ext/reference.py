@@ -428,7 +428,8 @@ def recurrence(
     (Krueger et al. 2017). W_hr projects h (Sak, Senior & Beaufays 2014).
 
     A mask has a row for each unit, (K); for each sequence, (N, K), the same at every step; or for
-    every step, (L, N, K), or (S, K) where gates_x is packed. K is H for update_c, else P.
+    every step, (L, N, K), or (S, K) where gates_x is packed. K is H for update_c, else P; or for
+    dropout_h 4P, and then the rows of i, f, g and o in w_hh see a mask of their own each.
 
     Args:
         gates_x: x W_ih^T, normalised or not: (L, N, 4H), or packed (S, 4H), S the sum of
@@ -477,7 +478,10 @@ def recurrence(
             h_t, c_t = (s.masked_fill(reset[t, :n, None], 0) for s in (h_t, c_t))
 
         dropout = dropouts_h[t]
-        z = (h_t if dropout is None else h_t * dropout) @ w_hh.mT
+        of_h = h.shape[1]
+        masks: Any = [1.0] if dropout is None else torch.split(dropout, of_h, dim=-1)
+        of_gates = zip(masks, w_hh.chunk(len(masks)), strict=True)
+        z = torch.cat([(h_t * mask) @ w.mT for mask, w in of_gates], -1)
         if norm is None:
             pre = steps[t] + z
         elif norm_joint:

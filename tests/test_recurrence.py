@@ -114,7 +114,9 @@ def draw(seed, size, dtype=torch.float64, **fixed):
     if tensors[6] is None:
         tensors[7] = None
     kinds = [chosen(name, range(4)) for name in MASKS]
-    masks = [draw_mask(chance, kind, lead, N, K) for kind, K in zip(kinds, (P, H, P), strict=True)]
+    by_gate = fixed.get("by_gate", random.Random(seed + 1).random() < 0.3)
+    columns = P, H, 4 * P if by_gate else P
+    masks = [draw_mask(chance, kind, lead, N, K) for kind, K in zip(kinds, columns, strict=True)]
     reset = torch.rand(L, N) < 0.3 if chosen("reset") else None
     options = {name: chosen(name) for name in ("reverse", "norm_joint", "carry_norm")}
     options["eps"] = chance.choice([1e-2, 1e-3])
@@ -317,6 +319,23 @@ def test_keras_recurrent_dropout():
     close(found, steps_of(step, x, h, c))
     # The same mask at every step, written out.
     close(reference.recurrence(x @ w_ih.T, (h, c), w_hh, dropout_h=mask.expand(6, 3, 4)), found)
+
+
+def test_keras_recurrent_dropout_of_each_gate():
+    """Keras 2's LSTMCell, implementation 1: h_tm1_i = h_tm1 * rec_dp_mask[0], and so on."""
+    x, h, c, w_ih, w_hh = weights_of()
+    masks = [(torch.rand(3, 4) < 0.6).double() / 0.6 for _ in range(4)]
+
+    def step(_, x, h, c):
+        fed = zip(masks, w_ih.chunk(4), w_hh.chunk(4), strict=True)
+        i, f, g, o = (x @ w.T + (h * mask) @ recurrent.T for mask, w, recurrent in fed)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+    joined = torch.cat(masks, 1)
+    for mask in (joined, joined.expand(6, 3, 16)):
+        found = reference.recurrence(x @ w_ih.T, (h, c), w_hh, dropout_h=mask)
+        close(found, steps_of(step, x, h, c))
 
 
 @pytest.mark.parametrize("packed", [False, True])

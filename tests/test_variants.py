@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lstm_ext
-from lstm_ext import _recurrence
+from lstm_ext import _ops, _recurrence
 
 F64 = torch.float64
 
@@ -29,9 +29,16 @@ def masks(monkeypatch):
         assert train
         return x * draw(x.shape, p).to(x.dtype) / (1 - p)
 
+    computed_in_python(monkeypatch)
     monkeypatch.setattr(_recurrence, "keep_mask", lambda size, p, like: draw(size, p).to(like))
     monkeypatch.setattr(torch, "dropout", dropout)
     return drawn
+
+
+def computed_in_python(patch):
+    """Not by the direct calls, which draw the same masks, but in C++ (test_direct_calls)."""
+    for name in ("fast_lstm_with_steps", "fast_cell_with_steps"):
+        patch.setattr(_ops, name, lambda *_: None)
 
 
 def randomize(module, scale=0.5):
@@ -92,14 +99,19 @@ def by_hand(lstm, x, hx, masks, lengths, reset):
                 here = (t < lengths).unsqueeze(1)
                 start = (~reset[t]).unsqueeze(1) | ~here
                 h, c = h * start, c * start
-                fed = h
+                z = h @ w_hh.T
                 if dropout is not None:
                     p = lstm.recurrent_dropout
                     if lstm.recurrent_dropout_per_step:
-                        fed = h * at(dropout, t) / (1 - p)
+                        mask = at(dropout, t) / (1 - p)
                     else:
-                        fed = h * (dropout[row] if is_packed else dropout) / (1 - p)
-                i, f, g, o = (x[t] @ w_ih.T + fed @ w_hh.T + bias).chunk(4, -1)
+                        mask = (dropout[row] if is_packed else dropout) / (1 - p)
+                    if lstm.recurrent_dropout_per_gate:
+                        of_gates = zip(mask.chunk(4, -1), w_hh.chunk(4), strict=True)
+                        z = torch.cat([(h * m) @ w.T for m, w in of_gates], -1)
+                    else:
+                        z = (h * mask) @ w_hh.T
+                i, f, g, o = (x[t] @ w_ih.T + z + bias).chunk(4, -1)
                 new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
                 if lstm.cell_clip:
                     new_c = new_c.clamp(-lstm.cell_clip, lstm.cell_clip)
@@ -125,6 +137,11 @@ STEPS = {
     "zoneout of c": {"zoneout_c": 0.4},
     "dropout": {"recurrent_dropout": 0.35},
     "dropout per step": {"recurrent_dropout": 0.35, "recurrent_dropout_per_step": True},
+    "dropout per gate": {"recurrent_dropout": 0.35, "recurrent_dropout_per_gate": True},
+    "dropout per step and gate": {
+        "recurrent_dropout": 0.35, "recurrent_dropout_per_step": True, "proj_size": 3,
+        "recurrent_dropout_per_gate": True,
+    },
     "clip": {"cell_clip": 0.4},
     "clips": {"cell_clip": 0.4, "projection_clip": 0.25, "proj_size": 3},
     "all": {
@@ -135,6 +152,10 @@ STEPS = {
         "zoneout_h": 0.3, "zoneout_c": 0.4, "recurrent_dropout": 0.35, "cell_clip": 0.6,
     },
 }  # fmt: skip
+
+
+def is_of_torch_in_evaluation(options):
+    return all(name == "proj_size" or name.startswith("recurrent_dropout") for name in options)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -169,7 +190,7 @@ def test_every_step(options, packed, training, masks):
     )
     plain = lstm_ext.LSTM(3, 5, 2, bidirectional=True, dtype=F64, proj_size=lstm.proj_size)
     plain.load_state_dict(lstm.state_dict())
-    is_plain = not training and set(options) <= {"recurrent_dropout", "recurrent_dropout_per_step"}
+    is_plain = not training and is_of_torch_in_evaluation(options)
     if packed == "padded":
         assert torch.equal(plain(x, hx, reset=reset)[0], output) == is_plain
 
@@ -274,6 +295,29 @@ def test_recurrent_dropout_of_keras(masks):
     assert mask.shape == (3, 5)
     for t in range(6):
         h, c = plain_step(x[t], h * mask / 0.6, c, *w)
+        torch.testing.assert_close(output[t], h, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["layer", "cell"])
+def test_recurrent_dropout_of_keras_2(kind, masks):
+    """keras.layers.LSTM with implementation 1: a mask (B, H) for each of the four gates."""
+    options = {"recurrent_dropout": 0.4, "recurrent_dropout_per_gate": True}
+    lstm, (w_ih, w_hh, bias), x, h = lstm_and_weights(4, 5, **options)
+    if kind == "layer":
+        output, _ = lstm(x)
+    else:
+        cell = lstm_ext.LSTMCell(4, 5, dtype=F64, **options)
+        cell.load_state_dict({n.removesuffix("_l0"): v for n, v in lstm.state_dict().items()})
+        x = x[:1]
+        output = cell(x[0])[0].unsqueeze(0)
+    (mask,) = masks[0.4]
+    assert mask.shape == (3, 20)
+    rec_dp_mask, c = (mask / 0.6).chunk(4, 1), h
+    for t in range(len(x)):
+        z = torch.cat([(h * m) @ w.T for m, w in zip(rec_dp_mask, w_hh.chunk(4), strict=True)], 1)
+        i, f, g, o = (x[t] @ w_ih.T + z + bias).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
         torch.testing.assert_close(output[t], h, rtol=0, atol=1e-12)
 
 
@@ -411,6 +455,7 @@ def test_draws_of_each_row_differ():
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
+        computed_in_python(patch)
         patch.setattr(_recurrence, "keep_mask", keep)
         lstm_ext.LSTM(3, 64, 2, bidirectional=True, zoneout_h=0.5, zoneout_c=0.5)(
             torch.randn(5, 4, 3)
@@ -430,6 +475,136 @@ def test_same_seed_same_numbers(options):
         outputs.append(lstm(x)[0])
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
+
+
+DIRECT = {
+    **STEPS,
+    "norms apart": {"normalize": "apart", "zoneout_h": 0.2},
+    "norm of the sum": {"normalize": "sum", "carry_norm": True, "recurrent_dropout": 0.3},
+    "no biases": {"normalize": "sum", "bias": False, "proj_size": 3, "projection_clip": 0.3},
+    "rare": {"zoneout_h": 1e-6, "recurrent_dropout": 1.0},
+}
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """The calls that C++ took and left, by name."""
+    calls = []
+
+    def watched(name, real):
+        def call(*arguments):
+            out = real(*arguments)
+            calls.append((name, out is not None))
+            return out
+
+        return call
+
+    for name in ("fast_lstm_with_steps", "fast_cell_with_steps"):
+        monkeypatch.setattr(_ops, name, watched(name, getattr(_ops, name)))
+    return calls
+
+
+def module_of(kind, options, *sizes):
+    normed = "normalize" in options
+    cls = {
+        "layer": (lstm_ext.LSTM, lstm_ext.LayerNormLSTM),
+        "cell": (lstm_ext.LSTMCell, lstm_ext.LayerNormLSTMCell),
+    }[kind][normed]
+    return randomize(cls(*sizes, **options))
+
+
+def in_both_ways(module, call):
+    """Outputs, gradients and the generator's state after, by C++ and by Python."""
+    results = []
+    for by_python in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if by_python:
+                computed_in_python(patch)
+            torch.manual_seed(5)
+            found = call()
+            grads = [torch.ones_like(t) for t in found]
+            found += torch.autograd.grad(found, list(module.parameters()), grads)
+        results.append([*found, torch.get_rng_state()])
+    return results
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", DIRECT)
+def test_direct_calls(options, training, direct):
+    """To the bit what Python computes, with the same draws."""
+    options = dict(DIRECT[options])
+    lstm = module_of("layer", {**options, "bidirectional": True}, 3, 5, 2).train(training)
+    lengths = torch.tensor([3, 5, 2])
+    packed = pack_padded_sequence(torch.randn(5, 3, 3), lengths, enforce_sorted=False)
+    x, hx = torch.randn(5, 3, 3), tuple(s.float() for s in states_for(lstm, 3))
+
+    def call():
+        output, states = lstm(x, hx)
+        of_packed, of_packed_states = lstm(packed)
+        return [output, *states, of_packed.data, *of_packed_states]
+
+    by_c, by_python = in_both_ways(lstm, call)
+    assert all(map(torch.equal, by_c, by_python))
+    # A dropout is of no effect in evaluation: torch's step, and another call.
+    plain = not training and is_of_torch_in_evaluation(options)
+    assert direct == [("fast_lstm_with_steps", True)] * (0 if plain else 2)
+    lstm.batch_first = True
+    assert all(map(torch.equal, *in_both_ways(lstm, lambda: [lstm(x.transpose(0, 1))[0]])))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", DIRECT)
+def test_direct_calls_of_cells(options, training, direct):
+    names = {"bias", "carry_norm", "normalize", *lstm_ext.LSTMCell.__init__.__kwdefaults__}
+    options = {n: v for n, v in DIRECT[options].items() if n in names}
+    cell = module_of("cell", options, 3, 5).train(training)
+    x, hx = torch.randn(4, 3), (torch.randn(4, 5), torch.randn(4, 5))
+    by_c, by_python = in_both_ways(cell, lambda: [*cell(x, hx), *cell(x)])
+    assert all(map(torch.equal, by_c, by_python))
+    plain = not training and is_of_torch_in_evaluation(options)
+    assert direct == [("fast_cell_with_steps", True)] * (0 if plain else 2)
+
+
+def test_what_direct_calls_leave_to_python(direct):
+    """Options that are not of a step, and what C++ does not know."""
+    x = torch.randn(5, 2, 3)
+
+    def taken(module, input=x, **more):
+        direct.clear()
+        module(input, **more)
+        return [by_c for _, by_c in direct]
+
+    clipped = {"cell_clip": 0.5}
+    assert taken(lstm_ext.LSTM(3, 4, **clipped)) == [True]
+    for name, value in (("input_dropout", 0.5), ("weight_dropout", 0.5), ("coupled_gates", True)):
+        module = lstm_ext.LSTM(3, 4, **clipped, **{name: value})
+        assert taken(module) == [False]
+        assert taken(module.eval()) == [name != "coupled_gates"]
+    assert taken(lstm_ext.LSTM(3, 4, 2, dropout=0.5, **clipped)) == [False]
+    assert taken(lstm_ext.LSTM(3, 4, **clipped), x[0]) == [False]
+    assert taken(lstm_ext.LSTM(3, 4, **clipped), reset=torch.zeros(5, 2, dtype=torch.bool)) == []
+    normed = lstm_ext.LayerNormLSTM(3, 4)
+    assert taken(normed) == [True]
+    torch.nn.utils.parametrizations.weight_norm(normed, "norm_c_l0", dim=None)
+    assert taken(normed) == [False]
+    cell = lstm_ext.LSTMCell(3, 4, zoneout_h=0.5)
+    assert taken(cell, x[0]) == [True]
+    assert taken(cell, x[0, 0]) == [False]
+    # torch.func draws in its own way.
+    cell.requires_grad_(False)
+    direct.clear()
+    torch.func.vmap(cell, randomness="different")(x)
+    assert direct == [("fast_cell_with_steps", False)]
+
+
+def test_direct_calls_check_what_they_read():
+    """Norms of another size or dtype get the operator's error, not numbers."""
+    x = torch.randn(5, 2, 3)
+    for name, bad in (("norm_hh_l0", torch.ones(15)), ("norm_c_l0", torch.ones(4).double())):
+        lstm = lstm_ext.LayerNormLSTM(3, 4)
+        setattr(lstm, name, nn.Parameter(bad))
+        with pytest.raises((RuntimeError, ValueError)):
+            lstm(x)
 
 
 @pytest.mark.parametrize("options", DROPOUTS)

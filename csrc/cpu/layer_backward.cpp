@@ -125,6 +125,7 @@ Tensor backward_loop(const StatesOutputGradients& grads, const StatesInputs& in,
         of_r.x = pairs ? of_h.factors : of_h.sum;
         of_r.packed = hr.at(block);
         of_r.out = computed.at(grad_r.mutable_data_ptr(), row * H);
+        of_r.out_stride = H;
         if (rows > 0) layer.multiply_columns(of_r, block, block_end);
         step.grad_h = of_r.out;
       } else {

@@ -62,8 +62,8 @@ template <class S>
 void state_gradient(const StateGradientArgs& args, int64_t first_block, int64_t last_block) {
   using T = ComputeType<S>;
   const PanelColumns own = panel_columns<S>(args.panels, first_block, last_block);
-  column_product<S>(args.panels, args.rows, args.grad_gates, args.packed, args.grad_h, first_block,
-                    last_block);
+  column_product<S>(args.panels, args.rows, args.grad_gates, args.packed, args.grad_h,
+                    args.panels.columns, first_block, last_block);
   const int64_t columns = args.panels.columns;
   for (int64_t r = 0; args.reset && r < args.rows; ++r) {
     if (!args.reset[r]) continue;

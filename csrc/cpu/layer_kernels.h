@@ -112,7 +112,8 @@ struct ColumnProductArgs {
   ColumnPanels panels;
   const void* x;  // factors
   const void* packed;
-  void* out;  // in the compute type
+  void* out;           // in the compute type
+  int64_t out_stride;  // from one of its rows to the next
 };
 
 // How packed weights are stored (weight_types.h, integer_weights.h), the last in 8 bits for rows in

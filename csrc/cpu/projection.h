@@ -50,11 +50,12 @@ void pack_row_panels(const ColumnPanels& panels, const void* m, void* packed, in
   }
 }
 
-// out [rows, columns] = x m, of some blocks' columns; x are factors, out is in the compute type.
+// out [rows, columns] = x m, of some blocks' columns; x are factors, out is in the compute type,
+// its rows out_stride apart.
 template <class S>
 LSTM_EXT_INLINE void column_product(const ColumnPanels& panels, int64_t rows, const void* x,
-                                    const void* packed, void* out, int64_t first_block,
-                                    int64_t last_block) {
+                                    const void* packed, void* out, int64_t out_stride,
+                                    int64_t first_block, int64_t last_block) {
   using T = ComputeType<S>;
   using F = FactorType<S>;
   const PanelColumns own = panel_columns<S>(panels, first_block, last_block);
@@ -63,7 +64,7 @@ LSTM_EXT_INLINE void column_product(const ColumnPanels& panels, int64_t rows, co
       panels.depth,
       static_cast<const F*>(x),
       static_cast<const F*>(packed),
-      {static_cast<T*>(out) + own.first, panels.columns, own.count, false},
+      {static_cast<T*>(out) + own.first, out_stride, own.count, false},
       Panel<F>::kColumns};
   if (panels.vectors == kPanelVectors) return packed_product<S>(product, last_block - first_block);
   const int64_t width = panels.vectors * kWidthOf<S>;
@@ -80,7 +81,7 @@ void project(const ProjectionArgs& args, int64_t first_block, int64_t last_block
   using T = ComputeType<S>;
   const int64_t P = args.panels.columns, stride = factor_row<S>(P);
   const PanelColumns own = panel_columns<S>(args.panels, first_block, last_block);
-  column_product<S>(args.panels, args.rows, args.r, args.packed, args.sums, first_block,
+  column_product<S>(args.panels, args.rows, args.r, args.packed, args.sums, P, first_block,
                     last_block);
   for (int64_t r = 0; r < args.rows; ++r) {
     const bool reset = args.reset_next && args.reset_next[r];
@@ -96,7 +97,8 @@ void project(const ProjectionArgs& args, int64_t first_block, int64_t last_block
 
 template <class S>
 void multiply_columns(const ColumnProductArgs& args, int64_t first_block, int64_t last_block) {
-  column_product<S>(args.panels, args.rows, args.x, args.packed, args.out, first_block, last_block);
+  column_product<S>(args.panels, args.rows, args.x, args.packed, args.out, args.out_stride,
+                    first_block, last_block);
 }
 
 template <class S>

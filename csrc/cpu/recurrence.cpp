@@ -83,6 +83,7 @@ class Recurrence {
         norm_(in.norm),
         norm_c_(in.norm_c),
         bias_c_(in.bias_c) {
+    const int64_t h_masks = h_masks_of(in);
     options = {H,
                P,
                bias_.data(),
@@ -93,13 +94,17 @@ class Recurrence {
                in.carry_norm,
                in.eps,
                in.cell_clip,
-               in.projection_clip};
+               in.projection_clip,
+               h_masks,
+               N};
   }
 
   int64_t factor_columns(int64_t K) const { return pairs ? (K + 1) / 2 * 2 : K; }
-  // Factors of N rows; the last of an odd number of pairs is never written.
-  Tensor factors(int64_t columns) const {
-    const Tensor rows = empty({N, factor_columns(columns)}, pairs ? dtype : compute_type(dtype));
+  // Factors of N rows, once or in several lists; the last of an odd number of pairs is never
+  // written.
+  Tensor factors(int64_t columns, int64_t lists = 1) const {
+    const Tensor rows =
+        empty({lists * N, factor_columns(columns)}, pairs ? dtype : compute_type(dtype));
     if (pairs) rows.zero_();
     return rows;
   }
@@ -171,23 +176,30 @@ class Part {
   int64_t row_end_, all_end_, meetings_ = 0;
 };
 
-// Two matrices as panels, the second where h is projected.
+// Two matrices as panels, the second where h is projected. The first comes gate by gate where each
+// has a mask of its own.
 class Panels {
  public:
   Panels(const Recurrence& r, int64_t depth, int64_t columns, int64_t r_depth, int64_t r_columns)
-      : hh(r.kernels.layer, compute_type(r.dtype), depth, columns, r.shares_of_weights()),
+      : hh(r.options.h_masks,
+           {r.kernels.layer, compute_type(r.dtype), depth, columns, r.shares_of_weights()}),
         hr(r.kernels.layer, compute_type(r.dtype), r_depth, r_columns, r.shares_of_weights()) {
     if (r.is_short()) return;
-    memory_ = empty_large({hh.bytes() + (r.projects ? hr.bytes() : 0)}, at::kByte);
-    hh.lie_at(memory_.mutable_data_ptr());
-    hr.lie_at(advance(memory_.mutable_data_ptr(), hh.bytes()));
+    const auto gates = static_cast<int64_t>(hh.size());
+    memory_ = empty_large({gates * hh[0].bytes() + (r.projects ? hr.bytes() : 0)}, at::kByte);
+    void* at = memory_.mutable_data_ptr();
+    for (PackedColumns& gate : hh) {
+      gate.lie_at(at);
+      at = advance(at, gate.bytes());
+    }
+    hr.lie_at(at);
   }
   // pack(matrix's panels, its data, first, last), by all threads, or by the one that reads them.
   template <class Pack>
   void pack_shared(const Recurrence& r, const Pack& pack) const {
     if (r.cut.own_blocks()) return;
-    cpu::run(hh.blocks(), 4 * r.H * r.P,
-             [&](int64_t from, int64_t to) { pack(hh, r.w_hh.data(), from, to); });
+    const int64_t blocks = hh[0].blocks();
+    cpu::run(blocks, 4 * r.H * r.P, [&](int64_t from, int64_t to) { pack_hh(r, from, to, pack); });
     if (r.projects)
       cpu::run(hr.blocks(), r.H * r.P,
                [&](int64_t from, int64_t to) { pack(hr, r.w_hr.data(), from, to); });
@@ -195,49 +207,70 @@ class Panels {
   template <class Pack>
   void pack_own(const Recurrence& r, const Part& part, const Pack& pack) const {
     if (!r.cut.own_blocks() || r.is_short()) return;
-    pack(hh, r.w_hh.data(), part.block(hh), part.block_end(hh));
+    pack_hh(r, part.block(hh[0]), part.block_end(hh[0]), pack);
     if (r.projects) pack(hr, r.w_hr.data(), part.block(hr), part.block_end(hr));
   }
 
-  PackedColumns hh, hr;
+  std::vector<PackedColumns> hh;
+  PackedColumns hr;
 
  private:
+  template <class Pack>
+  void pack_hh(const Recurrence& r, int64_t from, int64_t to, const Pack& pack) const {
+    const void* w = r.w_hh.data();
+    for (const PackedColumns& gate : hh) {
+      pack(gate, w, from, to);
+      w = r.stored.at(w, r.H * r.P);
+    }
+  }
+
   Tensor memory_;
 };
 
-// out = x m; w is m, as torch takes it where the sequence is short.
+// The rows of W_hh that have a mask of h in common, of each; or their transposes.
+std::vector<Tensor> parts_of(const Tensor& w_hh, int64_t h_masks, bool transposed) {
+  std::vector<Tensor> parts = w_hh.chunk(h_masks);
+  if (transposed)
+    for (Tensor& part : parts) part = part.t();
+  return parts;
+}
+
+// out = x m, its rows out_stride apart; w is m, as torch takes it where the sequence is short.
 void multiply(const Recurrence& r, const PackedColumns& m, const Tensor& w, const Part& part,
-              int64_t rows, const void* x, void* out, bool backwards) {
+              int64_t rows, const void* x, void* out, int64_t out_stride, bool backwards) {
   if (rows == 0) return;
   if (r.is_short()) {
     const ColumnPanels& size = m.panels();
-    const auto rows_of = [&](const void* data, int64_t columns) {
-      return at::from_blob(const_cast<void*>(data), {rows, columns}, at::dtype(r.dtype));
+    const auto rows_of = [&](const void* data, int64_t columns, int64_t stride) {
+      return at::from_blob(const_cast<void*>(data), {rows, columns}, {stride, 1},
+                           at::dtype(r.dtype));
     };
-    Tensor result = rows_of(out, size.columns);
-    at::mm_out(result, rows_of(x, size.depth), w);
+    Tensor result = rows_of(out, size.columns, out_stride);
+    at::mm_out(result, rows_of(x, size.depth, size.depth), w);
     return;
   }
   zigzag(part.block(m), part.block_end(m), rows == 1 ? kSideBlocks : 1, backwards,
          [&](int64_t from, int64_t to) {
-           r.kernels.layer.multiply_columns({rows, m.panels(), x, m.at(from), out}, from, to);
+           r.kernels.layer.multiply_columns({rows, m.panels(), x, m.at(from), out, out_stride},
+                                            from, to);
          });
 }
 
 void forward_loop(const Recurrence& r, const RecurrenceInputs& in, bool training,
                   RecurrenceTrainingOutputs& out) {
   const Dense gates_x(in.gates_x);
-  const Tensor w_hh = in.w_hh.t(), w_hr = r.projects ? in.w_hr->t() : Tensor();
+  const int64_t N = r.N, H = r.H, P = r.P, h_masks = r.options.h_masks;
+  const std::vector<Tensor> w_hh = parts_of(in.w_hh, h_masks, /*transposed=*/true);
+  const Tensor w_hr = r.projects ? in.w_hr->t() : Tensor();
   const auto transposed = [](const PackedColumns& m, const void* w, int64_t from, int64_t to) {
     m.pack_transposed(w, from, to);
   };
   const RecurrenceKernels& step_kernels = r.kernels.recurrence;
-  const int64_t N = r.N, H = r.H, P = r.P;
   const at::ScalarType compute = compute_type(r.dtype);
-  const Panels panels(r, P, 4 * H, H, P);
+  const Panels panels(r, P, 4 * H / h_masks, H, P);
   panels.pack_shared(r, transposed);
-  const Tensor z = empty({N, 4 * H}, compute), o_tanh = empty({N, H}, compute), x = r.factors(P),
-               r_factors = r.projects ? r.factors(H) : Tensor(),
+  const Tensor z = empty({N, 4 * H}, compute), o_tanh = empty({N, H}, compute),
+               x = r.factors(P, h_masks), r_factors = r.projects ? r.factors(H) : Tensor(),
                projected = r.projects ? empty({N, P}, compute) : Tensor();
   const int64_t x_columns = x.size(1);
   const bool normed = r.options.norm != nullptr;
@@ -265,9 +298,11 @@ void forward_loop(const Recurrence& r, const RecurrenceInputs& in, bool training
       begin.h_before = kept(out.kept.h_before, at);
       if (rows > 0) step_kernels.begin(begin);
       part.meet();
-      multiply(r, panels.hh, w_hh, part, all_rows,
-               r.factor.at(x.const_data_ptr(), part.all_row * x_columns),
-               r.computed.at(z.mutable_data_ptr(), part.all_row * 4 * H), s % 2 != 0);
+      for (int64_t k = 0; k < h_masks; ++k)
+        multiply(r, panels.hh[k], w_hh[k], part, all_rows,
+                 r.factor.at(x.const_data_ptr(), (k * N + part.all_row) * x_columns),
+                 r.computed.at(z.mutable_data_ptr(), part.all_row * 4 * H + k * H), 4 * H,
+                 s % 2 != 0);
       part.meet();
       RecurrenceStepArgs step = {};
       step.rows = rows;
@@ -298,7 +333,7 @@ void forward_loop(const Recurrence& r, const RecurrenceInputs& in, bool training
         part.meet();
         multiply(r, panels.hr, w_hr, part, all_rows,
                  r.factor.at(r_factors.const_data_ptr(), part.all_row * r_factors.size(1)),
-                 r.computed.at(projected.mutable_data_ptr(), part.all_row * P), s % 2 != 0);
+                 r.computed.at(projected.mutable_data_ptr(), part.all_row * P), P, s % 2 != 0);
         part.meet();
         end.h_new = r.computed.at(projected.const_data_ptr(), row * P);
         end.projected = kept(out.kept.projected, at);
@@ -325,7 +360,7 @@ RecurrenceTrainingOutputs forward(const RecurrenceInputs& in, bool training) {
     const int64_t normed = r.options.norm ? S : 0, projected = r.projects ? S : 0;
     out.kept.gates = empty_large({S, 4 * H}, r.dtype);
     out.kept.c_before = empty_large({S, H}, r.dtype);
-    out.kept.h_before = empty_large({S, P}, r.dtype);
+    out.kept.h_before = empty_large({S, r.options.h_masks * P}, r.dtype);
     out.kept.normalized = empty_large({normed, 4 * H}, r.dtype);
     out.kept.scale = empty({normed}, compute_type(r.dtype));
     out.kept.r = empty_large({projected, H}, r.dtype);
@@ -347,11 +382,13 @@ StepGradients backward_loop(const Recurrence& r, const RecurrenceInputs& in,
   const auto as_it_lies = [](const PackedColumns& m, const void* w, int64_t from, int64_t to) {
     m.pack(w, from, to);
   };
-  const Tensor &w_hh = in.w_hh, &w_hr = or_undefined(in.w_hr);
+  const int64_t N = r.N, H = r.H, P = r.P, S = r.sequence.S(), h_masks = r.options.h_masks;
+  const std::vector<Tensor> w_hh = parts_of(in.w_hh, h_masks, /*transposed=*/false);
+  const Tensor& w_hr = or_undefined(in.w_hr);
   const RecurrenceKernels& step_kernels = r.kernels.recurrence;
-  const int64_t N = r.N, H = r.H, P = r.P, S = r.sequence.S();
   const at::ScalarType compute = compute_type(r.dtype);
-  const Panels panels(r, 4 * H, P, P, H);
+  const int64_t z_columns = 4 * H / h_masks;
+  const Panels panels(r, z_columns, P, P, H);
   panels.pack_shared(r, as_it_lies);
   StepGradients of_steps;
   const auto of_all = [&](bool asked, int64_t columns) {
@@ -367,11 +404,13 @@ StepGradients backward_loop(const Recurrence& r, const RecurrenceInputs& in,
   of_steps.h_new = of_all(r.projects, P);
   const Dense grad_output(grads.output), gates(results.gates), c_before(results.c_before),
       normalized(results.normalized), scale(results.scale), projected(results.projected);
-  const Tensor z_factors = r.pairs ? empty({N, 4 * H}, r.dtype) : Tensor(),
+  const bool copies_z = r.pairs || h_masks > 1;
+  const Tensor z_factors = copies_z ? r.factors(z_columns, h_masks) : Tensor(),
                h_factors = r.pairs && r.projects ? r.factors(P) : Tensor(),
                grad_new = r.projects ? Tensor() : empty({N, P}, compute),
                grad_r = r.projects ? empty({N, H}, compute) : Tensor(),
-               product = empty({N, P}, compute), scratch = empty({r.cut.shares, 2, H}, compute);
+               product = empty({h_masks * N, P}, compute),
+               scratch = empty({r.cut.shares, 2, H}, compute);
   const auto at_row = [&](const Tensor& tensor, int64_t row) -> void* {
     if (!tensor.defined()) return nullptr;
     return r.computed.at(tensor.mutable_data_ptr(), row * tensor.size(1));
@@ -402,7 +441,8 @@ StepGradients backward_loop(const Recurrence& r, const RecurrenceInputs& in,
         const void* x = h_factors.defined() ? r.stored.at(h_factors.const_data_ptr(),
                                                           part.all_row * h_factors.size(1))
                                             : at_row(of_steps.h_new, offset + part.all_row);
-        multiply(r, panels.hr, w_hr, part, all_rows, x, at_row(grad_r, part.all_row), s % 2 != 0);
+        multiply(r, panels.hr, w_hr, part, all_rows, x, at_row(grad_r, part.all_row), H,
+                 s % 2 != 0);
         part.meet();
       }
       RecurrenceStepGradientArgs step = {};
@@ -419,7 +459,10 @@ StepGradients backward_loop(const Recurrence& r, const RecurrenceInputs& in,
       step.reset = reset;
       step.grad_c = at_row(grad_c, row);
       step.grad_z = at_row(of_steps.z, at);
-      if (r.pairs) step.z_factors = r.stored.at(z_factors.mutable_data_ptr(), row * 4 * H);
+      const auto z_factors_at = [&](int64_t of_row) {
+        return r.factor.at(z_factors.mutable_data_ptr(), of_row * z_factors.size(1));
+      };
+      if (copies_z) step.z_factors = z_factors_at(row);
       step.grad_pre = at_row(of_steps.pre, at);
       step.norm_terms = at_row(of_steps.norm_terms, at);
       step.norm_c_terms = at_row(of_steps.norm_c_terms, at);
@@ -428,9 +471,13 @@ StepGradients backward_loop(const Recurrence& r, const RecurrenceInputs& in,
       if (rows > 0) step_kernels.step_gradient(step);
       if (s == 0 && !wanted.hx) continue;
       part.meet();
-      const void* x = r.pairs ? r.stored.at(z_factors.const_data_ptr(), part.all_row * 4 * H)
-                              : at_row(of_steps.z, offset + part.all_row);
-      multiply(r, panels.hh, w_hh, part, all_rows, x, at_row(product, part.all_row), s % 2 != 0);
+      for (int64_t k = 0; k < h_masks; ++k) {
+        const int64_t first_row = k * N + part.all_row;
+        const void* x =
+            copies_z ? z_factors_at(first_row) : at_row(of_steps.z, offset + part.all_row);
+        multiply(r, panels.hh[k], w_hh[k], part, all_rows, x, at_row(product, first_row), P,
+                 s % 2 != 0);
+      }
       part.meet();
       RecurrenceBeginGradientArgs begin = {};
       begin.rows = rows;
@@ -504,16 +551,25 @@ RecurrenceGradients backward(const LayerOutputGradients& grads, const Recurrence
   out.norm = sum(wanted.norm, in.norm, of_steps.norm_terms);
   out.norm_c = sum(wanted.norm_c, in.norm_c, of_steps.norm_c_terms);
   out.bias_c = sum(wanted.bias_c, in.bias_c, of_steps.bias_c_terms);
-  const auto weight = [&](const Tensor& like, const Tensor& of_rows, const Tensor& rows) {
-    const Target target = Target::fresh(true, like);
+  // to = of_rows^T rows.
+  const auto weight = [&](const Tensor& to, const Tensor& of_rows, const Tensor& rows) {
     GateFactors factors(r.kernels.product, of_rows);
     Products products(r.kernels.product, factors);
-    products.add(target, true, rows);
+    products.add({to, false}, true, rows);
     products.run();
-    return target.tensor;
   };
-  if (wanted.w_hh) out.w_hh = weight(in.w_hh, of_steps.z, results.h_before);
-  if (wanted.w_hr && r.projects) out.w_hr = weight(*in.w_hr, of_steps.h_new, results.r);
+  if (wanted.w_hh) {
+    out.w_hh = empty(in.w_hh.sizes(), r.dtype);
+    const int64_t masks = r.options.h_masks;
+    for (int64_t k = 0; k < masks; ++k) {
+      const auto own = [&](const Tensor& rows) { return rows.chunk(masks, 1)[k].contiguous(); };
+      weight(out.w_hh.chunk(masks)[k], own(of_steps.z), own(results.h_before));
+    }
+  }
+  if (wanted.w_hr && r.projects) {
+    out.w_hr = empty(in.w_hr->sizes(), r.dtype);
+    weight(out.w_hr, of_steps.h_new, results.r);
+  }
   return out;
 }
 

@@ -84,7 +84,8 @@ LSTM_EXT_INLINE const S* row_of(const void* data, int64_t row, int64_t size) {
 
 template <class S>
 void begin_recurrence(const RecurrenceBeginArgs& args) {
-  const int64_t P = args.options.P, H = args.options.H, stride = factor_row<S>(P);
+  const int64_t P = args.options.P, H = args.options.H, stride = factor_row<S>(P),
+                masks = args.options.h_masks;
   for (int64_t row = 0; row < args.rows; ++row) {
     S* h = row_of<S>(args.h, row, P);
     if (args.reset && args.reset[row]) {
@@ -93,13 +94,16 @@ void begin_recurrence(const RecurrenceBeginArgs& args) {
     }
     const S* mask = mask_row<S>(args.dropout_h, row);
     auto* factors = static_cast<FactorElement<S>*>(args.factors) + row * stride;
-    S* before = row_of<S>(args.h_before, row, P);
-    for_vectors<S>(P, [&](int64_t at, int64_t n) {
-      auto v = load(h + at, n);
-      if (mask) v *= load(mask + at, n);
-      store(factors + at, v, n);
-      if (before) store(before + at, v, n);
-    });
+    S* before = row_of<S>(args.h_before, row, masks * P);
+    for (int64_t k = 0; k < masks; ++k) {
+      for_vectors<S>(P, [&](int64_t at, int64_t n) {
+        auto v = load(h + at, n);
+        if (mask) v *= load(mask + k * P + at, n);
+        store(factors + at, v, n);
+        if (before) store(before + k * P + at, v, n);
+      });
+      factors += args.options.factors_apart * stride;
+    }
   }
 }
 
@@ -349,10 +353,20 @@ void recurrence_step_gradient(const RecurrenceStepGradientArgs& args) {
         store(grad_z + at, grad, n);
       });
     }
-    if (args.z_factors)
+    if (!args.z_factors) continue;
+    if (options.h_masks == 1) {
       for_vectors<S>(4 * H, [&](int64_t at, int64_t n) {
         store(row_of<S>(args.z_factors, row, 4 * H) + at, V(load(grad_z + at, n)), n);
       });
+      continue;
+    }
+    auto* factors = static_cast<FactorElement<S>*>(args.z_factors) + row * factor_row<S>(H);
+    for (int k = 0; k < 4; ++k) {
+      for_vectors<S>(H, [&](int64_t at, int64_t n) {
+        store(factors + at, V(load(grad_z + k * H + at, n)), n);
+      });
+      factors += options.factors_apart * factor_row<S>(H);
+    }
   }
 }
 
@@ -368,11 +382,14 @@ void recurrence_begin_gradient(const RecurrenceBeginGradientArgs& args) {
     }
     const T* product = row_of<T>(args.grad_product, row, P);
     const S* mask = mask_row<S>(args.dropout_h, row);
-    for_vectors<S>(P, [&](int64_t at, int64_t n) {
-      auto v = load(product + at, n);
-      if (mask) v *= load(mask + at, n);
-      store(grad_h + at, load(grad_h + at, n) + v, n);
-    });
+    for (int64_t k = 0; k < args.options.h_masks; ++k) {
+      for_vectors<S>(P, [&](int64_t at, int64_t n) {
+        auto v = load(product + at, n);
+        if (mask) v *= load(mask + k * P + at, n);
+        store(grad_h + at, load(grad_h + at, n) + v, n);
+      });
+      product += args.options.factors_apart * P;
+    }
   }
 }
 

@@ -22,6 +22,9 @@ struct RecurrenceOptions {
   const void* bias_c;  // [H] or null
   bool norm_joint, carry_norm;
   double eps, cell_clip, projection_clip;
+  // 4 where each gate has a mask of h of its own, else 1. Then h is multiplied by W_hh gate by
+  // gate, and rows of factors come in four lists, factors_apart rows from each other.
+  int64_t h_masks, factors_apart;
 };
 
 // Before the product: states of reset rows become zero; then dropout_h * h as factors.
@@ -32,8 +35,8 @@ struct RecurrenceBeginArgs {
   MaskRowsArgs dropout_h;
   void* h;         // [rows, P]
   void* c;         // [rows, H]
-  void* factors;   // [rows, P] as factors
-  void* h_before;  // [rows, P]; null in inference
+  void* factors;   // [h_masks][rows, P] as factors
+  void* h_before;  // [rows, h_masks P]; null in inference
 };
 
 // After it: gates and c.
@@ -88,7 +91,8 @@ struct RecurrenceStepGradientArgs {
   const bool* reset;   // or null
   void* grad_c;        // [rows, H] in the compute type, replaced
   void* grad_z;        // [rows, 4H] in the compute type
-  void* z_factors;     // [rows, 4H] as factors where those are pairs, else null
+  void* z_factors;     // the same as factors: [rows, 4H] where those are pairs, else null; or
+                       // where there are four masks of h, [4][rows, H]
   void* grad_pre;      // [rows, 4H] in the compute type, or null
   void* norm_terms;    // [rows, 4H] in the compute type, or null: their sum is the gradient of norm
   void* norm_c_terms;  // [rows, H], the same of norm_c
@@ -99,7 +103,7 @@ struct RecurrenceStepGradientArgs {
 struct RecurrenceBeginGradientArgs {
   int64_t rows;
   RecurrenceOptions options;
-  const void* grad_product;  // [rows, P] in the compute type: grad_z W_hh
+  const void* grad_product;  // [h_masks][factors_apart, P] in the compute type: grad_z W_hh
   MaskRowsArgs dropout_h;
   const bool* reset;  // or null
   void* grad_h;       // [rows, P] in the compute type: added to

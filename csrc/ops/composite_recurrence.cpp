@@ -63,6 +63,41 @@ Tensor mix(const Tensor& update, const Tensor& next, const Tensor& before) {
   return update.defined() ? update * next + (1 - update) * before : next;
 }
 
+// rows W_hh^T; or, of rows that are masked h for each gate side by side, each by its part of W_hh.
+Tensor multiply_gates(const Tensor& rows, const Tensor& w_hh, int64_t h_masks) {
+  if (h_masks == 1) return at::linear(rows, w_hh);
+  const std::vector<Tensor> of_gate = rows.chunk(h_masks, -1), w = w_hh.chunk(h_masks);
+  std::vector<Tensor> parts;
+  for (int64_t k = 0; k < h_masks; ++k) parts.push_back(at::linear(of_gate[k], w[k]));
+  return at::cat(parts, -1);
+}
+// The gradients of these rows and of W_hh.
+Tensor rows_gradient(const Tensor& grad, const Tensor& w_hh, int64_t h_masks) {
+  if (h_masks == 1) return grad.mm(w_hh);
+  const std::vector<Tensor> of_gate = grad.chunk(h_masks, -1), w = w_hh.chunk(h_masks);
+  std::vector<Tensor> parts;
+  for (int64_t k = 0; k < h_masks; ++k) parts.push_back(of_gate[k].mm(w[k]));
+  return at::cat(parts, -1);
+}
+Tensor gates_gradient(const Tensor& grad, const Tensor& rows, int64_t h_masks) {
+  if (h_masks == 1) return grad.t().mm(rows);
+  const std::vector<Tensor> of_gate = grad.chunk(h_masks, -1), of_rows = rows.chunk(h_masks, -1);
+  std::vector<Tensor> parts;
+  for (int64_t k = 0; k < h_masks; ++k) parts.push_back(of_gate[k].t().mm(of_rows[k]));
+  return at::cat(parts);
+}
+// dropout_h * h, once or for each gate.
+Tensor drop_h(const Tensor& mask, const Tensor& h, int64_t h_masks) {
+  return mask.defined() ? (h_masks == 1 ? h : h.repeat({1, h_masks})) * mask : h;
+}
+Tensor drop_h_backward(const Tensor& mask, const Tensor& grad, int64_t h_masks) {
+  if (!mask.defined()) return grad;
+  Tensor sum;
+  for (const Tensor& part : (grad * mask).chunk(h_masks, -1))
+    sum = sum.defined() ? sum + part : part;
+  return sum;
+}
+
 Tensor plus(const Tensor& value, const std::optional<Tensor>& bias) {
   return defined(bias) ? value + *bias : value;
 }
@@ -83,9 +118,10 @@ RecurrenceStep make_step(const RecurrenceInputs& in, const Sequence& sequence, i
   step.update_h = mask_at(in.update_h, in, sequence, t);
   step.update_c = mask_at(in.update_c, in, sequence, t);
   step.dropout_h = mask_at(in.dropout_h, in, sequence, t);
-  step.h_multiplied = step.dropout_h.defined() ? h * step.dropout_h : h;
+  const int64_t h_masks = h_masks_of(in);
+  step.h_multiplied = drop_h(step.dropout_h, h, h_masks);
   step.c_before = c;
-  const Tensor z = at::linear(step.h_multiplied, in.w_hh), x = sequence.of(rows, t);
+  const Tensor z = multiply_gates(step.h_multiplied, in.w_hh, h_masks), x = sequence.of(rows, t);
   Tensor pre;
   if (!defined(in.norm)) {
     pre = x + z;
@@ -160,7 +196,7 @@ LayerOutputs recurrence(const RecurrenceInputs& in) {
 
 RecurrenceTrainingOutputs recurrence_forward(const RecurrenceInputs& in) {
   const RecurrenceSteps steps = run_recurrence(in);
-  const int64_t H = in.cx.size(1), P = in.hx.size(1);
+  const int64_t H = in.cx.size(1), P = in.hx.size(1), h_masks = h_masks_of(in);
   const Tensor none = in.hx.new_empty({0, 4 * H});
   RecurrenceTrainingOutputs out;
   out.output = output_of(steps, in);
@@ -170,8 +206,8 @@ RecurrenceTrainingOutputs recurrence_forward(const RecurrenceInputs& in) {
       join_steps(steps, in.hx, 4 * H, [](const RecurrenceStep& step) { return join(step.gate); });
   out.kept.c_before =
       join_steps(steps, in.hx, H, [](const RecurrenceStep& step) { return step.c_before; });
-  out.kept.h_before =
-      join_steps(steps, in.hx, P, [](const RecurrenceStep& step) { return step.h_multiplied; });
+  out.kept.h_before = join_steps(steps, in.hx, h_masks * P,
+                                 [](const RecurrenceStep& step) { return step.h_multiplied; });
   const at::ScalarType sums = in.hx.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   if (defined(in.norm)) {
     out.kept.normalized =
@@ -205,6 +241,7 @@ RecurrenceGradients recurrence_backward(const LayerOutputGradients& grads,
   check_backward_sizes(grads, in, results);
   const RecurrenceSteps steps = run_recurrence(in);
   const LayerInputs layer = in.sequence();
+  const int64_t h_masks = h_masks_of(in);
   const Sequence& sequence = steps.sequence;
   Tensor grad_h = defined(grads.hy) ? *grads.hy : at::zeros_like(in.hx);
   Tensor grad_c = defined(grads.cy) ? *grads.cy : at::zeros_like(in.cx);
@@ -255,9 +292,9 @@ RecurrenceGradients recurrence_backward(const LayerOutputGradients& grads,
       of_z = normalize_backward(step.z, of_pre * *in.norm);
     }
     grad_rows[t] = defined(in.norm) && !in.norm_joint ? of_pre : of_z;
-    add(wanted.w_hh, sum.w_hh, [&] { return of_z.t().mm(step.h_multiplied); });
-    Tensor of_h_before = of_z.mm(in.w_hh);
-    if (step.dropout_h.defined()) of_h_before = of_h_before * step.dropout_h;
+    add(wanted.w_hh, sum.w_hh, [&] { return gates_gradient(of_z, step.h_multiplied, h_masks); });
+    Tensor of_h_before =
+        drop_h_backward(step.dropout_h, rows_gradient(of_z, in.w_hh, h_masks), h_masks);
     if (past_h.defined()) of_h_before = of_h_before + past_h;
     if (past_c.defined()) of_c_before = of_c_before + past_c;
     grad_h = over(reset_to_zero(of_h_before, layer, t), grad_h);

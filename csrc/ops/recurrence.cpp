@@ -20,6 +20,10 @@ MaskRows mask_rows(const at::Tensor& mask, const RecurrenceInputs& in) {
                                                                   : MaskRows::kStep;
 }
 
+int64_t h_masks_of(const RecurrenceInputs& in) {
+  return defined(in.dropout_h) && in.dropout_h->sym_size(-1) != in.hx.sym_size(1) ? 4 : 1;
+}
+
 namespace {
 
 bool mask_fits(const std::optional<at::Tensor>& mask, const c10::SymInt& columns,
@@ -50,7 +54,7 @@ bool sizes_fit(const RecurrenceInputs& in) {
          (!in.projects() ||
           (in.w_hr->dim() == 2 && in.w_hr->sym_size(0) == P && in.w_hr->sym_size(1) == H)) &&
          mask_fits(in.update_h, P, in) && mask_fits(in.update_c, H, in) &&
-         mask_fits(in.dropout_h, P, in);
+         (mask_fits(in.dropout_h, P, in) || mask_fits(in.dropout_h, 4 * P, in));
 }
 
 template <class Visit>
@@ -72,13 +76,14 @@ bool fusable(const RecurrenceInputs& in) {
 }
 
 void check_recurrence(const RecurrenceInputs& in) {
-  TORCH_CHECK(sizes_fit(in),
-              "lstm_recurrence: expected gates_x (L, N, 4H) or packed (S, 4H), states (N, P) and "
-              "(N, H), w_hh (4H, P), w_hr (P, H) or P = H, bias and norm (4H), norm_c and bias_c "
-              "(H), and masks of all steps, of each sequence (N, ..) or of each unit; got gates_x "
-              "of shape ",
-              in.gates_x.sym_sizes(), ", states of ", in.hx.sym_sizes(), " and ", in.cx.sym_sizes(),
-              ", w_hh of ", in.w_hh.sym_sizes());
+  TORCH_CHECK(
+      sizes_fit(in),
+      "lstm_recurrence: expected gates_x (L, N, 4H) or packed (S, 4H), states (N, P) and "
+      "(N, H), w_hh (4H, P), w_hr (P, H) or P = H, bias and norm (4H), norm_c and bias_c "
+      "(H), and masks of all steps, of each sequence (N, ..) or of each unit, dropout_h for "
+      "all gates (.., P) or for each (.., 4P); got gates_x of shape ",
+      in.gates_x.sym_sizes(), ", states of ", in.hx.sym_sizes(), " and ", in.cx.sym_sizes(),
+      ", w_hh of ", in.w_hh.sym_sizes());
   TORCH_CHECK(!defined(in.bias_c) || defined(in.norm_c), "bias_c is for a call with norm_c");
   TORCH_CHECK(in.projection_clip == 0 || in.projects(), "projection_clip is for a call with w_hr");
   TORCH_CHECK(in.cell_clip >= 0 && in.projection_clip >= 0, "a clip must not be negative, got ",
@@ -99,14 +104,14 @@ void check_backward_sizes(const LayerOutputGradients& grads, const RecurrenceInp
   check(grads.output, output);
   check(grads.hy, in.hx.sizes());
   check(grads.cy, in.cx.sizes());
-  const int64_t H = in.cx.size(1), P = in.hx.size(1),
+  const int64_t H = in.cx.size(1), P = in.hx.size(1), h_columns = h_masks_of(in) * P,
                 S = in.gates_x.size(0) * (defined(in.batch_sizes) ? 1 : in.gates_x.size(1));
   const int64_t normed = defined(in.norm) ? S : 0, projected = in.projects() ? S : 0;
   const auto has = [](const at::Tensor& tensor, int64_t rows, int64_t columns) {
     return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns;
   };
   TORCH_CHECK(has(results.gates, S, 4 * H) && has(results.c_before, S, H) &&
-                  has(results.h_before, S, P) && has(results.normalized, normed, 4 * H) &&
+                  has(results.h_before, S, h_columns) && has(results.normalized, normed, 4 * H) &&
                   results.scale.dim() == 1 && results.scale.size(0) == normed &&
                   has(results.r, projected, H) && has(results.projected, projected, P),
               "lstm_recurrence_backward: what the forward kept must be that of "

@@ -3,7 +3,7 @@
 // optional, but for the gates. Shapes: L time, N batch, H hidden, P projected (else H), S = L N, or
 // for a packed sequence the sum of its batch sizes.
 //
-//   z      = (dropout_h * h) W_hh^T
+//   z      = (dropout_h * h) W_hh^T               or each gate's rows of z by a mask of their own
 //   pre    = gates_x + norm(z) + bias, or norm(gates_x + z) + bias where norm_joint
 //   i, f, g, o = the activated gates
 //   c~     = clip(f * c + i * g)
@@ -37,7 +37,8 @@ struct RecurrenceInputs {
   const std::optional<at::Tensor>& norm_c;  // [H]
   const std::optional<at::Tensor>& bias_c;  // [H], with norm_c
   const std::optional<at::Tensor>& w_hr;    // [P, H]
-  // Of all steps, like gates_x; of each sequence, [N, ..]; or of each unit, [..].
+  // Of all steps, like gates_x; of each sequence, [N, ..]; or of each unit, [..]. dropout_h may
+  // have 4P columns: masks for i, f, g and o.
   const std::optional<at::Tensor>& update_h;
   const std::optional<at::Tensor>& update_c;
   const std::optional<at::Tensor>& dropout_h;
@@ -65,7 +66,7 @@ inline constexpr int kRecurrenceTensors =
 struct RecurrenceKept {
   at::Tensor gates;       // [S, 4H], activated
   at::Tensor c_before;    // [S, H], the c that a step started from
-  at::Tensor h_before;    // [S, P], what W_hh multiplied
+  at::Tensor h_before;    // [S, P], what W_hh multiplied; [S, 4P] with a mask for each gate
   at::Tensor normalized;  // [S, 4H], where norm: before its weight
   at::Tensor scale;       // [S], where norm: one over the deviation, in the type of sums
   at::Tensor r;           // [S, H], where W_hr: what it multiplied
@@ -169,5 +170,7 @@ void check_backward(const LayerOutputGradients& grads, const RecurrenceInputs& i
 // Where a mask has its rows.
 enum class MaskRows { kUnit, kSequence, kStep };
 MaskRows mask_rows(const at::Tensor& mask, const RecurrenceInputs& in);
+// How many masks of h a row has: 4 where each gate has its own, else 1.
+int64_t h_masks_of(const RecurrenceInputs& in);
 
 }  // namespace lstm_ext

@@ -414,7 +414,7 @@ void check_projection(const Table& table, int64_t N, int64_t P, int64_t H) {
   layer.pack_columns(panels, weights.data(), packed.data(), 0, blocks);
   Bytes grad_r(N * H * size_of(compute));
   const Bytes given = pairs ? padded_rows(dtype, after, N, P) : pack(compute, after);
-  layer.multiply_columns({N, panels, given.data(), packed.data(), grad_r.data()}, 0, blocks);
+  layer.multiply_columns({N, panels, given.data(), packed.data(), grad_r.data(), H}, 0, blocks);
   compare(table, "projection: r gradient", N, P, H, compute, grad_r,
           multiply(after, false, w_hr, N, P, H), std::sqrt(static_cast<double>(P)) + 4);
 }
