@@ -18,7 +18,9 @@ def lstm_cell_module(
     module_dict: dict[str, Any], input: Tensor, hx: tuple[Tensor, Tensor] | None, /
 ) -> tuple[Tensor, Tensor] | None: ...
 
-frozen_lstm_cell_module = lstm_cell_module  # of the same arguments
+# Of the same arguments.
+frozen_lstm_cell_module = lstm_cell_module
+lstm_cell_module_with_steps = lstm_cell_module
 
 def lstm_module(
     module_dict: dict[str, Any],
@@ -28,7 +30,8 @@ def lstm_module(
     /,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | None: ...
 
-frozen_lstm_module = lstm_module  # of the same arguments
+frozen_lstm_module = lstm_module
+lstm_module_with_steps = lstm_module
 
 def set_gpu_cells_by_torch(by_torch: bool, /) -> None: ...
 def build_info() -> dict[str, str | bool]: ...

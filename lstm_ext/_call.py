@@ -478,7 +478,7 @@ def _why_not_direct(module: Any, data: Tensor, hx: Any, reset: Tensor | None) ->
     weights = [parameters.get(name) for name in module._flat_weights_names]
     reasons = {
         "the cell is not torch's": _variants.of_module(module) is not _variants.PLAIN,
-        "a step is not torch's": _step_options.counts(module),
+        **_step_options.why_not_direct(module),
         "reset": reset is not None,
         "checkpoint_every": module.checkpoint_every is not None,
         "dropout is to be drawn": bool(module.training and module.dropout),

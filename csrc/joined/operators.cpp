@@ -7,5 +7,6 @@
 #include "ops/composite_recurrence.cpp"
 #include "ops/layer.cpp"
 #include "ops/lstm.cpp"
+#include "ops/lstm_steps.cpp"
 #include "ops/projected.cpp"
 #include "ops/recurrence.cpp"

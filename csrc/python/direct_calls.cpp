@@ -106,11 +106,34 @@ void zeros_if_none(std::optional<at::Tensor>& h, std::optional<at::Tensor>& c,
   c = at::zeros(c_sizes, input.options());
 }
 
-template <bool Packed>
+// What a module is of.
+enum class Kind {
+  kPlain,   // torch's steps
+  kFrozen,  // the same with packed weights
+  kSteps    // steps of its own
+};
+
+// torch.func draws masks in its own way.
+bool is_transformed() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+bool all_of(at::ScalarType dtype, const std::vector<StepWeights>& layers) {
+  const auto fits = [&](const std::optional<at::Tensor>& t) {
+    return !t || t->scalar_type() == dtype;
+  };
+  for (const StepWeights& w : layers)
+    if (!fits(w.norm_ih) || !fits(w.norm) || !fits(w.norm_c) || !fits(w.bias_c)) return false;
+  return true;
+}
+
+template <Kind kKind>
 PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 4 || !plain_mode() || !THPVariable_CheckExact(args[1])) Py_RETURN_NONE;
-  if (Packed && at::autocast::is_autocast_enabled(at::kCPU)) Py_RETURN_NONE;
+  constexpr bool kPacked = kKind == Kind::kFrozen;
+  if (kPacked && at::autocast::is_autocast_enabled(at::kCPU)) Py_RETURN_NONE;
+  if (kKind == Kind::kSteps && is_transformed()) Py_RETURN_NONE;
   at::Tensor input = THPVariable_Unpack(args[1]);
   std::optional<at::Tensor> h, c, batch_sizes;
   if (!unpack_states(args[2], h, c) || !unpack(args[3], batch_sizes)) Py_RETURN_NONE;
@@ -125,14 +148,21 @@ PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
                                 : input.size(options->batch_first ? 0 : 1);
   if (N < 0) Py_RETURN_NONE;
   std::optional<OptionalTensors> weights =
-      Packed ? read_packed_weights(args[0], *options) : read_weights(args[0], *options);
+      kPacked ? read_packed_weights(args[0], *options) : read_weights(args[0], *options);
   if (!weights) Py_RETURN_NONE;
+  std::optional<StepOptions> steps;
+  std::optional<std::vector<StepWeights>> layers;
+  if (kKind == Kind::kSteps) {
+    steps = read_step_options(args[0], options->training);
+    if (steps) layers = read_step_weights(args[0], *options, *weights, *steps);
+    if (!layers || !all_of(input.scalar_type(), *layers)) Py_RETURN_NONE;
+  }
   const int64_t h_sizes[] = {options->states(), N, options->h_size()};
   const int64_t c_sizes[] = {options->states(), N, H};
   zeros_if_none(h, c, h_sizes, c_sizes, input);
   if (!usual(input, I, *h, *c, h_sizes, c_sizes)) Py_RETURN_NONE;
   for (size_t k = 0; k < weights->size(); ++k) {
-    const bool of_bytes = Packed && k % kPackedLayerWeights == 0;
+    const bool of_bytes = kPacked && k % kPackedLayerWeights == 0;
     const auto& weight = (*weights)[k];
     if (weight && !of_bytes && weight->scalar_type() != input.scalar_type()) Py_RETURN_NONE;
   }
@@ -140,9 +170,11 @@ PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
   if (transposed) input = input.transpose(0, 1);
   const bool brief = input.numel() / I * 4 * H * (I + H) * c_sizes[0] < kBriefWork;
   auto [output, h_n, c_n] = without_lock(brief, [&] {
+    if (kKind == Kind::kSteps)
+      return lstm_steps({input, *h, *c, *layers, batch_sizes, options->directions, *steps});
     const LSTMInputs in = {input, *h,          *c,           *weights,   options->directions == 2,
                            0,     batch_sizes, std::nullopt, kPlainCell, options->proj_size > 0};
-    return Packed ? lstm_packed(in) : lstm(in);
+    return kPacked ? lstm_packed(in) : lstm(in);
   });
   if (transposed) output = output.transpose(0, 1);
   const py::object states = py::reinterpret_steal<py::object>(wrap(std::move(h_n), std::move(c_n)));
@@ -173,6 +205,34 @@ PyObject* call_cell_module(PyObject* /*module*/, PyObject* const* args, Py_ssize
   }
   const CellInputs in = plain_cell(input, *h, *c, *(*w)[0], *(*w)[1], (*w)[2], (*w)[3]);
   auto [hy, cy] = without_lock(brief(in), [&] { return ops::lstm_cell::call(in); });
+  return wrap(std::move(hy), std::move(cy));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* call_cell_with_steps(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 3 || !plain_mode() || is_transformed() || !THPVariable_CheckExact(args[1]))
+    Py_RETURN_NONE;
+  const at::Tensor& input = THPVariable_Unpack(args[1]);
+  std::optional<at::Tensor> h, c;
+  if (input.dim() != 2 || !unpack_states(args[2], h, c)) Py_RETURN_NONE;
+  const std::optional<CellParameters> w = read_cell_weights(args[0]);
+  const std::optional<CellSizes> sizes = read_cell_sizes(args[0]);
+  const std::optional<bool> training = read_training(args[0]);
+  if (!w || !sizes || !training) Py_RETURN_NONE;
+  const std::optional<StepOptions> steps = read_step_options(args[0], *training);
+  if (!steps) Py_RETURN_NONE;
+  const std::optional<StepWeights> weights = read_cell_step_weights(args[0], *w, *steps);
+  if (!weights) Py_RETURN_NONE;
+  const int64_t N = input.sym_size(0).maybe_as_int().value_or(-1);
+  if (N < 0) Py_RETURN_NONE;
+  const int64_t state[] = {N, sizes->hidden};
+  zeros_if_none(h, c, state, state, input);
+  if (!usual(input, sizes->input, *h, *c, state, state) || !all_of(input.scalar_type(), {*weights}))
+    Py_RETURN_NONE;
+  const bool is_brief = N * 4 * sizes->hidden * (sizes->input + sizes->hidden) < kBriefWork;
+  auto [hy, cy] =
+      without_lock(is_brief, [&] { return lstm_cell_step(input, *h, *c, *weights, *steps); });
   return wrap(std::move(hy), std::move(cy));
   END_HANDLE_TH_ERRORS
 }
@@ -231,8 +291,12 @@ PyMethodDef* direct_calls() {
   static PyMethodDef methods[] = {
       method("lstm_cell", call_cell, "The operator lstm_ext::lstm_cell, called directly."),
       method("lstm_cell_module", call_cell_module, "A torch.nn.LSTMCell, by its __dict__."),
-      method("lstm_module", call_lstm<false>, "A torch.nn.LSTM, by its __dict__."),
-      method("frozen_lstm_module", call_lstm<true>, "A frozen LSTM, by its __dict__."),
+      method("lstm_module", call_lstm<Kind::kPlain>, "A torch.nn.LSTM, by its __dict__."),
+      method("frozen_lstm_module", call_lstm<Kind::kFrozen>, "A frozen LSTM, by its __dict__."),
+      method("lstm_module_with_steps", call_lstm<Kind::kSteps>,
+             "An LSTM whose steps are not torch's, by its __dict__."),
+      method("lstm_cell_module_with_steps", call_cell_with_steps,
+             "A cell whose step is not torch's, by its __dict__."),
       method("frozen_lstm_cell_module", call_frozen_cell, "A frozen cell, by its __dict__."),
       {nullptr, nullptr, 0, nullptr}};
   return methods;

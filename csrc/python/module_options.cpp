@@ -1,9 +1,13 @@
 #include "python/module_options.h"
 
+#include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <string>
+#include <string_view>
 #include <vector>
+
+namespace py = pybind11;
 
 namespace lstm_ext {
 namespace {
@@ -22,6 +26,8 @@ struct Names {
   PyObject* variant = PyUnicode_InternFromString("_variant");
   PyObject* checkpoint_every = PyUnicode_InternFromString("checkpoint_every");
   PyObject* parameters = PyUnicode_InternFromString("_parameters");
+  PyObject* step_options = PyUnicode_InternFromString("_step_options");
+  PyObject* layer_norm = PyUnicode_InternFromString("_layer_norm");
   PyObject* buffers = PyUnicode_InternFromString("_buffers");
   PyObject* packed_names = PyUnicode_InternFromString("_packed_names");
   PyObject* flat_weights = PyUnicode_InternFromString("_flat_weights");
@@ -88,10 +94,11 @@ bool unpack(PyObject* arg, std::optional<at::Tensor>& tensor) {
 std::optional<LSTMOptions> read_options(PyObject* dict) {
   const Names& n = names();
   LSTMOptions options = {};
-  bool bidirectional = false, training = false;
+  bool bidirectional = false;
   if (!read_bool(dict, n.bias, options.bias) ||
       !read_bool(dict, n.batch_first, options.batch_first) ||
-      !read_bool(dict, n.bidirectional, bidirectional) || !read_bool(dict, n.training, training) ||
+      !read_bool(dict, n.bidirectional, bidirectional) ||
+      !read_bool(dict, n.training, options.training) ||
       !read_int(dict, n.input_size, options.input_size) ||
       !read_int(dict, n.hidden_size, options.hidden_size) ||
       !read_int(dict, n.num_layers, options.num_layers) ||
@@ -100,7 +107,8 @@ std::optional<LSTMOptions> read_options(PyObject* dict) {
   if (look_up(dict, n.variant) != nullptr) return std::nullopt;
   PyObject* const dropout = look_up(dict, n.dropout);
   if (dropout == nullptr || !PyFloat_CheckExact(dropout)) return std::nullopt;
-  if (training && options.num_layers > 1 && PyFloat_AS_DOUBLE(dropout) != 0) return std::nullopt;
+  if (options.training && options.num_layers > 1 && PyFloat_AS_DOUBLE(dropout) != 0)
+    return std::nullopt;
   PyObject* const checkpoint_every = look_up(dict, n.checkpoint_every);
   if (checkpoint_every != nullptr && checkpoint_every != Py_None) return std::nullopt;
   if (options.input_size <= 0 || options.hidden_size <= 0 || options.num_layers <= 0)
@@ -185,6 +193,113 @@ std::optional<CellParameters> read_cell_weights(PyObject* dict) {
   }
   if (!weights[0] || !weights[1]) return std::nullopt;
   return weights;
+}
+
+namespace {
+
+bool as_number(PyObject* object, double& value) {
+  if (!PyFloat_CheckExact(object)) return false;
+  value = PyFloat_AS_DOUBLE(object);
+  return true;
+}
+
+// One of lstm_ext/_step_options.py. False where it is of effect and not of a step.
+bool read_step_option(const char* name, PyObject* value, StepOptions& steps) {
+  const std::string_view key = name;
+  if (key == "zoneout_h") return as_number(value, steps.zoneout_h);
+  if (key == "zoneout_c") return as_number(value, steps.zoneout_c);
+  if (key == "cell_clip") return as_number(value, steps.cell_clip);
+  if (key == "projection_clip") return as_number(value, steps.projection_clip);
+  if (key == "recurrent_dropout") return as_number(value, steps.recurrent_dropout);
+  if (key == "recurrent_dropout_per_step" || key == "recurrent_dropout_per_gate") {
+    (key == "recurrent_dropout_per_step" ? steps.dropout_per_step : steps.dropout_per_gate) =
+        value == Py_True;
+    return PyBool_Check(value) != 0;
+  }
+  const bool in_training = key == "input_dropout" || key == "weight_dropout" ||
+                           key == "weight_dropout_rows" || key == "variational_dropout";
+  return in_training && !steps.training;
+}
+
+bool read_norm_form(PyObject* dict, StepOptions& steps) {
+  PyObject* const form = look_up(dict, names().layer_norm);
+  if (form == nullptr || form == Py_None) return true;
+  if (!PyTuple_CheckExact(form) || PyTuple_GET_SIZE(form) != 3) return false;
+  PyObject *const joint = PyTuple_GET_ITEM(form, 0), *const carry = PyTuple_GET_ITEM(form, 1);
+  steps.norms = true;
+  steps.norm_joint = joint == Py_True;
+  steps.carry_norm = carry == Py_True;
+  return PyBool_Check(joint) && PyBool_Check(carry) &&
+         as_number(PyTuple_GET_ITEM(form, 2), steps.eps);
+}
+
+// The norms of a layer, whose parameters' names end so. False unless all are there, of their sizes.
+bool read_norms(PyObject* dict, const std::string& end, int64_t H, const StepOptions& steps,
+                StepWeights& w) {
+  if (!steps.norms) return true;
+  PyObject* const parameters = dict_in(dict, names().parameters);
+  if (parameters == nullptr) return false;
+  const auto read = [&](const char* name, int64_t size, std::optional<at::Tensor>& to) {
+    const py::str key(name + end);
+    PyObject* const found = parameter(dict, parameters, key.ptr());
+    return found == nullptr || (unpack(found, to) && bias_fits(to, size));
+  };
+  return (steps.norm_joint || (read("norm_ih", 4 * H, w.norm_ih) && w.norm_ih)) &&
+         read(steps.norm_joint ? "norm_gates" : "norm_hh", 4 * H, w.norm) && w.norm &&
+         read("norm_c", H, w.norm_c) && w.norm_c && read("bias_c", H, w.bias_c);
+}
+
+}  // namespace
+
+std::optional<StepOptions> read_step_options(PyObject* dict, bool training) {
+  StepOptions steps;
+  steps.training = training;
+  PyObject* const given = look_up(dict, names().step_options);
+  if (given != nullptr && given != Py_None) {
+    if (!PyDict_CheckExact(given)) return std::nullopt;
+    PyObject *key = nullptr, *value = nullptr;
+    for (Py_ssize_t at = 0; PyDict_Next(given, &at, &key, &value);) {
+      const char* const name = PyUnicode_CheckExact(key) ? PyUnicode_AsUTF8(key) : nullptr;
+      if (name == nullptr || !read_step_option(name, value, steps)) return std::nullopt;
+    }
+  }
+  if (!read_norm_form(dict, steps)) return std::nullopt;
+  const bool is_own = steps.norms || steps.zoneout_h > 0 || steps.zoneout_c > 0 ||
+                      steps.cell_clip > 0 || steps.projection_clip > 0 ||
+                      (training && steps.recurrent_dropout > 0);
+  return is_own ? std::optional(steps) : std::nullopt;
+}
+
+std::optional<std::vector<StepWeights>> read_step_weights(PyObject* dict,
+                                                          const LSTMOptions& options,
+                                                          const OptionalTensors& weights,
+                                                          const StepOptions& steps) {
+  std::vector<StepWeights> layers(options.states());
+  for (int64_t k = 0; k < options.states(); ++k) {
+    const auto* w = weights.data() + k * options.weights_per_layer();
+    StepWeights& to = layers[k];
+    to.w_ih = *w[0];
+    to.w_hh = *w[1];
+    to.b_ih = w[2];
+    to.b_hh = w[3];
+    if (options.proj_size > 0) to.w_hr = w[kLayerWeights];
+    const std::string end = "_l" + std::to_string(k / options.directions) +
+                            (k % options.directions == 1 ? "_reverse" : "");
+    if (!read_norms(dict, end, options.hidden_size, steps, to)) return std::nullopt;
+  }
+  return layers;
+}
+
+std::optional<StepWeights> read_cell_step_weights(PyObject* dict, const CellParameters& weights,
+                                                  const StepOptions& steps) {
+  StepWeights to = {*weights[0], *weights[1], weights[2], weights[3], {}, {}, {}, {}, {}};
+  if (to.w_hh.dim() != 2 || !read_norms(dict, "", to.w_hh.size(1), steps, to)) return std::nullopt;
+  return to;
+}
+
+std::optional<bool> read_training(PyObject* dict) {
+  bool training = false;
+  return read_bool(dict, names().training, training) ? std::optional(training) : std::nullopt;
 }
 
 std::optional<CellSizes> read_cell_sizes(PyObject* dict) {

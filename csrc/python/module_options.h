@@ -9,6 +9,7 @@
 
 #include "ops/cell.h"
 #include "ops/lstm.h"
+#include "ops/lstm_steps.h"
 
 namespace lstm_ext {
 
@@ -18,7 +19,7 @@ bool unpack(PyObject* arg, std::optional<at::Tensor>& tensor);
 struct LSTMOptions {
   int64_t input_size, hidden_size, num_layers, directions;
   int64_t proj_size;  // 0 without a projection
-  bool bias, batch_first;
+  bool bias, batch_first, training;
   int64_t states() const { return num_layers * directions; }
   int64_t h_size() const { return proj_size > 0 ? proj_size : hidden_size; }
   int64_t weights_per_layer() const { return kLayerWeights + (proj_size > 0 ? 1 : 0); }
@@ -39,6 +40,16 @@ std::optional<OptionalTensors> read_weights(PyObject* module_dict, const LSTMOpt
 std::optional<OptionalTensors> read_packed_weights(PyObject* module_dict,
                                                    const LSTMOptions& options);
 
+// What a module does in a step beyond torch's. None where there is nothing of the kind, or where
+// lstm_ext/_recurrence.py has to compute it: coupled gates, dropouts that do not belong to a step.
+std::optional<StepOptions> read_step_options(PyObject* module_dict, bool training);
+
+// Of each layer and direction: its weights, which read_weights has read, and its norms.
+std::optional<std::vector<StepWeights>> read_step_weights(PyObject* module_dict,
+                                                          const LSTMOptions& options,
+                                                          const OptionalTensors& weights,
+                                                          const StepOptions& steps);
+
 inline constexpr int kCellWeights = 4;  // w_ih, w_hh, b_ih, b_hh
 using CellParameters = std::array<std::optional<at::Tensor>, kCellWeights>;
 
@@ -53,6 +64,12 @@ std::optional<FrozenCell> read_frozen_cell(PyObject* module_dict);
 // The weights of a torch.nn.LSTMCell. None unless each is a parameter of the module, and its cell
 // is torch's.
 std::optional<CellParameters> read_cell_weights(PyObject* module_dict);
+
+std::optional<StepWeights> read_cell_step_weights(PyObject* module_dict,
+                                                  const CellParameters& weights,
+                                                  const StepOptions& steps);
+// None unless it is a bool.
+std::optional<bool> read_training(PyObject* module_dict);
 
 struct CellSizes {
   int64_t input, hidden;
