@@ -551,7 +551,11 @@ def test_autocast_with_projections(packed, given):
     with torch.autocast("cpu"):
         plain, (h_plain, c_plain) = lstm(data, hx, reset=reset)
         output, (h, c), cells = lstm(
-            data, hx, reset=reset, reset_hx=tuple(map(torch.zeros_like, to)), return_cell_states=True
+            data,
+            hx,
+            reset=reset,
+            reset_hx=tuple(map(torch.zeros_like, to)),
+            return_cell_states=True,
         )
         other = lstm(data, hx, reset=reset, reset_hx=to)
     data_of = [t.data if packed else t for t in (plain, output, cells, other[0])]
