@@ -25,7 +25,7 @@ export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
 endif
 
 .PHONY: demo test test-slow test-all test-matrix wheel wheels cuda-build gpu-prebuild gpu-check \
-	bench lint format docs clean
+	bench bench-options lint format docs clean
 
 demo: $(BUILT)
 	$(BIN)/python -m lstm_ext demo
@@ -80,6 +80,15 @@ bench: $(TESTS)
 	$(BIN)/python benchmarks/bench_sequence.py
 	$(BIN)/python benchmarks/report.py benchmarks/results/sequence.json --png
 	$(BIN)/python benchmarks/bench_models.py
+
+# The options that torch's layer lacks or has in its slow path, each with its rows, in one run.
+bench-options: $(TESTS)
+	$(BIN)/python -m pip install -e ".[published]"
+	$(BIN)/python benchmarks/bench_projection.py
+	$(BIN)/python benchmarks/bench_states.py
+	$(BIN)/python benchmarks/bench_ragged.py
+	$(BIN)/python benchmarks/bench_setup.py
+	$(BIN)/python benchmarks/tables.py
 
 # The site of the documentation, in build/docs: no warning allowed, every public name has an entry.
 docs: $(VENV)/.docs

@@ -424,24 +424,51 @@ def ragged_rows() -> list[str]:
     )
 
 
-OVERHEADS = "on / off", "learned / to zero"  # what an option of ours costs, where 1 is the best
+# What an option or a way of ours costs, where 1 is the best.
+OVERHEADS = "on / off", "learned / to zero", "both clips / no clip", " / outside"
+SIZES = "length x batch x input -> hidden"
 
 
-def with_ratios(rows: Rows, suffix: str = "") -> list[str]:
+def with_ratios(
+    rows: Rows,
+    suffix: str = "",
+    named: Callable[[dict[str, Any]], list[str]] = lambda row: [sized(row), row["mode"]],
+    heads: tuple[str, ...] = (SIZES, ""),
+) -> list[str]:
     """Lay out rows with times in microseconds and with several ratios, a rival's bold below 1."""
     body = [
         [
-            sized(row), row["mode"], str(row["threads"]),
+            *named(row), str(row["threads"]),
             *(number(time) for time in row["us"].values()),
             *(
-                f"{ratio:.2f}" if name in OVERHEADS else bold_below_one(ratio)
+                f"{ratio:.2f}" if name.endswith(OVERHEADS) else bold_below_one(ratio)
                 for name, ratio in row["ratios"].items()
             ),
         ]
         for row in rows
     ]  # fmt: skip
-    head = ["length x batch x input -> hidden", "", "threads", *rows[0]["us"]]
-    return lines([*head, *(f"{name}{suffix}" for name in rows[0]["ratios"])], body, 2)
+    head = [*heads, "threads", *rows[0]["us"]]
+    return lines([*head, *(f"{name}{suffix}" for name in rows[0]["ratios"])], body, len(heads))
+
+
+def projection_clips() -> list[str]:
+    return measured("projection_clips.json") + with_ratios(
+        load(RESULTS / "projection_clips.json")["rows"],
+        named=lambda row: [projection_name(row), row["mode"]],
+        heads=("length x batch x input -> H -> P", ""),
+    )
+
+
+def setup_rows(which: str) -> list[str]:
+    """Every row of one of the tables of bench_setup.py."""
+
+    def named(row: dict[str, Any]) -> list[str]:
+        I, H, K, D = row["shape"].split("x")
+        return [f"{I} -> {H}, {K} x {D}", row["what"]]
+
+    rows = [row for row in load(RESULTS / "setup.json")["rows"] if row["table"] == which]
+    heads = "input -> hidden, layers x directions", {"init": "", "replacing": "device"}[which]
+    return measured("setup.json") + with_ratios(rows, named=named, heads=heads)
 
 
 def all_rows(file: str, modes: Iterable[str] = ()) -> list[str]:
@@ -477,6 +504,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "accuracy-tags": lambda: accuracy("tagger", "silero-vad", ("{:.2f}%", "{:.2f}")),
     "projection-means": projection_means,
     "projection-rows": projection_rows,
+    "projection-clips": projection_clips,
+    "setup-init": lambda: setup_rows("init"),
+    "setup-replacing": lambda: setup_rows("replacing"),
     "states-cells": lambda: states_rows("cells"),
     "states-resets": lambda: states_rows("resets"),
     "states-torchrl": lambda: states_rows("torchrl"),

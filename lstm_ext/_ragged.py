@@ -7,7 +7,6 @@ one gather, and the outputs back by another.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -199,16 +198,17 @@ def _eager(function: Callable[..., tuple[Tensor, States]]) -> Callable[..., tupl
     """Have TorchDynamo leave a function alone, which it would break into many small graphs."""
     if torch.compiler.is_dynamo_compiling():
         torch._dynamo.graph_break(msg=_NO_GRAPH)
-    return _disabled(function) if "torch._dynamo" in sys.modules else function
+    if "torch._dynamo" not in sys.modules:
+        return function
+    if function not in _disabled:
+        _disabled[function] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+            function, reason=_NO_GRAPH
+        )
+    return _disabled[function]
 
 
-@functools.cache
-def _disabled(
-    function: Callable[..., tuple[Tensor, States]],
-) -> Callable[..., tuple[Tensor, States]]:
-    disabled: Callable[..., tuple[Tensor, States]]
-    disabled = torch.compiler.disable(function, reason=_NO_GRAPH)  # type: ignore[no-untyped-call]
-    return disabled
+# By the function. No functools.cache, of which TorchDynamo warns the user.
+_disabled: dict[Callable[..., tuple[Tensor, States]], Callable[..., tuple[Tensor, States]]] = {}
 
 
 def _run_nested(

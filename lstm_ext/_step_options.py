@@ -7,6 +7,7 @@ state dict and its pickle are torch's.
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, NamedTuple
 
 
@@ -54,7 +55,7 @@ def _check(name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
         return value
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if name.endswith("clip"):
         if value is None:
             return 0.0

@@ -95,11 +95,14 @@ def layer_in_steps(
         activated, h_t, c_t = CELLS[cell.number].forward(pre, c_t, w.unit_weights)
         if w.w_hr is not None:
             h_t = torch.nn.functional.linear(h_t, w.w_hr)
+            # Under autocast that has the lower precision, and c has its own, as torch's layer.
+            c_t = c_t.to(c.dtype)
         if keep is not None:
             keep(t, (*activated, c_t, h_t))
         steps[t] = h_t
         # Sequences that have ended, or in reverse not begun, keep their states.
-        h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])
+        h = torch.cat([h_t, h[n:].to(h_t.dtype)])
+        c = torch.cat([c_t, c[n:].to(c_t.dtype)])
     return torch.cat(steps).reshape(*input.shape[:-1], h.shape[1]), h, c
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,9 +44,10 @@ def forget_bias_(module: nn.Module, value: float = 1.0) -> list[str]:
 
     Raises:
         TypeError: the module is no ``torch.nn.Module``, or the value no number.
-        ValueError: there is no LSTM, or one that was built with ``bias=False``; a bias is computed
-            by something else (a parametrization, a hook), is on the meta device, or is one tensor
-            with a bias that should become another number.
+        ValueError: there is no LSTM, or one whose forget gate has no bias (``bias=False``,
+            ``coupled_gates=True``); a bias is computed by something else (a parametrization, a
+            hook), is on the meta device, or is one tensor with a bias that should become another
+            number.
         RuntimeError: an LSTM is frozen.
 
     Whatever is raised, nothing has been written.
@@ -55,7 +57,7 @@ def forget_bias_(module: nn.Module, value: float = 1.0) -> list[str]:
         >>> lstm_ext.init.forget_bias_(model)
         ['0.bias_ih_l0', '0.bias_hh_l0']
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"forget_bias_: value should be a number, got {type(value).__name__}")
     writes = _Writes("forget_bias_")
     for name, lstm in writes.lstms(module):
@@ -63,6 +65,11 @@ def forget_bias_(module: nn.Module, value: float = 1.0) -> list[str]:
             raise ValueError(
                 f"forget_bias_: {name or type(lstm).__name__} has no biases (it was built with "
                 "bias=False), so that its forget gate has none"
+            )
+        if getattr(lstm, "coupled_gates", False):
+            raise ValueError(
+                f"forget_bias_: {name or type(lstm).__name__} has coupled gates: its forget gate "
+                "is 1 - i, and has no bias of its own"
             )
         for suffix in _suffixes(lstm):
             for kind, number in (("bias_ih", float(value)), ("bias_hh", 0.0)):

@@ -275,7 +275,7 @@ def test_wrong_cell_states_are_not_timed(monkeypatch):
         bench_states.compare(ways, ["on", "off", "loop of cells"])
 
 
-def test_projection_benchmark(bench, capsys):
+def test_projection_benchmark(bench, capsys, tmp_path):
     rows = bench("bench_projection", "4x3x3x4x2")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:5]] == ["4x3x3x4x2"] * 4
@@ -283,6 +283,53 @@ def test_projection_benchmark(bench, capsys):
         "inference", "training", "packed inference", "packed training",
     ]  # fmt: skip
     assert all(row["ratio"] > 0 for row in rows)
+    clips = json.loads((tmp_path / "rows_clips.json").read_text())["rows"]
+    assert [row["mode"] for row in clips] == ["inference", "training"]
+    for row in clips:
+        assert list(row["us"]) == ["no clip", "both clips", "loop by hand"]
+        assert all(ratio > 0 for ratio in row["ratios"].values())
+
+
+def test_wrong_clips_are_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench = importlib.import_module("bench_projection")
+    x = torch.ones(2)
+    ways = {"no clip": lambda: 2 * x, "both clips": lambda: x, "loop by hand": lambda: x}
+    bench.compare_clips(ways)
+    with pytest.raises(AssertionError, match="Mismatched"):
+        bench.compare_clips({**ways, "loop by hand": lambda: 0.99 * x})
+    with pytest.raises(AssertionError, match="nothing was clipped"):
+        bench.compare_clips({**ways, "no clip": lambda: x})
+
+
+def test_setup_benchmark(bench, capsys):
+    rows = bench("bench_setup", "2x3x2x2")
+    kinds = [
+        ("init", "forget_bias_"), ("init", "orthogonal_"), ("replacing", "cpu"),
+        ("replacing", "meta"),
+    ]  # fmt: skip
+    assert [(row["table"], row["what"]) for row in rows] == kinds
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+    for row in rows:
+        for name, ratio in row["ratios"].items():
+            a, b = name.split(" / ")
+            assert ratio == pytest.approx(row["us"][a] / row["us"][b])
+    assert type(torch.nn.LSTM(2, 3)) is torch.nn.LSTM
+
+
+def test_wrong_setups_are_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench = importlib.import_module("bench_setup")
+    model = torch.nn.Sequential(torch.nn.LSTM(2, 3))
+    by_hand, ours = bench.INIT["forget_bias_"]
+    bench.compare_init(by_hand, ours, model)
+    with pytest.raises(AssertionError, match="not equal"):
+        bench.compare_init(by_hand, lambda m: ours(m, 2.0), model)
+    with pytest.raises(AssertionError, match="by ours"):
+        bench.compare_init(by_hand, lambda m: ours(m)[:1], model)
+    ways = bench.building_ways((2, 3, 1, 1), "cpu")
+    with pytest.raises(AssertionError, match="wanted"):
+        bench.compare_built({**ways, "convert": ways["outside"]})
 
 
 @pytest.mark.parametrize("loops", [False, pytest.param(True, marks=pytest.mark.slow)])

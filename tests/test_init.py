@@ -159,6 +159,12 @@ def without_bias():
     return Model(bias=False), "encoder has no biases"
 
 
+def coupled():
+    model = Model()
+    model.cells[0] = lstm_ext.LSTMCell(2 * H, H, coupled_gates=True)
+    return model, r"cells\.0 has coupled gates"
+
+
 def frozen():
     model = Model().eval()
     lstm_ext.freeze(lstm_ext.convert(model).cells)
@@ -219,7 +225,7 @@ REFUSED = [frozen, meta, parametrized, normalised, normalised_by_hook, pruned, o
 @pytest.mark.parametrize(
     ("function", "make"),
     [(f, make) for f in (forget_bias_, orthogonal_) for make in (*REFUSED, no_lstm)]
-    + [(forget_bias_, without_bias)],
+    + [(forget_bias_, without_bias), (forget_bias_, coupled)],
     ids=lambda value: value.__name__,
 )
 def test_refused_as_a_whole(function, make):
@@ -258,6 +264,15 @@ def test_wrong_arguments():
     with pytest.raises(TypeError):
         orthogonal_(lstm, "1")
     assert_untouched(lstm, before)
+
+
+def test_a_number_of_numpy_is_a_number():
+    """float32 of NumPy is no Python float, as float64 is."""
+    numpy = pytest.importorskip("numpy")
+    lstm = lstm_ext.LSTM(3, H, cell_clip=numpy.float32(0.5))
+    assert lstm.cell_clip == 0.5
+    forget_bias_(lstm, numpy.float32(2))
+    assert (lstm.bias_ih_l0[GATES["f"]] == 2).all()
 
 
 @pytest.mark.parametrize("function", [forget_bias_, orthogonal_])

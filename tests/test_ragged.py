@@ -400,9 +400,10 @@ def test_a_trace_takes_no_nested_tensor():
 
 
 @pytest.mark.parametrize("allow_rnn", [False, *slow(True)])
-def test_compile(allow_rnn, caplog):
+def test_compile(allow_rnn, caplog, recwarn):
     """The graph breaks at the sequences: once, not at every question about their lengths."""
     torch._dynamo.reset()
+    torch._dynamo.utils.warn_once_cache.clear()
     lstm, x, sequences = build(), jagged(2, 0, 3), make_sequences()
     with torch._dynamo.config.patch(allow_rnn=allow_rnn):
         expected, _ = lstm(x)
@@ -412,6 +413,7 @@ def test_compile(allow_rnn, caplog):
         outputs, _ = torch.compile(lambda s: by_list(lstm, s), backend="aot_eager")(sequences)
         torch.testing.assert_close(outputs, expected)
     assert "Graph break" not in caplog.text
+    assert not [w for w in recwarn if "_ragged.py" in str(w.message)]
     torch._dynamo.reset()
 
 

@@ -539,6 +539,34 @@ def test_autocast(packed):
     assert [g.dtype for g in grads] == [torch.float32] * 2
 
 
+@pytest.mark.parametrize("given", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_autocast_with_projections(packed, given):
+    """The dtypes of the plain call: h has the lower precision, c that of c_0."""
+    lstm = lstm_ext.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2)
+    x, reset = torch.randn(5, 2, 3), torch.rand(5, 2) < 0.4
+    data = pack_padded_sequence(x, torch.tensor([3, 5]), enforce_sorted=False) if packed else x
+    hx = None if given is None else tuple(torch.randn(4, 2, n).to(given) for n in (2, 4))
+    to = tuple(torch.randn(4, n).to(given or torch.float32) for n in (2, 4))
+    with torch.autocast("cpu"):
+        plain, (h_plain, c_plain) = lstm(data, hx, reset=reset)
+        output, (h, c), cells = lstm(
+            data,
+            hx,
+            reset=reset,
+            reset_hx=tuple(map(torch.zeros_like, to)),
+            return_cell_states=True,
+        )
+        other = lstm(data, hx, reset=reset, reset_hx=to)
+    data_of = [t.data if packed else t for t in (plain, output, cells, other[0])]
+    expected = [data_of[0].dtype, h_plain.dtype, c_plain.dtype]
+    assert [t.dtype for t in (data_of[1], h, c)] == expected
+    assert [t.dtype for t in (data_of[3], *other[1])] == expected
+    assert data_of[2].dtype == c_plain.dtype
+    for found, wanted in zip((data_of[1], h, c), (data_of[0], h_plain, c_plain), strict=True):
+        assert (found.float() - wanted.float()).abs().max() < 3e-2
+
+
 @pytest.mark.parametrize("by_step", [False, True])
 def test_vmap_and_func(by_step):
     B, L, N, I, H = 3, 5, 2, 3, 4

@@ -45,6 +45,13 @@ def test_what_loses_is_in_bold():
     assert line == "| 4 x 3 x 2 -> 5 | training | 1 | 1.0 | 2.0 | **0.50** | 0.75 |"
 
 
+def test_what_a_way_of_ours_costs_is_not_in_bold():
+    row = {"shape": "2x3x1x1", "threads": 1, "us": {"outside": 1.0, "inside": 0.9}}
+    row["ratios"] = {"inside / outside": 0.9}
+    line = tables.with_ratios([row], named=lambda row: [row["shape"]], heads=("",))[-1]
+    assert line == "| 2x3x1x1 | 1 | 1.0 | 0.9 | 0.90 |"
+
+
 def test_a_projection_below_its_target_is_in_bold():
     found = json.loads((tables.RESULTS / "projection.json").read_text())["rows"]
     text = "\n".join(tables.projection_rows())
