@@ -225,7 +225,7 @@ def prepare(
         input = input.unsqueeze(batch_dim)
         reset = None if reset is None else reset.unsqueeze(batch_dim)
         if isinstance(reset_hx, (tuple, list)):
-            reset_hx = tuple(state.unsqueeze(-2) for state in reset_hx)
+            reset_hx = tuple(s.unsqueeze(-2) if isinstance(s, Tensor) else s for s in reset_hx)
     if hx is None:
         hx = _zero_states(options, input, input.size(batch_dim))
     else:

@@ -124,7 +124,8 @@ def expand_reset_states(
         return None
     if reset is None:
         raise ValueError("reset_hx is for a call with reset, which says where")
-    if not (isinstance(reset_hx, (tuple, list)) and len(reset_hx) == 2):
+    are_two = isinstance(reset_hx, (tuple, list)) and len(reset_hx) == 2
+    if not (are_two and all(isinstance(state, Tensor) for state in reset_hx)):
         raise RuntimeError("lstm expects two hidden states in reset_hx")
     L = reset.shape[0]
     h, c = (_expand_states(k, *pair, L) for k, pair in enumerate(zip(reset_hx, hx, strict=True)))

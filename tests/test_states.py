@@ -416,6 +416,7 @@ def test_results_may_be_changed_in_place():
         ({"reset": None}, ValueError, "reset_hx is for a call with reset"),
         ({"reset_hx": torch.zeros(2, 4)}, RuntimeError, "lstm expects two hidden states"),
         ({"reset_hx": (torch.zeros(2, 4),) * 3}, RuntimeError, "lstm expects two hidden states"),
+        ({"reset_hx": (torch.zeros(2, 4), None)}, RuntimeError, "lstm expects two hidden states"),
         (
             {"reset_hx": (torch.zeros(2, 4), torch.zeros(2, 3, 4))},
             RuntimeError,
