@@ -107,13 +107,13 @@ def counts(module: Any) -> bool:
 
 
 # What csrc/python/module_options.cpp leaves to Python, where it is of effect.
-_NOT_OF_A_STEP = ("input_dropout", "weight_dropout", "variational_dropout", "coupled_gates")
+_OF_FEATURES = ("input_dropout", "variational_dropout")
 
 
 def why_not_direct(module: Any) -> dict[str, bool]:
     """Return what the direct call does not compute, and whether a module's next call has it."""
     o = of_module(module)
-    return {f"{name} is computed in Python": bool(getattr(o, name)) for name in _NOT_OF_A_STEP}
+    return {f"{name} is computed in Python": bool(getattr(o, name)) for name in _OF_FEATURES}
 
 
 def names(module: Any, *, in_evaluation: bool = False) -> list[str]:

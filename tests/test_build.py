@@ -140,9 +140,19 @@ def test_newer_instruction_sets_leak_no_shared_functions(compiled, tmp_path):
 PURELIB = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Where each environment and checkout is, one after the other.
+
+    In the same place the compiler's commands are the same, and it runs for the first test alone.
+    """
+    return tmp_path_factory.mktemp("installs")
+
+
 @pytest.fixture
-def environment(tmp_path):
-    folder = tmp_path / "env"
+def environment(place):
+    folder = place / "env"
+    shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     site = Path(run(python, "-c", PURELIB).stdout.strip())
@@ -158,15 +168,23 @@ def environment(tmp_path):
 
 
 @pytest.fixture
-def checkout(tmp_path):
-    """A clean copy of the sources, with no build in it."""
-    folder = tmp_path / "checkout"
+def checkout(place):
+    """A clean copy of the sources, with nothing built in it but earlier tests' object files."""
+    folder, kept = place / "checkout", place / "objects"
+    if (folder / "build").exists():
+        shutil.rmtree(kept, ignore_errors=True)
+        (folder / "build").rename(kept)
+        for built in kept.glob("*lib*"):  # modules, and wheels in the making
+            shutil.rmtree(built)
+    shutil.rmtree(folder, ignore_errors=True)
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = run(*listing, cwd=ROOT).stdout.split("\n")
     for name in filter(None, files):
         if (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+            shutil.copy2(ROOT / name, folder / name)  # as old as the objects remember it
+    if kept.exists():
+        kept.rename(folder / "build")
     return folder
 
 

@@ -155,7 +155,7 @@ STEPS = {
 
 
 def is_of_torch_in_evaluation(options):
-    return all(name == "proj_size" or name.startswith("recurrent_dropout") for name in options)
+    return all("_dropout" in name or name == "proj_size" for name in options)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -482,6 +482,15 @@ DIRECT = {
     "norms apart": {"normalize": "apart", "zoneout_h": 0.2},
     "norm of the sum": {"normalize": "sum", "carry_norm": True, "recurrent_dropout": 0.3},
     "no biases": {"normalize": "sum", "bias": False, "proj_size": 3, "projection_clip": 0.3},
+    "coupled": {"coupled_gates": True},
+    "coupled, clip": {"coupled_gates": True, "cell_clip": 0.4, "bias": False},
+    "weight dropout": {"weight_dropout": 0.4, "proj_size": 3},
+    "weight dropout, rows": {
+        "weight_dropout": 0.4,
+        "weight_dropout_rows": True,
+        "zoneout_c": 0.3,
+        "recurrent_dropout": 0.3,
+    },
     "rare": {"zoneout_h": 1e-6, "recurrent_dropout": 1.0},
 }
 
@@ -576,10 +585,10 @@ def test_what_direct_calls_leave_to_python(direct):
 
     clipped = {"cell_clip": 0.5}
     assert taken(lstm_ext.LSTM(3, 4, **clipped)) == [True]
-    for name, value in (("input_dropout", 0.5), ("weight_dropout", 0.5), ("coupled_gates", True)):
+    for name, value in (("input_dropout", 0.5), ("variational_dropout", True)):
         module = lstm_ext.LSTM(3, 4, **clipped, **{name: value})
         assert taken(module) == [False]
-        assert taken(module.eval()) == [name != "coupled_gates"]
+        assert taken(module.eval()) == [True]
     assert taken(lstm_ext.LSTM(3, 4, 2, dropout=0.5, **clipped)) == [False]
     assert taken(lstm_ext.LSTM(3, 4, **clipped), x[0]) == [False]
     assert taken(lstm_ext.LSTM(3, 4, **clipped), reset=torch.zeros(5, 2, dtype=torch.bool)) == []

@@ -15,6 +15,7 @@
 
 #include "core/cells.h"
 #include "ops/cell.h"
+#include "ops/lstm.h"
 #include "ops/recurrence.h"
 
 namespace lstm_ext {
@@ -100,16 +101,53 @@ LayerOutputs layer(const Tensor& x, const Tensor& h, const Tensor& c, const Step
                                      o.projection_clip});
 }
 
+// With f = 1 - i, and with elements or rows of w_hh dropped: couple_gates and drop_weights in
+// _recurrence.py.
+StepWeights changed(StepWeights w, const StepOptions& o) {
+  if (o.coupled_gates) {
+    const auto couple = [](const Tensor& t) {
+      const std::vector<Tensor> gates = t.chunk(4);
+      return at::cat({gates[0], -gates[0], gates[2], gates[3]});
+    };
+    w.w_ih = couple(w.w_ih);
+    w.w_hh = couple(w.w_hh);
+    if (w.b_ih) w.b_ih = couple(*w.b_ih);
+    if (w.b_hh) w.b_hh = couple(*w.b_hh);
+  }
+  if (const double p = o.weight_dropout; o.training && p > 0) {
+    const int64_t columns = o.weight_dropout_rows ? 1 : w.w_hh.size(1);
+    const Tensor mask = keep_mask({w.w_hh.size(0), columns}, p, w.w_hh);
+    w.w_hh = w.w_hh * (p < 1 ? mask / (1 - p) : mask);
+  }
+  return w;
+}
+
+LayerOutputs torchs_layers(const LSTMStepsInputs& in, const std::vector<StepWeights>& weights) {
+  static const std::optional<Tensor> none;
+  const bool projects = weights[0].w_hr.has_value();
+  OptionalTensors list;
+  for (const StepWeights& w : weights) {
+    list.insert(list.end(), {w.w_ih, w.w_hh, w.b_ih, w.b_hh});
+    if (projects) list.push_back(w.w_hr);
+  }
+  return lstm({in.input, in.hx, in.cx, list, in.directions == 2, 0, in.batch_sizes, none,
+               kPlainCell, projects});
+}
+
 }  // namespace
 
 LayerOutputs lstm_steps(const LSTMStepsInputs& in) {
   const auto count = static_cast<int64_t>(in.weights.size());
+  std::vector<StepWeights> weights = in.weights;
+  if (in.options.changes_weights())
+    for (StepWeights& w : weights) w = changed(std::move(w), in.options);
+  if (!in.options.needs_steps()) return torchs_layers(in, weights);
   Tensor x = in.input;
   std::vector<Tensor> h_n(count), c_n(count);
   for (int64_t k = 0; k < count; k += in.directions) {
     std::vector<Tensor> outputs(in.directions);
     for (int64_t d = 0; d < in.directions; ++d) {
-      const StepWeights& w = in.weights[k + d];
+      const StepWeights& w = weights[k + d];
       const Tensor c = in.cx.select(0, k + d);
       Tensor c_new;
       std::tie(outputs[d], h_n[k + d], c_new) =
@@ -125,7 +163,8 @@ LayerOutputs lstm_steps(const LSTMStepsInputs& in) {
 }
 
 std::tuple<Tensor, Tensor> lstm_cell_step(const Tensor& input, const Tensor& h, const Tensor& c,
-                                          const StepWeights& w, const StepOptions& o) {
+                                          const StepWeights& given, const StepOptions& o) {
+  const StepWeights w = o.changes_weights() ? changed(given, o) : given;
   static const std::optional<Tensor> none;
   if (o.norms || o.cell_clip > 0 || (o.training && o.recurrent_dropout > 0 && o.dropout_per_gate)) {
     auto [output, h_new, c_new] = layer(input.unsqueeze(0), h, c, w, o, none, false);

@@ -1,5 +1,5 @@
-// Layers whose steps are not torch's, one after the other: what lstm_ext/_recurrence.py computes of
-// a module, for the direct calls. Shapes as in lstm.h and recurrence.h.
+// Layers whose steps or weights are not torch's, one after the other: what lstm_ext/_recurrence.py
+// computes of a module, for the direct calls. Shapes as in lstm.h and recurrence.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,9 +16,18 @@ namespace lstm_ext {
 struct StepOptions {
   double zoneout_h = 0, zoneout_c = 0, recurrent_dropout = 0, cell_clip = 0, projection_clip = 0;
   bool dropout_per_step = false, dropout_per_gate = false;
+  double weight_dropout = 0;
+  bool weight_dropout_rows = false, coupled_gates = false;
   bool training = false;
   bool norms = false, norm_joint = false, carry_norm = false;
   double eps = 1e-5;
+
+  // Whether a step is another one than torch's. Else the weights are.
+  bool needs_steps() const {
+    return norms || zoneout_h > 0 || zoneout_c > 0 || cell_clip > 0 || projection_clip > 0 ||
+           (training && recurrent_dropout > 0);
+  }
+  bool changes_weights() const { return coupled_gates || (training && weight_dropout > 0); }
 };
 
 // Of one layer and direction, or of a cell.

@@ -203,7 +203,7 @@ bool as_number(PyObject* object, double& value) {
   return true;
 }
 
-// One of lstm_ext/_step_options.py. False where it is of effect and not of a step.
+// One of lstm_ext/_step_options.py. False for dropout of features where it is of effect.
 bool read_step_option(const char* name, PyObject* value, StepOptions& steps) {
   const std::string_view key = name;
   if (key == "zoneout_h") return as_number(value, steps.zoneout_h);
@@ -211,14 +211,17 @@ bool read_step_option(const char* name, PyObject* value, StepOptions& steps) {
   if (key == "cell_clip") return as_number(value, steps.cell_clip);
   if (key == "projection_clip") return as_number(value, steps.projection_clip);
   if (key == "recurrent_dropout") return as_number(value, steps.recurrent_dropout);
-  if (key == "recurrent_dropout_per_step" || key == "recurrent_dropout_per_gate") {
-    (key == "recurrent_dropout_per_step" ? steps.dropout_per_step : steps.dropout_per_gate) =
-        value == Py_True;
+  if (key == "weight_dropout") return as_number(value, steps.weight_dropout);
+  const auto as_bool = [&](bool& to) {
+    to = value == Py_True;
     return PyBool_Check(value) != 0;
-  }
-  const bool in_training = key == "input_dropout" || key == "weight_dropout" ||
-                           key == "weight_dropout_rows" || key == "variational_dropout";
-  return in_training && !steps.training;
+  };
+  if (key == "recurrent_dropout_per_step") return as_bool(steps.dropout_per_step);
+  if (key == "recurrent_dropout_per_gate") return as_bool(steps.dropout_per_gate);
+  if (key == "weight_dropout_rows") return as_bool(steps.weight_dropout_rows);
+  if (key == "coupled_gates") return as_bool(steps.coupled_gates);
+  const bool of_features = key == "input_dropout" || key == "variational_dropout";
+  return of_features && !steps.training;
 }
 
 bool read_norm_form(PyObject* dict, StepOptions& steps) {
@@ -264,9 +267,7 @@ std::optional<StepOptions> read_step_options(PyObject* dict, bool training) {
     }
   }
   if (!read_norm_form(dict, steps)) return std::nullopt;
-  const bool is_own = steps.norms || steps.zoneout_h > 0 || steps.zoneout_c > 0 ||
-                      steps.cell_clip > 0 || steps.projection_clip > 0 ||
-                      (training && steps.recurrent_dropout > 0);
+  const bool is_own = steps.needs_steps() || steps.changes_weights();
   return is_own ? std::optional(steps) : std::nullopt;
 }
 

@@ -40,8 +40,8 @@ std::optional<OptionalTensors> read_weights(PyObject* module_dict, const LSTMOpt
 std::optional<OptionalTensors> read_packed_weights(PyObject* module_dict,
                                                    const LSTMOptions& options);
 
-// What a module does in a step beyond torch's. None where there is nothing of the kind, or where
-// lstm_ext/_recurrence.py has to compute it: coupled gates, dropouts that do not belong to a step.
+// What a module does in a step beyond torch's, and with its weights. None where there is nothing of
+// the kind, or where lstm_ext/_recurrence.py has to compute it: dropout of features.
 std::optional<StepOptions> read_step_options(PyObject* module_dict, bool training);
 
 // Of each layer and direction: its weights, which read_weights has read, and its norms.
