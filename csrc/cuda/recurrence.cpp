@@ -188,7 +188,7 @@ RecurrenceTrainingOutputs forward(const RecurrenceInputs& in, bool training) {
 }
 
 // Of all steps, [S, ..]; undefined where not wanted.
-struct StepGradients {
+struct RecurrenceStepGradients {
   Tensor z, pre, h_new;                           // in the type of the tensors
   Tensor norm_terms, norm_c_terms, bias_c_terms;  // in that of sums
 };
@@ -196,7 +196,7 @@ struct StepGradients {
 template <class T>
 void backward_loop(const Recurrence<T>& r, const LayerOutputGradients& grads,
                    const RecurrenceResults& results, bool wants_hx, const Tensor& grad_h,
-                   const Tensor& grad_c, const StepGradients& of_steps) {
+                   const Tensor& grad_c, const RecurrenceStepGradients& of_steps) {
   const Sequence& steps = r.steps;
   const Tensor grad_output = dense(grads.output), gates = dense(results.gates),
                c_before = dense(results.c_before), normalized = dense(results.normalized),
@@ -266,7 +266,7 @@ RecurrenceGradients backward(const LayerOutputGradients& grads, const Recurrence
   };
   const Tensor grad_h = initial(grads.hy, in.hx), grad_c = initial(grads.cy, in.cx);
   const bool normed = defined(in.norm), apart = normed && !in.norm_joint;
-  StepGradients of_steps;
+  RecurrenceStepGradients of_steps;
   of_steps.z = empty({S, 4 * H}, in.hx);
   const bool wants_bias = wanted.bias && defined(in.bias);
   if (normed && (wants_bias || (wanted.gates_x && apart))) of_steps.pre = empty({S, 4 * H}, in.hx);

@@ -9,32 +9,44 @@
 
 namespace lstm_ext::cuda {
 
-// A row that is normalised belongs to one block, so that its sums do; others are spread. By H
-// alone: the order of sums follows from it, and a row has the same bits in every batch.
-template <bool kNormed>
-constexpr int kRecurrenceThreads = kNormed ? 512 : 256;
-// Of these, how many a multiprocessor is to hold at least.
-template <bool kNormed>
-constexpr int kRecurrenceBlocks = kNormed ? 1 : 4;
+// A row that is normalised belongs to one block of up to so many threads, so that its sums do;
+// others are spread over blocks of fewer. By the number of columns alone: the order of sums follows
+// from it, and a row has the same bits in every batch.
+constexpr int kRecurrenceThreads = 512, kSpreadThreads = 256;
+// So many blocks a multiprocessor holds at least. (Without it, nvcc spills to hold four.)
+constexpr int kRecurrenceBlocks = 2;
 
 // In sums' type, at the beginning of a block's shared memory: two sets of places for two sums.
-constexpr int kMostWarps = kRecurrenceThreads<true> / kWarpSize;
+constexpr int kMostWarps = kRecurrenceThreads / kWarpSize;
 constexpr int kSumPlaces = 2 * 2 * kMostWarps;
 
-// Columns of so many rows over blocks.
-template <bool kNormed>
-Launch over_rows(int64_t rows, int columns, cudaStream_t stream) {
+inline int threads_for(int columns, int most) {
   int threads = kWarpSize;
-  while (threads < kRecurrenceThreads<kNormed> && threads < columns) threads *= 2;
-  const int across = kNormed ? 1 : (columns + threads - 1) / threads;
-  return {dim3(static_cast<unsigned>(rows), static_cast<unsigned>(across)),
-          dim3(static_cast<unsigned>(threads)), 0, false, stream};
+  while (threads < most && threads < columns) threads *= 2;
+  return threads;
+}
+
+// Columns of so many rows, each for itself.
+inline Launch over_columns(int64_t rows, int columns, cudaStream_t stream) {
+  const int threads = threads_for(columns, kSpreadThreads);
+  return {
+      dim3(static_cast<unsigned>(rows), static_cast<unsigned>((columns + threads - 1) / threads)),
+      dim3(static_cast<unsigned>(threads)), 0, false, stream};
 }
 
 // Beside the sums, four numbers for each unit of a row that is normalised.
 template <class T>
 size_t bytes_of_row(int H) {
   return sizeof(Sum<T>) * (kSumPlaces + static_cast<size_t>(kGates) * H);
+}
+
+// The units of so many rows, as the options want them.
+template <class T>
+Launch over_units(int64_t rows, const RecurrenceOptions<T>& options, cudaStream_t stream) {
+  if (!options.has_norm()) return over_columns(rows, options.H, stream);
+  const int threads = threads_for(options.H, kRecurrenceThreads);
+  return {dim3(static_cast<unsigned>(rows)), dim3(static_cast<unsigned>(threads)),
+          bytes_of_row<T>(options.H), false, stream};
 }
 
 // A thread's columns, from the first on.

@@ -42,7 +42,7 @@ __device__ inline Sum<T> gradient_of_h_new(const RecurrenceBackward<T>& call, in
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRecurrenceThreads<false>)
+__global__ void __launch_bounds__(kSpreadThreads)
     recurrence_end_gradient_kernel(RecurrenceBackward<T> call) {
   const int64_t row = blockIdx.x;
   const Columns columns;
@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kRecurrenceThreads<false>)
       hand_on(call, row, column);
 }
 
-template <class T, bool kNormed>
-__global__ void __launch_bounds__(kRecurrenceThreads<kNormed>, kRecurrenceBlocks<kNormed>)
+template <class T>
+__global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks)
     recurrence_step_gradient_kernel(RecurrenceBackward<T> call) {
   using S = Sum<T>;
   const RecurrenceOptions<T>& options = call.options;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kNormed>, kRecurrenceBlocks
   const T *gates = call.gates + row * 4 * H, *c_before = call.c_before + row * H;
   S* const grad_c = call.grad_c + row * H;
   T* const grad_z = call.grad_z + row * 4 * H;
-  const bool reset = is_set(call.reset, row), normed = kNormed && options.norm != nullptr;
+  const bool reset = is_set(call.reset, row), normed = options.norm != nullptr;
   const S clip = static_cast<S>(options.cell_clip);
   LSTM_EXT_DYNAMIC_SHARED(S, shared);  // [kSumPlaces], [4][H]: of a unit, its thread's alone
   BlockSums<S> sums(shared);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kNormed>, kRecurrenceBlocks
       of_normalized[1] += own[at] * value;
     }
   };
-  if (!kNormed || options.norm_c == nullptr) {
+  if (options.norm_c == nullptr) {
     for (int unit = units.first; unit < H; unit += units.stride) {
       const Gates<S> gate = gate_of(unit);
       const S before = widen(c_before[unit]), raw = next_cell_state(gate, before);
@@ -165,19 +165,17 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kNormed>, kRecurrenceBlocks
              past);
     }
   }
-  if constexpr (kNormed) {
-    if (!normed) return;
-    sums.add_up(of_normalized);
-    const S mean = of_normalized[0] / static_cast<S>(4 * H),
-            slope = of_normalized[1] / static_cast<S>(4 * H), scale = call.scale[row];
-    for (int unit = units.first; unit < H; unit += units.stride)
+  if (!normed) return;
+  sums.add_up(of_normalized);
+  const S mean = of_normalized[0] / static_cast<S>(4 * H),
+          slope = of_normalized[1] / static_cast<S>(4 * H), scale = call.scale[row];
+  for (int unit = units.first; unit < H; unit += units.stride)
 #pragma unroll
-      for (int gate = 0; gate < kGates; ++gate) {
-        const int at = gate * H + unit;
-        const S value = widen(call.normalized[row * 4 * H + at]);
-        grad_z[at] = narrow<T>((own[at] - mean - value * slope) * scale);
-      }
-  }
+    for (int gate = 0; gate < kGates; ++gate) {
+      const int at = gate * H + unit;
+      const S value = widen(call.normalized[row * 4 * H + at]);
+      grad_z[at] = narrow<T>((own[at] - mean - value * slope) * scale);
+    }
 }
 
 }  // namespace
@@ -186,7 +184,7 @@ template <class T>
 cudaError_t recurrence_end_gradient(const RecurrenceBackward<T>& call, cudaStream_t stream) {
   const int64_t rows = std::max(call.rows, call.later_rows);
   if (rows == 0) return cudaSuccess;
-  return launch(over_rows<false>(rows, call.options.P, stream), recurrence_end_gradient_kernel<T>,
+  return launch(over_columns(rows, call.options.P, stream), recurrence_end_gradient_kernel<T>,
                 call);
 }
 
@@ -194,12 +192,7 @@ template <class T>
 cudaError_t recurrence_step_gradient(const RecurrenceBackward<T>& call, cudaStream_t stream) {
   const int64_t rows = call.grad_r != nullptr ? call.rows : std::max(call.rows, call.later_rows);
   if (rows == 0) return cudaSuccess;
-  if (!call.options.has_norm())
-    return launch(over_rows<false>(rows, call.options.H, stream),
-                  recurrence_step_gradient_kernel<T, false>, call);
-  Launch how = over_rows<true>(rows, call.options.H, stream);
-  how.shared = bytes_of_row<T>(call.options.H);
-  return launch(how, recurrence_step_gradient_kernel<T, true>, call);
+  return launch(over_units(rows, call.options, stream), recurrence_step_gradient_kernel<T>, call);
 }
 
 #define LSTM_EXT_INSTANTIATE(T)                                                                \

@@ -35,8 +35,8 @@ __device__ inline void begin_next(const RecurrenceForward<T>& call, int64_t row,
   call.next_x[at] = narrow<T>(h);
 }
 
-template <class T, bool kNormed>
-__global__ void __launch_bounds__(kRecurrenceThreads<kNormed>, kRecurrenceBlocks<kNormed>)
+template <class T>
+__global__ void __launch_bounds__(kRecurrenceThreads, kRecurrenceBlocks)
     recurrence_step_kernel(RecurrenceForward<T> call) {
   using S = Sum<T>;
   const RecurrenceOptions<T>& options = call.options;
@@ -50,31 +50,29 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kNormed>, kRecurrenceBlocks
     return;
   }
   const T *z = call.z + row * 4 * H, *x = call.gates_x + row * 4 * H;
-  T *const c = call.c + row * H, *const gates = call.gates + row * 4 * H;
+  T* const c = call.c + row * H;
   const bool reset = is_set(call.reset, row);
-  const bool normed = kNormed && options.norm != nullptr, joint = normed && options.norm_joint;
+  const bool normed = options.norm != nullptr, joint = normed && options.norm_joint;
   const S clip = static_cast<S>(options.cell_clip);
   LSTM_EXT_DYNAMIC_SHARED(S, shared);  // [kSumPlaces], [4][H]: of a unit, its thread's alone
   BlockSums<S> sums(shared);
   S* const own = shared + kSumPlaces;
   RowMoments<S> of_z = {0, 1};
-  if constexpr (kNormed) {
-    if (normed) {
-      S sum = 0;
+  if (normed) {
+    S sum = 0;
+    for (int unit = units.first; unit < H; unit += units.stride)
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) {
+        const int at = gate * H + unit;
+        own[at] = widen(z[at]) + (joint ? widen(x[at]) : S(0));
+        sum += own[at];
+      }
+    of_z = moments_of(sums, sum, 4 * H, options.eps, [&](const auto& add) {
       for (int unit = units.first; unit < H; unit += units.stride)
 #pragma unroll
-        for (int gate = 0; gate < kGates; ++gate) {
-          const int at = gate * H + unit;
-          own[at] = widen(z[at]) + (joint ? widen(x[at]) : S(0));
-          sum += own[at];
-        }
-      of_z = moments_of(sums, sum, 4 * H, options.eps, [&](const auto& add) {
-        for (int unit = units.first; unit < H; unit += units.stride)
-#pragma unroll
-          for (int gate = 0; gate < kGates; ++gate) add(own[gate * H + unit]);
-      });
-      if (call.scale != nullptr && threadIdx.x == 0) call.scale[row] = of_z.scale;
-    }
+        for (int gate = 0; gate < kGates; ++gate) add(own[gate * H + unit]);
+    });
+    if (call.scale != nullptr && threadIdx.x == 0) call.scale[row] = of_z.scale;
   }
   const auto pre = [&](int gate, int unit) {
     const int at = gate * H + unit;
@@ -106,6 +104,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kNormed>, kRecurrenceBlocks
         PlainCell::activate<Math>(Gates<S>{pre(0, unit), pre(1, unit), pre(2, unit), pre(3, unit)});
     const S before = reset ? S(0) : widen(c[unit]);
     if (call.gates != nullptr) {
+      T* const gates = call.gates + row * 4 * H;
       gates[unit] = narrow<T>(gate.i);
       gates[H + unit] = narrow<T>(gate.f);
       gates[2 * H + unit] = narrow<T>(gate.g);
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kNormed>, kRecurrenceBlocks
     }
     S next = next_cell_state(gate, before);
     if (clip > 0) next = clamp(next, clip);
-    if (kNormed && options.norm_c != nullptr) {
+    if (options.norm_c != nullptr) {
       own[unit] = next;  // the unit's places are free by now
       own[H + unit] = gate.o;
       sum += next;
@@ -122,23 +121,20 @@ __global__ void __launch_bounds__(kRecurrenceThreads<kNormed>, kRecurrenceBlocks
       finish(unit, before, next, gate.o, next);
     }
   }
-  if constexpr (kNormed) {
-    if (options.norm_c == nullptr) return;
-    const RowMoments<S> of_c = moments_of(sums, sum, H, options.eps, [&](const auto& add) {
-      for (int unit = units.first; unit < H; unit += units.stride) add(own[unit]);
-    });
-    for (int unit = units.first; unit < H; unit += units.stride) {
-      S shown = (own[unit] - of_c.mean) * of_c.scale * widen(options.norm_c[unit]);
-      if (options.bias_c != nullptr) shown += widen(options.bias_c[unit]);
-      finish(unit, reset ? S(0) : widen(c[unit]), options.carry_norm ? shown : own[unit],
-             own[H + unit], shown);
-    }
+  if (options.norm_c == nullptr) return;
+  const RowMoments<S> of_c = moments_of(sums, sum, H, options.eps, [&](const auto& add) {
+    for (int unit = units.first; unit < H; unit += units.stride) add(own[unit]);
+  });
+  for (int unit = units.first; unit < H; unit += units.stride) {
+    S shown = (own[unit] - of_c.mean) * of_c.scale * widen(options.norm_c[unit]);
+    if (options.bias_c != nullptr) shown += widen(options.bias_c[unit]);
+    finish(unit, reset ? S(0) : widen(c[unit]), options.carry_norm ? shown : own[unit],
+           own[H + unit], shown);
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRecurrenceThreads<false>)
-    recurrence_end_kernel(RecurrenceForward<T> call) {
+__global__ void __launch_bounds__(kSpreadThreads) recurrence_end_kernel(RecurrenceForward<T> call) {
   const int64_t row = blockIdx.x;
   const Columns columns;
   const auto clip = static_cast<Sum<T>>(call.options.projection_clip);
@@ -163,19 +159,14 @@ template <class T>
 cudaError_t recurrence_step(const RecurrenceForward<T>& call, cudaStream_t stream) {
   const int64_t rows = call.r != nullptr ? call.rows : std::max(call.rows, call.next_rows);
   if (rows == 0) return cudaSuccess;
-  if (!call.options.has_norm())
-    return launch(over_rows<false>(rows, call.options.H, stream), recurrence_step_kernel<T, false>,
-                  call);
-  Launch how = over_rows<true>(rows, call.options.H, stream);
-  how.shared = bytes_of_row<T>(call.options.H);
-  return launch(how, recurrence_step_kernel<T, true>, call);
+  return launch(over_units(rows, call.options, stream), recurrence_step_kernel<T>, call);
 }
 
 template <class T>
 cudaError_t recurrence_end(const RecurrenceForward<T>& call, cudaStream_t stream) {
   const int64_t rows = std::max(call.rows, call.next_rows);
   if (rows == 0) return cudaSuccess;
-  return launch(over_rows<false>(rows, call.options.P, stream), recurrence_end_kernel<T>, call);
+  return launch(over_columns(rows, call.options.P, stream), recurrence_end_kernel<T>, call);
 }
 
 #define LSTM_EXT_INSTANTIATE(T)                                                       \
