@@ -1,6 +1,6 @@
 // The CUDA kernels of a recurrence's steps, launch by launch, against plain loops in double
 // precision: built and run as check_cell.cpp is. Exit status 0 if all agree.
-#include <optional>
+#include <memory>
 #include <string>
 
 #include "buffer.h"
@@ -74,15 +74,15 @@ template <class T>
 class Numbers {
  public:
   Numbers() = default;
-  Numbers(Values values, bool off) : values_(std::move(values)) { buffer_.emplace(values_, off); }
+  Numbers(Values values, bool off)
+      : values_(std::move(values)), buffer_(std::make_unique<Buffer<T>>(values_, off)) {}
   T* at() { return buffer_ ? buffer_->at() : nullptr; }
   const Values& values() const { return values_; }
   double operator[](int64_t k) const { return values_[k]; }
-  bool there() const { return buffer_.has_value(); }
 
  private:
   Values values_;
-  std::optional<Buffer<T>> buffer_;
+  std::unique_ptr<Buffer<T>> buffer_;  // memory of a GPU is not moved
 };
 
 // What both directions read.
@@ -107,8 +107,8 @@ struct Step {
     dropout_h = mask(test.dropout_h, test.other_rows, test.P);
     reset = flags(test.rows);
     other_reset = flags(test.other_rows);
-    resets = Buffer<bool>(Values(reset.get(), reset.get() + test.rows));
-    other_resets = Buffer<bool>(Values(other_reset.get(), other_reset.get() + test.other_rows));
+    resets = {Values(reset.get(), reset.get() + test.rows), false};
+    other_resets = {Values(other_reset.get(), other_reset.get() + test.other_rows), false};
   }
   Numbers<T> some(int64_t count, double scale = 1) {
     return {draw<T>(count, scale, random), test.off};
@@ -140,7 +140,7 @@ struct Step {
   std::mt19937 random;
   Numbers<T> bias, norm, norm_c, bias_c, update_h, update_c, dropout_h;
   std::unique_ptr<bool[]> reset, other_reset;
-  Buffer<bool> resets = Buffer<bool>(0), other_resets = Buffer<bool>(0);
+  Numbers<bool> resets, other_resets;
 };
 
 struct Moments {
