@@ -140,7 +140,9 @@ def set_cuda_backend(mode: str) -> str:
         mode: one of three words. "auto": a cell runs in our kernels. A layer runs in our kernels
             if it has ``reset`` or ``checkpoint_every``, which cuDNN does not have, or if its size
             and dtype are ones for which ours was measured to be faster (docs/gpu.md). Any other
-            layer runs in torch's kernels (cuDNN). "fused": our kernels wherever there is one.
+            layer runs in torch's kernels (cuDNN). Layers whose steps torch's have not
+            (normalisation, zoneout, recurrent dropout, clips) run in ours, which for them was not
+            measured. "fused": our kernels wherever there is one.
             "torch": torch's own kernels and operations everywhere.
 
     Returns:
@@ -164,6 +166,11 @@ def set_cuda_backend(mode: str) -> str:
 
 def cell_by_torch(input: Tensor) -> bool:
     """Whether the mode leaves a cell on this tensor's device to torch's kernels."""
+    return _mode == "torch" and input.is_cuda
+
+
+def recurrence_by_torch(input: Tensor) -> bool:
+    """Whether the mode leaves the steps of a layer that are not torch's to tensor operations."""
     return _mode == "torch" and input.is_cuda
 
 

@@ -131,6 +131,16 @@ def arguments_of(name: str) -> Any:
     return namedtuple(name, [a.name for a in arguments], defaults=defaults)
 
 
+_HAS_CUDA_RECURRENCE = torch._C._dispatch_has_kernel_for_dispatch_key(
+    "lstm_ext::lstm_recurrence", "CUDA"
+)
+
+
+def has_recurrence_kernel(tensor: Tensor) -> bool:
+    """Whether ``lstm_recurrence`` has kernels for a tensor's device, which log what they do."""
+    return tensor.is_cpu or (tensor.is_cuda and _HAS_CUDA_RECURRENCE)
+
+
 def _fake(name: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
     """Register a rule of the shapes of ``lstm_ext::name``, for tensors of one device.
 

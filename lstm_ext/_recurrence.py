@@ -8,18 +8,22 @@ generators.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lstm_ext import _backend, _ops
+from lstm_ext import _backend, _ops, reference
 from lstm_ext._step_options import StepOptions, of_module
 from lstm_ext._steps import Steps, layer_suffixes
 
 if TYPE_CHECKING:
     from lstm_ext.functional import LayerWeights
+
+# The operator's arguments beyond gates_x, the states and w_hh: reference.recurrence has them too.
+_OPTIONS = _ops.arguments_of("lstm_recurrence")._fields[4:]
 
 
 class LayerNorm(NamedTuple):
@@ -151,11 +155,46 @@ def layer(
     Returns:
         The h of every step, and the last h and c.
     """
-    if not x.is_cpu:
-        _backend.log_path("lstm_recurrence", x, "tensor operations, step by step")
     call = arguments(x, h, c, w, o, norm, masks, order)
+    if _backend.recurrence_by_torch(x):
+        _backend.log_path(
+            "lstm_recurrence", x, "tensor operations, step by step: LSTM_EXT_CUDA=torch"
+        )
+        return in_tensor_operations(call)
+    # Where there are kernels, they say themselves what they do.
+    if not _ops.has_recurrence_kernel(x):
+        _backend.log_path("lstm_recurrence", x, "tensor operations, step by step")
     out: tuple[Tensor, Tensor, Tensor] = _ops.lstm_recurrence(*call)
     return out
+
+
+def in_tensor_operations(
+    call: tuple[Any, ...], keep: Callable[[int, tuple[Tensor, ...]], None] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what the operator does by torch's own operations.
+
+    Args:
+        call: what :func:`arguments` returns.
+        keep: as :func:`reference.recurrence` takes it.
+
+    Returns:
+        The h of every step, and the last h and c.
+    """
+    kind = call[0].device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        call = tuple(_cast(value, dtype) for value in call)
+    gates_x, h, c, w_hh, *others = call
+    options = dict(zip(_OPTIONS, others, strict=True))
+    with torch.autocast(kind, enabled=False):
+        output, states = reference.recurrence(gates_x, (h, c), w_hh, **options, keep=keep)
+    return output, *states
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return what autocast makes of an operator's argument."""
+    floats = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if floats and value.dtype != torch.float64 else value
 
 
 def arguments(
@@ -326,8 +365,13 @@ def trace(
         reset = None if order.reset is None else order.reset[t : t + 1, :n]
         one = Steps(None, reset, False)
         call = arguments(steps[t].unsqueeze(0), h[:n], c[:n], w, o, norm, masks, one)
-        output, h_t, c_t, gates, *_ = _ops.lstm_recurrence_forward(*call)
+        if _backend.recurrence_by_torch(x):
+            made: dict[int, tuple[Tensor, ...]] = {}
+            output, h_t, c_t = in_tensor_operations(call, made.__setitem__)
+            kept[t] = made[0]
+        else:
+            output, h_t, c_t, gates, *_ = _ops.lstm_recurrence_forward(*call)
+            kept[t] = (*gates.chunk(4, -1), c_t, h_t)
         steps[t] = output.squeeze(0)
-        kept[t] = (*gates.chunk(4, -1), c_t, h_t)
         h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])
     return torch.cat(steps).reshape(*x.shape[:-1], h.shape[1]), kept

@@ -19,6 +19,7 @@ Shapes: N batch, L time, I input, H hidden, P projected.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -409,6 +410,7 @@ def recurrence(
     eps: float = 1e-5,
     cell_clip: float = 0.0,
     projection_clip: float = 0.0,
+    keep: Callable[[int, tuple[Tensor, ...]], None] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run the steps of one layer in one direction, from the product of its input on.
 
@@ -453,6 +455,7 @@ def recurrence(
         eps: added to variances.
         cell_clip: the largest absolute value of c; 0 for none.
         projection_clip: the same of what w_hr gives.
+        keep: is told of each step: t and (i, f, g, o, c', h'). Or None.
 
     Returns:
         The h of every step, (L, N, P) or (S, P), and the last h (N, P) and c (N, H).
@@ -509,6 +512,8 @@ def recurrence(
         update = updates_c[t]
         if update is not None:
             c_new = update * c_new + (1 - update) * c_t
+        if keep is not None:
+            keep(t, (i, f, g, o, c_new, h_new))
         steps[t] = h_new
         h, c = torch.cat([h_new, h[n:]]), torch.cat([c_new, c[n:]])
     if batch_sizes is not None:

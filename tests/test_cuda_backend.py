@@ -54,7 +54,7 @@ def pretend_card(monkeypatch, major, minor):
 def as_if_on_cuda(monkeypatch):
     """The CPU's tensors go the ways of a CUDA device's."""
     there = cuda_input()
-    for name in ("why_layer_by_torch", "cell_by_torch"):
+    for name in ("why_layer_by_torch", "cell_by_torch", "recurrence_by_torch"):
         real = getattr(_backend, name)
         monkeypatch.setattr(_backend, name, lambda _, *more, real=real: real(there, *more))
     pretend_card(monkeypatch, 9, 0)
@@ -125,6 +125,47 @@ def test_a_trace_goes_the_same_ways(mode, as_if_on_cuda):
         trace = lstm_ext.trace_gates(module, torch.ones(L, N, I))
     assert any(op.startswith("lstm_ext.") for op in seen.names) == (mode != "torch")
     torch.testing.assert_close(trace.h[0], module(torch.ones(L, N, I))[0])
+
+
+STEPPED = {
+    "clipped": ("LSTM", {"cell_clip": 0.1}, {"packed": True, "reset": True}),
+    "normalised": ("LayerNormLSTM", {"bidirectional": True, "proj_size": 2, "zoneout_h": 0.3}, {}),
+    "normalised cell": ("LayerNormLSTMCell", {"normalize": "sum"}, {}),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", STEPPED)
+def test_layers_whose_steps_torchs_have_not(name, autocast, as_if_on_cuda, monkeypatch, capsys):
+    """In ours unless the mode says torch; then in tensor operations, which compute the same."""
+    kind, options, called_with = STEPPED[name]
+    module = getattr(lstm_ext, kind)(I, H, **options).eval()
+    found = {}
+    monkeypatch.setattr(_backend, "_VERBOSE", True)
+    for mode in _backend.MODES:
+        lstm_ext.set_cuda_backend(mode)
+        with Operators() as seen, torch.autocast("cpu", enabled=autocast):
+            found[mode] = run(module, **called_with)
+        ours = any(op.startswith("lstm_ext.lstm_recurrence") for op in seen.names)
+        assert ours == (mode != "torch"), seen.names
+        says = "tensor operations, step by step: LSTM_EXT_CUDA=torch"
+        assert (says in capsys.readouterr().err) == (not ours)
+    for a, b in zip(found["torch"], found["fused"], strict=True):
+        assert a.dtype == b.dtype
+        tolerance = 0.15 if autocast else 1e-5
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_a_trace_of_such_a_layer(as_if_on_cuda):
+    module, traces = lstm_ext.LayerNormLSTM(I, H, zoneout_c=0.2).eval(), []
+    for mode in ("fused", "torch"):
+        lstm_ext.set_cuda_backend(mode)
+        with Operators() as seen:
+            traces.append(lstm_ext.trace_gates(module, torch.ones(L, N, I)))
+        assert any(op.startswith("lstm_ext.") for op in seen.names) == (mode != "torch")
+    for name in ("i", "f", "g", "o", "c", "h"):
+        for a, b in zip(*(getattr(trace, name) for trace in traces), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def chosen(dtype, N, H, layers=1, directions=1, packed=False, trains=True):

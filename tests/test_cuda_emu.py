@@ -20,7 +20,7 @@ from limits import HUNG, slow, slow_but
 
 CSRC = ROOT / "csrc"
 EMULATOR = ROOT / "tests" / "cuda_emu"
-CHECKS = [EMULATOR / f"check_{name}.cpp" for name in ("cell", "layer", "layer_ways")]
+CHECKS = [EMULATOR / f"check_{name}.cpp" for name in ("cell", "layer", "layer_ways", "recurrence")]
 NATIVE_BUILD = load("build")
 LAUNCHES = ROOT / "tests" / "cuda_launches.txt"
 SANITIZERS = {
@@ -132,7 +132,11 @@ def operators(build, tmp_path_factory):
         subprocess.run(command, check=True)
         return str(result)
 
-    sources = [*KERNELS, *sorted((CSRC / "cuda").glob("*.cpp"))]
+    # As one: most of the time goes to torch's headers.
+    joined = folder / "operators.cpp"
+    parts = sorted((CSRC / "cuda").glob("*.cpp"))
+    joined.write_text("".join(f'#include "cuda/{part.name}"\n' for part in parts))
+    sources = [*KERNELS, joined]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = list(pool.map(compile_one, sources))
     libraries = [f"-L{p}" for p in torch.utils.cpp_extension.library_paths()]
@@ -140,6 +144,20 @@ def operators(build, tmp_path_factory):
     linked = [*made, *map(str, common), *libraries]
     subprocess.run(["g++", "-shared", "-fopenmp", *linked, "-o", str(library)], check=True)
     return library
+
+
+def run_operators(script, library, shared, multiprocessors, *more):
+    sizes = {"LSTM_EXT_EMU_SHARED": shared, "LSTM_EXT_EMU_MULTIPROCESSORS": multiprocessors}
+    result = subprocess.run(
+        [sys.executable, EMULATOR / script, library, *more],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HUNG,
+        env={**os.environ, **{name: str(size) for name, size in sizes.items()}},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return int(result.stdout.split()[0])
 
 
 # Shared memory: all of w_hh on the chip; some units a block; none, and step by step. And blocks
@@ -150,17 +168,15 @@ def operators(build, tmp_path_factory):
     [(227 * 1024, 132), (2048, 132), (64, 132), (2048, 1), (227 * 1024, 1)],
 )
 def test_operators(shared, multiprocessors, operators):
-    sizes = {"LSTM_EXT_EMU_SHARED": shared, "LSTM_EXT_EMU_MULTIPROCESSORS": multiprocessors}
-    result = subprocess.run(
-        [sys.executable, EMULATOR / "check_ops.py", operators],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=HUNG,
-        env={**os.environ, **{name: str(size) for name, size in sizes.items()}},
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert int(result.stdout.split()[0]) > 300
+    assert run_operators("check_ops.py", operators, shared, multiprocessors) > 300
+
+
+# With room for the sums of a row that is normalised, and without.
+@pytest.mark.slow
+@pytest.mark.parametrize(("shared", "cases"), [(227 * 1024, 24), (64, 8)])
+def test_recurrence_operators(shared, cases, operators):
+    more = ("cpu", str(cases))
+    assert run_operators("check_recurrence_ops.py", operators, shared, 132, *more) > 10 * cases
 
 
 # In tests/cuda_emu/planted.cpp: number, what finds it, and what it says.
@@ -533,6 +549,27 @@ MUTATIONS |= {
     ),
 }
 
+MUTATIONS |= {
+    "one set of places for a row's sums": (
+        "recurrence.cuh",
+        "    places_ += second_ ? -kSumPlaces / 2 : kSumPlaces / 2;\n",
+        "",
+        "thread",
+    ),
+    "h before a reset": (
+        "recurrence_forward.cu",
+        "is_set(call.reset, row) ? Sum<T>(0) : widen(call.h[at])",
+        "widen(call.h[at])",
+        "none",
+    ),
+    "gradients past the step's h left out": (
+        "recurrence_backward.cu",
+        "    past = (1 - u) * grad;\n    grad *= u;\n",
+        "    grad *= u;\n",
+        "none",
+    ),
+}
+
 
 IN_REGISTERS = (
     "layer_small", "layer_cluster", "layer_backward_small", "layer_backward_cluster",
@@ -554,11 +591,13 @@ def test_broken_kernels_are_found(mutation, build, tmp_path):
         assert text.count(before) == 1
         text = text.replace(before, after)
     source.write_text(text)
-    cell, layer, ways = CHECKS
+    cell, layer, ways, recurrence = CHECKS
     # The layer's kernels stage what they multiply, the cell's do not.
     check = layer if "layer" in file or "chunk" in mutation else cell
     if file.startswith(IN_REGISTERS):
         check = ways
+    if file.startswith("recurrence"):
+        check = recurrence
     kernels = kernels_of(check)
     # Those that read the broken file.
     broken = [k for k in kernels if CSRC / "cuda" / file in NATIVE_BUILD.texts(k, {})]

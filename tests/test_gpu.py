@@ -43,7 +43,32 @@ def layer_case(packed=False, dtype=torch.float32, hidden=H):
     return call, [x, *states], weights
 
 
+def recurrence_case(normed=False, projected=False, packed=False, dtype=torch.float32):
+    """The steps of a layer with every mask and clip, and as asked."""
+    P = 12 if projected else H
+    sizes = torch.tensor([5, 5, 4, 2, 2, 1, 1]) if packed else None
+    lead = (20,) if packed else (L, N)
+    make = {"device": "cuda", "dtype": dtype}
+    inputs = [torch.randn(*lead, 4 * H, **make), torch.randn(N, P, **make),
+              torch.randn(N, H, **make)]  # fmt: skip
+    shapes = [(4 * H, P), (4 * H,), *([(4 * H,), (H,), (H,)] if normed else [None] * 3),
+              (P, H) if projected else None]  # fmt: skip
+    weights = [s and (torch.randn(s, **make) * 0.2).requires_grad_() for s in shapes]
+    masks = [torch.rand(*lead, P, **make), torch.rand(H, **make), torch.rand(N, P, **make)]
+    reset = torch.rand(L, N, device="cuda") < 0.2
+    options = [sizes, reset, True, False, True, 1e-3, 1.0, 0.5 if projected else 0.0]
+
+    def call(x, h, c):
+        return torch.ops.lstm_ext.lstm_recurrence(x, h, c, *weights, *masks, *options)
+
+    return call, inputs, [w for w in weights if w is not None]
+
+
 CASES = {
+    "recurrence": recurrence_case,
+    "recurrence, half": lambda: recurrence_case(dtype=torch.float16),
+    "recurrence, normalised, packed": lambda: recurrence_case(normed=True, packed=True),
+    "recurrence, normalised, projected": lambda: recurrence_case(normed=True, projected=True),
     "cell": cell_case,
     "cell, half": lambda: cell_case(torch.float16),
     "layer": layer_case,
@@ -66,9 +91,10 @@ def case(request):
     return CASES[request.param]()
 
 
-def test_operators_against_torch():
+@pytest.mark.parametrize("script", ["check_ops.py", "check_recurrence_ops.py"])
+def test_operators_against_torch(script):
     """The cases of the emulated operators, on the GPU itself."""
-    script = Path(__file__).parent / "cuda_emu" / "check_ops.py"
+    script = Path(__file__).parent / "cuda_emu" / script
     result = subprocess.run(
         [sys.executable, script, lstm_ext._C.__file__, "cuda"],
         capture_output=True,
@@ -224,6 +250,21 @@ def test_auto_takes_ours_where_it_was_measured_to_be_faster(compiled):
     theirs = nn.LSTM(64, 256, device="cuda", dtype=torch.bfloat16)
     theirs.load_state_dict(layer.state_dict())
     torch.testing.assert_close(output, theirs(x)[0], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("mode", ["auto", "fused", "torch"])
+def test_whose_steps_run(mode):
+    """Of layers whose steps torch's have not."""
+    before = lstm_ext.set_cuda_backend(mode)
+    try:
+        layer = lstm_ext.LayerNormLSTM(I, H, device="cuda")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            layer(torch.randn(L, N, I, device="cuda"))
+            torch.cuda.synchronize()
+        ran = " ".join(event.key for event in profile.key_averages())
+        assert ("recurrence_step_kernel" in ran) == (mode != "torch")
+    finally:
+        lstm_ext.set_cuda_backend(before)
 
 
 @pytest.mark.parametrize("mode", ["auto", "fused", "torch"])

@@ -203,7 +203,8 @@ def test_what_a_check_on_a_gpu_finds(what, planted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.stem)
+# But for the last, which asks nothing more of the machine than the first.
+@pytest.mark.parametrize("check", CHECKS[:-1], ids=lambda check: check.stem)
 def test_checks_with_emulated_kernels(check, build_host, tmp_path):
     """All that a GPU would run of a check but the kernels."""
     builder = Builder(tmp_path)

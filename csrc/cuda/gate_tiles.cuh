@@ -12,7 +12,6 @@
 
 namespace lstm_ext::cuda {
 
-constexpr int kGates = 4;
 constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;  // of a block
 
 // A block's rows of the batch, of K numbers, times rows of the weights. The row of a unit's gate

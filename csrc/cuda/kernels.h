@@ -19,6 +19,10 @@
 
 namespace lstm_ext::cuda {
 
+// What sums of a type are kept in.
+template <class T>
+using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 // Whether the launchers know a cell in a type.
 template <class T>
 bool has_cell(int variant) {

@@ -3,7 +3,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
@@ -286,20 +285,6 @@ void backward(const LayerInputs& in, const Sequence& steps, const Wanted& wanted
 Tensor bias_gradient(const StepGradients& grads) {
   if (!grads.bias_sums.defined()) return grads.of_gates.sum(0);
   return grads.bias_sums.sum(0).to(grads.of_gates.scalar_type());
-}
-
-// of_gates^T rows. Few rows of float32 are multiplied in parts, whose sums are added: the library's
-// own sum of some hundred products has five times the error of cuDNN's, which adds up step by step.
-Tensor weight_gradient(const Tensor& of_gates, const Tensor& rows) {
-  constexpr int64_t kRows = 64, kMostRows = 128, kMost = int64_t{1} << 20;
-  const int64_t S = of_gates.size(0), outputs = of_gates.size(1) * rows.size(1);
-  int64_t parts = S / kRows;
-  while (parts > 1 && S % parts != 0) --parts;
-  const bool in_parts = of_gates.scalar_type() == at::kFloat && parts > 1 &&
-                        S / parts <= kMostRows && parts * outputs <= kMost;
-  if (!in_parts) return at::mm(of_gates.t(), rows);
-  const Tensor gates = of_gates.view({parts, S / parts, of_gates.size(1)});
-  return at::bmm(gates.transpose(1, 2), rows.reshape({parts, S / parts, rows.size(1)})).sum(0);
 }
 
 LayerOutputs lstm_layer(const LayerInputs& in) {

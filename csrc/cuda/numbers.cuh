@@ -1,18 +1,18 @@
-// The number types of tensors, what sums are kept in, and vectors of 16 bytes to load and store.
+// The number types of tensors, and vectors of 16 bytes to load and store.
 #pragma once
 
 #include <type_traits>
 
 #include "core/cell_math.h"
+#include "cuda/kernels.h"
 #include "cuda/platform.cuh"
 
 namespace lstm_ext::cuda {
 
+constexpr int kGates = 4;
+
 // define(T) for the number types T that the launchers are made for.
 #define LSTM_EXT_EACH_TYPE(define) define(float) define(double) define(__half) define(__nv_bfloat16)
-
-template <class T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // By name: torch builds extensions without the half types' own conversions.
 template <class T>

@@ -4,6 +4,7 @@
 
 #include "buffer.h"
 #include "cuda/kernels.h"
+#include "cuda/recurrence.h"
 
 namespace {
 
@@ -49,6 +50,12 @@ void say_all() {
       CellBackward<T> backward = {};
       backward.N = N, backward.H = H;
       say<T>("cell_backward", N, H, cell_backward(backward, nullptr));
+      RecurrenceForward<T> recurrence = {};
+      recurrence.rows = N, recurrence.options.H = recurrence.options.P = H;
+      say<T>("recurrence", N, H, recurrence_step(recurrence, nullptr));
+      const T norm = {};
+      recurrence.options.norm = &norm;
+      say<T>(" with a norm", N, H, recurrence_step(recurrence, nullptr));
       LayerForward<T> layer = {};
       layer.sequence.L = 1, layer.sequence.N = N, layer.H = H;
       const LayerWay way = layer_forward_way(layer, kH100);

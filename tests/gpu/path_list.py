@@ -131,6 +131,8 @@ MODULES = [
     "LSTM, checkpoint_every",
     "LSTM, dropout",
     "LSTM, projection",
+    "LayerNormLSTM, projection",
+    "LSTM, zoneout, packed",
     "LSTMCell trains",
     "convert and revert",
     "autocast",

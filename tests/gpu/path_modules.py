@@ -106,6 +106,23 @@ def in_evaluation(module: nn.Module, inputs: Sequence[Any]) -> Numbers:
     return [f"output {k}" for k in range(len(out))], out
 
 
+def other_steps(
+    kind: type[nn.Module], dtype: str, device: str, inputs: Sequence[Any], **options: Any
+) -> dict[str, Any]:
+    """Layers whose steps torch's have not, beside the same ones in tensor operations."""
+
+    class ByTorch(kind):  # type: ignore[misc,valid-type]
+        def forward(self, *call: Any) -> Any:
+            before = lstm_ext.set_cuda_backend("torch")
+            try:
+                return super().forward(*call)
+            finally:
+                lstm_ext.set_cuda_backend(before)
+
+    ours, theirs = (c(I, H, num_layers=2, **options).eval() for c in (kind, ByTorch))
+    return compare(dtype, device, ours, theirs, inputs)
+
+
 class Model(nn.Module):
     """Both of torch's modules in one model."""
 
@@ -243,6 +260,12 @@ def run_module(case: dict[str, Any], device: str, tell: Callable[..., None]) -> 
         "LSTM, checkpoint_every": lambda: layers(dtype, device, [x], ours={"checkpoint_every": 5}),
         "LSTM, dropout": lambda: dropout(dtype, device),
         "LSTM, projection": lambda: layers(dtype, device, [x], proj_size=7),
+        "LayerNormLSTM, projection": lambda: other_steps(
+            lstm_ext.LayerNormLSTM, dtype, device, [x], proj_size=7, bidirectional=True
+        ),
+        "LSTM, zoneout, packed": lambda: other_steps(
+            lstm_ext.LSTM, dtype, device, [x, lengths], zoneout_h=0.1, zoneout_c=0.2
+        ),
         "LSTMCell trains": lambda: compare(dtype, device, *cells, [x[0]], after_training),
         "LSTMCell, torch.compile": lambda: compiled(device),
         "convert and revert": lambda: convert(dtype, device),

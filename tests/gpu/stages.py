@@ -17,7 +17,7 @@ from runner import NEEDS_GPU, Job, Stage
 
 HERE = Path(__file__).resolve().parent
 NATIVE = ROOT / "build" / "gpu" / "native"
-CHECKS = ["check_cell", "check_layer", "check_layer_ways"]
+CHECKS = ["check_cell", "check_layer", "check_layer_ways", "check_recurrence"]
 SANITIZERS = ["memcheck", "racecheck", "synccheck"]
 KERNELS = "layer_forward_kernel|layer_cluster_kernel|layer_backward|cell_forward_kernel"
 # They run the kernels' sources, builds and documents without a GPU, and did so before.

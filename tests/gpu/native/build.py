@@ -65,11 +65,13 @@ def programs() -> dict[str, Program]:
     """Return all programs by name."""
     cell = sorted((CSRC / "cuda").glob("cell_*.cu"))
     layer = sorted((CSRC / "cuda").glob("layer_*.cu"))
+    recurrence = sorted((CSRC / "cuda").glob("recurrence_*.cu"))
     copy = CSRC / "cuda" / "copy_numbers.cu"
     found = [
         Program("check_cell", [CHECKS / "check_cell.cpp", *cell], lines=True),
         Program("check_layer", [CHECKS / "check_layer.cpp", *layer, copy], lines=True),
         Program("check_layer_ways", [CHECKS / "check_layer_ways.cpp", *layer], lines=True),
+        Program("check_recurrence", [CHECKS / "check_recurrence.cpp", *recurrence], lines=True),
         Program("micro", [HERE / "micro.cu"]),
     ]
     for variant, switches in variants().items():
