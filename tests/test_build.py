@@ -144,7 +144,8 @@ PURELIB = "import sysconfig; print(sysconfig.get_path('purelib'))"
 def place(tmp_path_factory):
     """Where each environment and checkout is, one after the other.
 
-    In the same place the compiler's commands are the same, and it runs for the first test alone.
+    In the same place the compiler's commands are the same. So it runs for the first test, and for
+    the last, which has another setuptools.
     """
     return tmp_path_factory.mktemp("installs")
 
@@ -203,6 +204,27 @@ def install(python, *arguments, cwd):
 
 
 @pytest.mark.packaging
+def test_wheel_and_incremental_rebuild(environment, checkout):
+    wheel = [environment, "-m", "pip", "wheel", "--no-deps", "-v", "-w", "dist", "."]
+    first = run(*wheel, cwd=checkout)
+    (path,) = (checkout / "dist").glob("lstm_ext-*.whl")
+    names = zipfile.ZipFile(path).namelist()
+    assert {"lstm_ext/py.typed", "lstm_ext/_C.pyi", "lstm_ext/_built_with.py"} <= set(names)
+    assert any(name.startswith("lstm_ext/_C.") and name.endswith(".so") for name in names)
+    assert "building for the CPU only" in first.stdout + first.stderr or torch.version.cuda
+    install(environment, "--no-deps", path, cwd=checkout)
+
+    # What has not changed is not compiled again; what has, is.
+    objects = {p: p.stat().st_mtime_ns for p in (checkout / "build").rglob("*.o")}
+    assert objects
+    source = checkout / "csrc" / "cpu" / "dispatch.cpp"
+    source.write_text(source.read_text() + "\n// touched\n")
+    run(*wheel, cwd=checkout)
+    changed = [p.name for p, time in objects.items() if p.stat().st_mtime_ns != time]
+    assert changed == ["dispatch.o"]
+
+
+@pytest.mark.packaging
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -232,27 +254,6 @@ def test_build_asks_for_a_torch_only_where_there_is_none(environment, checkout, 
         }
         result = run(environment, "-c", code, cwd=checkout, env=variables)
         assert result.stdout.strip() == ("[]" if with_torch else "['torch>=2.11']")
-
-
-@pytest.mark.packaging
-def test_wheel_and_incremental_rebuild(environment, checkout):
-    wheel = [environment, "-m", "pip", "wheel", "--no-deps", "-v", "-w", "dist", "."]
-    first = run(*wheel, cwd=checkout)
-    (path,) = (checkout / "dist").glob("lstm_ext-*.whl")
-    names = zipfile.ZipFile(path).namelist()
-    assert {"lstm_ext/py.typed", "lstm_ext/_C.pyi", "lstm_ext/_built_with.py"} <= set(names)
-    assert any(name.startswith("lstm_ext/_C.") and name.endswith(".so") for name in names)
-    assert "building for the CPU only" in first.stdout + first.stderr or torch.version.cuda
-    install(environment, "--no-deps", path, cwd=checkout)
-
-    # What has not changed is not compiled again; what has, is.
-    objects = {p: p.stat().st_mtime_ns for p in (checkout / "build").rglob("*.o")}
-    assert objects
-    source = checkout / "csrc" / "cpu" / "dispatch.cpp"
-    source.write_text(source.read_text() + "\n// touched\n")
-    run(*wheel, cwd=checkout)
-    changed = [p.name for p, time in objects.items() if p.stat().st_mtime_ns != time]
-    assert changed == ["dispatch.o"]
 
 
 @pytest.mark.packaging
