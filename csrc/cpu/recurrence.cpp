@@ -370,10 +370,14 @@ RecurrenceTrainingOutputs forward(const RecurrenceInputs& in, bool training) {
   return out;
 }
 
-// Of all steps, in the compute type; undefined where not wanted, or alike to grad_z.
+// In the compute type; undefined where not wanted, or alike to grad_z.
 struct StepGradients {
-  Tensor z, pre, norm_terms, norm_c_terms, bias_c_terms, h_new;
+  Tensor z, pre, h_new;  // of all steps
+  // Sums of a sequence's terms over kStepsOfTerms steps, [.. N, 4H] or [.. N, H]: short sums, for
+  // few roundings, and little memory.
+  Tensor norm_terms, bias_terms, norm_c_terms, bias_c_terms;
 };
+constexpr int64_t kStepsOfTerms = 16;
 
 StepGradients backward_loop(const Recurrence& r, const RecurrenceInputs& in,
                             const LayerOutputGradients& grads, const RecurrenceResults& results,
@@ -396,11 +400,15 @@ StepGradients backward_loop(const Recurrence& r, const RecurrenceInputs& in,
   };
   const bool normed = r.options.norm != nullptr;
   of_steps.z = of_all(true, 4 * H);
-  of_steps.pre =
-      of_all(normed && (wanted.bias || (wanted.gates_x && !r.options.norm_joint)), 4 * H);
-  of_steps.norm_terms = of_all(wanted.norm && normed, 4 * H);
-  of_steps.norm_c_terms = of_all(wanted.norm_c && r.options.norm_c, H);
-  of_steps.bias_c_terms = of_all(wanted.bias_c && r.options.bias_c, H);
+  of_steps.pre = of_all(normed && wanted.gates_x && !r.options.norm_joint, 4 * H);
+  const int64_t sums = (r.sequence.L() + kStepsOfTerms - 1) / kStepsOfTerms * N;
+  const auto terms = [&](bool asked, int64_t columns) {
+    return asked ? at::zeros({sums, columns}, at::dtype(compute)) : Tensor();
+  };
+  of_steps.norm_terms = terms(wanted.norm && normed, 4 * H);
+  of_steps.bias_terms = terms(wanted.bias && normed && r.options.bias, 4 * H);
+  of_steps.norm_c_terms = terms(wanted.norm_c && r.options.norm_c, H);
+  of_steps.bias_c_terms = terms(wanted.bias_c && r.options.bias_c, H);
   of_steps.h_new = of_all(r.projects, P);
   const Dense grad_output(grads.output), gates(results.gates), c_before(results.c_before),
       normalized(results.normalized), scale(results.scale), projected(results.projected);
@@ -464,9 +472,11 @@ StepGradients backward_loop(const Recurrence& r, const RecurrenceInputs& in,
       };
       if (copies_z) step.z_factors = z_factors_at(row);
       step.grad_pre = at_row(of_steps.pre, at);
-      step.norm_terms = at_row(of_steps.norm_terms, at);
-      step.norm_c_terms = at_row(of_steps.norm_c_terms, at);
-      step.bias_c_terms = at_row(of_steps.bias_c_terms, at);
+      const int64_t sum = s / kStepsOfTerms * N + row;
+      step.norm_terms = at_row(of_steps.norm_terms, sum);
+      step.bias_terms = at_row(of_steps.bias_terms, sum);
+      step.norm_c_terms = at_row(of_steps.norm_c_terms, sum);
+      step.bias_c_terms = at_row(of_steps.bias_c_terms, sum);
       step.scratch = r.computed.at(scratch.mutable_data_ptr(), first * 2 * H);
       if (rows > 0) step_kernels.step_gradient(step);
       if (s == 0 && !wanted.hx) continue;
@@ -542,12 +552,12 @@ RecurrenceGradients backward(const LayerOutputGradients& grads, const Recurrence
     return asked && defined(given) ? sum_of_rows(r, terms) : Tensor();
   };
   RecurrenceGradients out;
-  const Tensor& pre = of_steps.pre.defined() ? of_steps.pre : of_steps.z;
-  const bool apart = r.options.norm && !r.options.norm_joint;
-  if (wanted.gates_x) out.gates_x = (apart ? pre : of_steps.z).to(r.dtype).view_as(in.gates_x);
+  if (wanted.gates_x)
+    out.gates_x =
+        (of_steps.pre.defined() ? of_steps.pre : of_steps.z).to(r.dtype).view_as(in.gates_x);
   out.hx = stored(wanted.hx, grad_h);
   out.cx = stored(wanted.cx, grad_c);
-  out.bias = sum(wanted.bias, in.bias, pre);
+  out.bias = sum(wanted.bias, in.bias, r.options.norm ? of_steps.bias_terms : of_steps.z);
   out.norm = sum(wanted.norm, in.norm, of_steps.norm_terms);
   out.norm_c = sum(wanted.norm_c, in.norm_c, of_steps.norm_c_terms);
   out.bias_c = sum(wanted.bias_c, in.bias_c, of_steps.bias_c_terms);

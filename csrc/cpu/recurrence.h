@@ -82,6 +82,11 @@ LSTM_EXT_INLINE const S* row_of(const void* data, int64_t row, int64_t size) {
   return data ? static_cast<const S*>(data) + row * size : nullptr;
 }
 
+template <class T, class V>
+LSTM_EXT_INLINE void add_to(T* terms, int64_t at, V v, int64_t n) {
+  if (terms) store(terms + at, load(terms + at, n) + v, n);
+}
+
 template <class S>
 void begin_recurrence(const RecurrenceBeginArgs& args) {
   const int64_t P = args.options.P, H = args.options.H, stride = factor_row<S>(P),
@@ -310,8 +315,8 @@ void recurrence_step_gradient(const RecurrenceStepGradientArgs& args) {
         const V tanh_c = Activations<T>::tanh(shown), grad_h = load(grad_r + at, n);
         V grad_shown = PlainCell::shown_gradient(gate, tanh_c, grad_h), past;
         if (options.carry_norm) grad_shown += split(at, n, past);
-        if (norm_c_terms) store(norm_c_terms + at, grad_shown * normalized, n);
-        if (bias_c_terms) store(bias_c_terms + at, grad_shown, n);
+        add_to(norm_c_terms, at, grad_shown * normalized, n);
+        add_to(bias_c_terms, at, grad_shown, n);
         const V grad_normalized = first<S>(grad_shown * load(norm_c + at, n), n);
         sum += grad_normalized;
         along += grad_normalized * normalized;
@@ -334,12 +339,14 @@ void recurrence_step_gradient(const RecurrenceStepGradientArgs& args) {
     if (norm) {
       const S* normalized = row_of<S>(args.normalized, row, 4 * H);
       T *pre = row_of<T>(args.grad_pre, row, 4 * H),
-        *terms = row_of<T>(args.norm_terms, row, 4 * H);
+        *norm_terms = row_of<T>(args.norm_terms, row, 4 * H),
+        *bias_terms = row_of<T>(args.bias_terms, row, 4 * H);
       V sum = {}, along = {};
       for_vectors<S>(4 * H, [&](int64_t at, int64_t n) {
         const V grad = load(grad_z + at, n), value = load(normalized + at, n);
         if (pre) store(pre + at, grad, n);
-        if (terms) store(terms + at, grad * value, n);
+        add_to(norm_terms, at, grad * value, n);
+        add_to(bias_terms, at, grad, n);
         const V of_value = grad * load(norm + at, n);
         store(grad_z + at, of_value, n);
         sum += of_value;

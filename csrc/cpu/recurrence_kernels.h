@@ -88,15 +88,17 @@ struct RecurrenceStepGradientArgs {
   const void* c_before;
   const void* normalized;
   const void* scale;
-  const bool* reset;   // or null
-  void* grad_c;        // [rows, H] in the compute type, replaced
-  void* grad_z;        // [rows, 4H] in the compute type
-  void* z_factors;     // the same as factors: [rows, 4H] where those are pairs, else null; or
-                       // where there are four masks of h, [4][rows, H]
-  void* grad_pre;      // [rows, 4H] in the compute type, or null
-  void* norm_terms;    // [rows, 4H] in the compute type, or null: their sum is the gradient of norm
-  void* norm_c_terms;  // [rows, H], the same of norm_c
-  void* bias_c_terms;  // [rows, H], and of bias_c
+  const bool* reset;  // or null
+  void* grad_c;       // [rows, H] in the compute type, replaced
+  void* grad_z;       // [rows, 4H] in the compute type
+  void* z_factors;    // the same as factors: [rows, 4H] where those are pairs, else null; or
+                      // where there are four masks of h, [4][rows, H]
+  void* grad_pre;     // [rows, 4H] in the compute type, or null
+  // Added to, in the compute type, or null. The sums of their rows are the gradients.
+  void* norm_terms;    // [rows, 4H]
+  void* bias_terms;    // [rows, 4H], where there is a norm
+  void* norm_c_terms;  // [rows, H]
+  void* bias_c_terms;  // [rows, H]
   void* scratch;       // [2, H] in the compute type
 };
 
