@@ -418,6 +418,21 @@ def variants_loops() -> list[str]:
     return lines(heads, body, left=3)
 
 
+def variant_models() -> list[str]:
+    """Time of whole models as their packages have them over ours."""
+    rows = load(RESULTS / "variant_models.json")["rows"]
+    body = []
+    for row in rows:
+        ratio = f"{row['over_ours']:.2f}"
+        ours = f"{row['us']['lstm_ext'] / 1e3:,.1f}"
+        body.append([
+            row["model"], row["size"], row["mode"], ours,
+            ratio if row["over_ours"] >= 1 else f"**{ratio}**",
+        ])  # fmt: skip
+    heads = ["", "size", "", "ours, milliseconds", "theirs / ours"]
+    return measured("variant_models.json") + lines(heads, body, left=3)
+
+
 def ragged_rows() -> list[str]:
     return measured("ragged.json") + with_ratios(
         load(RESULTS / "ragged.json")["rows"], " by hand / ours"
@@ -513,6 +528,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "ragged-rows": ragged_rows,
     "variants": variants,
     "variants-loops": variants_loops,
+    "variants-models": variant_models,
     "gpu-layers": lambda: gpu("layer"),
     "gpu-cells": lambda: gpu("cell"),
 }

@@ -59,7 +59,8 @@ def as_if_on_cuda(monkeypatch):
         monkeypatch.setattr(_backend, name, lambda _, *more, real=real: real(there, *more))
     pretend_card(monkeypatch, 9, 0)
     # These take nothing but the CPU's, and here hand over to what looks at the mode.
-    for name in ("fast_lstm_cell", "fast_cell_module"):
+    with_steps = "fast_lstm_with_steps", "fast_cell_with_steps"
+    for name in ("fast_lstm_cell", "fast_cell_module", *with_steps):
         monkeypatch.setattr(_ops, name, lambda *_: None)
     monkeypatch.setattr(lstm_ext.LSTM, "_direct", staticmethod(lambda *_: None))
 
