@@ -350,6 +350,23 @@ def test_variants_benchmark(monkeypatch, capsys, tmp_path, loops):
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
 
 
+def test_variant_models_benchmark(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench = importlib.import_module("bench_variant_models")
+    monkeypatch.setattr(bench.protocol, "ROUND_SECONDS", 0.001)
+    out = tmp_path / "rows.json"
+    options = ["--models", "awd_lstm", "zoneout_decoder", "--modes", "inference", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench_variant_models.py", *options, "--out", str(out)])
+    bench.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["model"] for row in rows] == ["awd_lstm", "zoneout_decoder"]
+    ours, theirs, run = bench.zoneout()
+    with torch.no_grad():
+        theirs.cells[0].cell.bias_hh += 0.01
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        bench.compare(ours, theirs, run)
+
+
 def test_a_wrong_variant_is_not_timed(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     bench = importlib.import_module("bench_variants")
