@@ -62,7 +62,8 @@ def keep_mask(size: tuple[int, ...], p: float, like: Tensor) -> Tensor:
         # Not in place, which torch.func.vmap refuses where each sample draws its own.
         return torch.bernoulli(torch.full(size, 1 - p, dtype=like.dtype, device=like.device))
     count = math.prod(size)
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device="cpu")
+    words.random_(-(2**63), None)
     return (words.view(torch.int16)[:count].view(size) < limit).to(like.dtype)
 
 

@@ -107,7 +107,7 @@ def counts(module: Any) -> bool:
 
 
 # What csrc/python/module_options.cpp leaves to Python, where it is of effect.
-_OF_FEATURES = ("input_dropout", "variational_dropout")
+_OF_FEATURES = ("input_dropout",)
 
 
 def why_not_direct(module: Any) -> dict[str, bool]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from measure import uniform
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lstm_ext
@@ -585,10 +586,10 @@ def test_what_direct_calls_leave_to_python(direct):
 
     clipped = {"cell_clip": 0.5}
     assert taken(lstm_ext.LSTM(3, 4, **clipped)) == [True]
-    for name, value in (("input_dropout", 0.5), ("variational_dropout", True)):
-        module = lstm_ext.LSTM(3, 4, **clipped, **{name: value})
-        assert taken(module) == [False]
-        assert taken(module.eval()) == [True]
+    module = lstm_ext.LSTM(3, 4, **clipped, input_dropout=0.5)
+    assert taken(module) == [False]
+    assert taken(module.eval()) == [True]
+    assert taken(lstm_ext.LSTM(3, 4, **clipped, variational_dropout=True)) == [True]
     assert taken(lstm_ext.LSTM(3, 4, 2, dropout=0.5, **clipped)) == [False]
     assert taken(lstm_ext.LSTM(3, 4, **clipped), x[0]) == [False]
     assert taken(lstm_ext.LSTM(3, 4, **clipped), reset=torch.zeros(5, 2, dtype=torch.bool)) == []
@@ -604,6 +605,50 @@ def test_what_direct_calls_leave_to_python(direct):
     direct.clear()
     torch.func.vmap(cell, randomness="different")(x)
     assert direct == [("fast_cell_with_steps", False)]
+
+
+def made_a_buffer(module, name):
+    delattr(module, name)
+    module.register_buffer(name, torch.ones(4))
+
+
+def parametrized(module, name):
+    torch.nn.utils.parametrize.register_parametrization(module, name, nn.Softplus())
+
+
+@pytest.mark.parametrize("kind", ["layer", "cell"])
+@pytest.mark.parametrize("name", ["norm_c", "bias_c"])
+@pytest.mark.parametrize(
+    "change",
+    [made_a_buffer, parametrized, lambda *of: prune.l1_unstructured(*of, 0.5)],
+    ids=["buffer", "parametrization", "pruned"],
+)
+def test_norms_that_are_no_parameters(kind, name, change, direct):
+    """The direct call leaves them to Python, which reads them as attributes."""
+    module = module_of(kind, {"normalize": "sum"}, 3, 4)
+    x = torch.randn(2, 3) if kind == "cell" else torch.randn(5, 2, 3)
+    before = module(x)[0]
+    change(module, name + ("" if kind == "cell" else "_l0"))
+    by_c, by_python = in_both_ways(module, lambda: [module(x)[0]])
+    assert all(map(torch.equal, by_c, by_python))
+    assert not torch.equal(by_c[0], before)
+    assert [taken for _, taken in direct] == [True, False]
+
+
+def test_masks_are_drawn_where_the_layer_is():
+    lstm = lstm_ext.LSTM(3, 4, weight_dropout=0.5, input_dropout=0.5, zoneout_h=0.5)
+    x = torch.randn(5, 2, 3)
+    with torch.device("meta"):
+        assert lstm(x)[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize("size", [1, 5, 6])
+@pytest.mark.parametrize("kind", ["layer", "cell"])
+def test_coupled_gates_of_a_wrong_size(kind, size):
+    module = module_of(kind, {"coupled_gates": True}, 3, 4)
+    setattr(module, "bias_ih" if kind == "cell" else "bias_ih_l0", nn.Parameter(torch.zeros(size)))
+    with pytest.raises((RuntimeError, ValueError)):
+        module(torch.randn(2, 3) if kind == "cell" else torch.randn(5, 2, 3))
 
 
 def test_direct_calls_check_what_they_read():

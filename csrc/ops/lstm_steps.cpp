@@ -96,7 +96,7 @@ LayerOutputs layer(const Tensor& x, const Tensor& h, const Tensor& c, const Step
                                      reverse,
                                      o.norm_joint,
                                      o.carry_norm,
-                                     o.norms ? o.eps : 1e-5,
+                                     o.eps,
                                      o.cell_clip,
                                      o.projection_clip});
 }
@@ -107,6 +107,7 @@ StepWeights changed(StepWeights w, const StepOptions& o) {
   if (o.coupled_gates) {
     const auto couple = [](const Tensor& t) {
       const std::vector<Tensor> gates = t.chunk(4);
+      TORCH_CHECK(gates.size() == 4, "expected the rows of four gates, got ", t.size(0));
       return at::cat({gates[0], -gates[0], gates[2], gates[3]});
     };
     w.w_ih = couple(w.w_ih);
@@ -172,7 +173,7 @@ std::tuple<Tensor, Tensor> lstm_cell_step(const Tensor& input, const Tensor& h, 
   }
   // torch's step, with masks: the recurrence would lay w_hh out anew for it.
   const Masks masks = draw_masks(o, input.unsqueeze(0), h, c);
-  const Tensor seen = masks.dropout_h ? h * masks.dropout_h->view_as(h) : h;
+  const Tensor seen = masks.dropout_h ? h * *masks.dropout_h : h;
   auto [h_new, c_new] =
       ops::lstm_cell::call({input, seen, c, w.w_ih, w.w_hh, w.b_ih, w.b_hh, none, kPlainCell});
   const auto updated = [](const Tensor& old, const Tensor& next,

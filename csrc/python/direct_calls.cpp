@@ -135,6 +135,7 @@ PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
   if (kPacked && at::autocast::is_autocast_enabled(at::kCPU)) Py_RETURN_NONE;
   if (kKind == Kind::kSteps && is_transformed()) Py_RETURN_NONE;
   at::Tensor input = THPVariable_Unpack(args[1]);
+  if (!input.is_cpu()) Py_RETURN_NONE;
   std::optional<at::Tensor> h, c, batch_sizes;
   if (!unpack_states(args[2], h, c) || !unpack(args[3], batch_sizes)) Py_RETURN_NONE;
   if (input.dim() != (batch_sizes ? 2 : 3)) Py_RETURN_NONE;
@@ -168,7 +169,8 @@ PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
   }
   const bool transposed = options->batch_first && !batch_sizes;
   if (transposed) input = input.transpose(0, 1);
-  const bool brief = input.numel() / I * 4 * H * (I + H) * c_sizes[0] < kBriefWork;
+  const bool brief =
+      kKind != Kind::kSteps && input.numel() / I * 4 * H * (I + H) * c_sizes[0] < kBriefWork;
   auto [output, h_n, c_n] = without_lock(brief, [&] {
     if (kKind == Kind::kSteps)
       return lstm_steps({input, *h, *c, *layers, batch_sizes, options->directions, *steps});
@@ -215,14 +217,14 @@ PyObject* call_cell_with_steps(PyObject* /*module*/, PyObject* const* args, Py_s
     Py_RETURN_NONE;
   const at::Tensor& input = THPVariable_Unpack(args[1]);
   std::optional<at::Tensor> h, c;
-  if (input.dim() != 2 || !unpack_states(args[2], h, c)) Py_RETURN_NONE;
+  if (input.dim() != 2 || !input.is_cpu() || !unpack_states(args[2], h, c)) Py_RETURN_NONE;
   const std::optional<CellParameters> w = read_cell_weights(args[0]);
   const std::optional<CellSizes> sizes = read_cell_sizes(args[0]);
   const std::optional<bool> training = read_training(args[0]);
   if (!w || !sizes || !training) Py_RETURN_NONE;
   const std::optional<StepOptions> steps = read_step_options(args[0], *training);
   if (!steps) Py_RETURN_NONE;
-  const std::optional<StepWeights> weights = read_cell_step_weights(args[0], *w, *steps);
+  const std::optional<StepWeights> weights = read_cell_step_weights(args[0], *w, *sizes, *steps);
   if (!weights) Py_RETURN_NONE;
   const int64_t N = input.sym_size(0).maybe_as_int().value_or(-1);
   if (N < 0) Py_RETURN_NONE;
@@ -230,9 +232,8 @@ PyObject* call_cell_with_steps(PyObject* /*module*/, PyObject* const* args, Py_s
   zeros_if_none(h, c, state, state, input);
   if (!usual(input, sizes->input, *h, *c, state, state) || !all_of(input.scalar_type(), {*weights}))
     Py_RETURN_NONE;
-  const bool is_brief = N * 4 * sizes->hidden * (sizes->input + sizes->hidden) < kBriefWork;
-  auto [hy, cy] =
-      without_lock(is_brief, [&] { return lstm_cell_step(input, *h, *c, *weights, *steps); });
+  auto [hy, cy] = without_lock(/*brief=*/false,
+                               [&] { return lstm_cell_step(input, *h, *c, *weights, *steps); });
   return wrap(std::move(hy), std::move(cy));
   END_HANDLE_TH_ERRORS
 }

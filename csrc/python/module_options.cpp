@@ -220,8 +220,9 @@ bool read_step_option(const char* name, PyObject* value, StepOptions& steps) {
   if (key == "recurrent_dropout_per_gate") return as_bool(steps.dropout_per_gate);
   if (key == "weight_dropout_rows") return as_bool(steps.weight_dropout_rows);
   if (key == "coupled_gates") return as_bool(steps.coupled_gates);
-  const bool of_features = key == "input_dropout" || key == "variational_dropout";
-  return of_features && !steps.training;
+  // Of dropout between layers, which read_options refuses where it is to be drawn.
+  if (key == "variational_dropout") return true;
+  return key == "input_dropout" && !steps.training;
 }
 
 bool read_norm_form(PyObject* dict, StepOptions& steps) {
@@ -236,20 +237,27 @@ bool read_norm_form(PyObject* dict, StepOptions& steps) {
          as_number(PyTuple_GET_ITEM(form, 2), steps.eps);
 }
 
-// The norms of a layer, whose parameters' names end so. False unless all are there, of their sizes.
-bool read_norms(PyObject* dict, const std::string& end, int64_t H, const StepOptions& steps,
-                StepWeights& w) {
+// The norms of a layer, whose parameters' names end so; bias_c where there are biases. False unless
+// those that there should be are parameters, of their sizes.
+bool read_norms(PyObject* dict, const std::string& end, int64_t H, bool bias,
+                const StepOptions& steps, StepWeights& w) {
   if (!steps.norms) return true;
-  PyObject* const parameters = dict_in(dict, names().parameters);
-  if (parameters == nullptr) return false;
+  PyObject *const parameters = dict_in(dict, names().parameters), *const buffers = dict_in(
+                                                                      dict, names().buffers);
+  if (parameters == nullptr || buffers == nullptr) return false;
   const auto read = [&](const char* name, int64_t size, std::optional<at::Tensor>& to) {
     const py::str key(name + end);
     PyObject* const found = parameter(dict, parameters, key.ptr());
-    return found == nullptr || (unpack(found, to) && bias_fits(to, size));
+    return found != nullptr && unpack(found, to) && to && bias_fits(to, size);
   };
-  return (steps.norm_joint || (read("norm_ih", 4 * H, w.norm_ih) && w.norm_ih)) &&
-         read(steps.norm_joint ? "norm_gates" : "norm_hh", 4 * H, w.norm) && w.norm &&
-         read("norm_c", H, w.norm_c) && w.norm_c && read("bias_c", H, w.bias_c);
+  const auto is_absent = [&](const char* name) {
+    const py::str key(name + end);
+    return look_up(dict, key.ptr()) == nullptr && look_up(parameters, key.ptr()) == nullptr &&
+           look_up(buffers, key.ptr()) == nullptr;
+  };
+  return (steps.norm_joint || read("norm_ih", 4 * H, w.norm_ih)) &&
+         read(steps.norm_joint ? "norm_gates" : "norm_hh", 4 * H, w.norm) &&
+         read("norm_c", H, w.norm_c) && (bias ? read("bias_c", H, w.bias_c) : is_absent("bias_c"));
 }
 
 }  // namespace
@@ -286,15 +294,22 @@ std::optional<std::vector<StepWeights>> read_step_weights(PyObject* dict,
     if (options.proj_size > 0) to.w_hr = w[kLayerWeights];
     const std::string end = "_l" + std::to_string(k / options.directions) +
                             (k % options.directions == 1 ? "_reverse" : "");
-    if (!read_norms(dict, end, options.hidden_size, steps, to)) return std::nullopt;
+    if (!read_norms(dict, end, options.hidden_size, options.bias, steps, to)) return std::nullopt;
   }
   return layers;
 }
 
 std::optional<StepWeights> read_cell_step_weights(PyObject* dict, const CellParameters& weights,
+                                                  const CellSizes& sizes,
                                                   const StepOptions& steps) {
+  const auto [I, H] = sizes;
+  bool bias = false;
+  if (!read_bool(dict, names().bias, bias) || !has_shape(weights[0], 4 * H, I) ||
+      !has_shape(weights[1], 4 * H, H) || !bias_fits(weights[2], 4 * H) ||
+      !bias_fits(weights[3], 4 * H))
+    return std::nullopt;
   StepWeights to = {*weights[0], *weights[1], weights[2], weights[3], {}, {}, {}, {}, {}};
-  if (to.w_hh.dim() != 2 || !read_norms(dict, "", to.w_hh.size(1), steps, to)) return std::nullopt;
+  if (!read_norms(dict, "", H, bias, steps, to)) return std::nullopt;
   return to;
 }
 

@@ -65,15 +65,15 @@ std::optional<FrozenCell> read_frozen_cell(PyObject* module_dict);
 // is torch's.
 std::optional<CellParameters> read_cell_weights(PyObject* module_dict);
 
-std::optional<StepWeights> read_cell_step_weights(PyObject* module_dict,
-                                                  const CellParameters& weights,
-                                                  const StepOptions& steps);
-// None unless it is a bool.
-std::optional<bool> read_training(PyObject* module_dict);
-
 struct CellSizes {
   int64_t input, hidden;
 };
+std::optional<StepWeights> read_cell_step_weights(PyObject* module_dict,
+                                                  const CellParameters& weights,
+                                                  const CellSizes& sizes, const StepOptions& steps);
+// None unless it is a bool.
+std::optional<bool> read_training(PyObject* module_dict);
+
 std::optional<CellSizes> read_cell_sizes(PyObject* module_dict);
 
 }  // namespace lstm_ext
