@@ -142,8 +142,8 @@ def set_cuda_backend(mode: str) -> str:
             and dtype are ones for which ours was measured to be faster (docs/gpu.md). Any other
             layer runs in torch's kernels (cuDNN). Layers whose steps torch's have not
             (normalisation, zoneout, recurrent dropout, clips) run in ours, which for them was not
-            measured. "fused": our kernels wherever there is one.
-            "torch": torch's own kernels and operations everywhere.
+            measured; a mask for each gate has no kernel, and gets tensor operations. "fused": our
+            kernels wherever there is one. "torch": torch's own kernels and operations everywhere.
 
     Returns:
         The choice before.
