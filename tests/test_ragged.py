@@ -426,9 +426,9 @@ def test_whole_graphs_and_export_say_why_not():
         def forward(self, sequences):
             return lstm_ext.run_sequences(lstm, sequences)[0]
 
-    with pytest.raises(RuntimeError, match="packed depends on the(ir)? lengths"):
+    with pytest.raises(RuntimeError, match=r"packed depends on the(ir)? lengths"):
         torch.compile(Model(), backend="aot_eager", fullgraph=True)(sequences)
-    with pytest.raises(RuntimeError, match="packed depends on the(ir)? lengths"):
+    with pytest.raises(RuntimeError, match=r"packed depends on the(ir)? lengths"):
         torch.compile(lstm, backend="aot_eager", fullgraph=True)(jagged(2, 0, 3))
     with pytest.raises(RuntimeError, match="Export the module with a padded or a packed input"):
         torch.export.export(Model(), (sequences,))
