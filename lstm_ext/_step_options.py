@@ -106,14 +106,9 @@ def counts(module: Any) -> bool:
     return getattr(module, "_layer_norm", None) is not None or of_module(module) is not NONE
 
 
-# What csrc/python/module_options.cpp leaves to Python, where it is of effect.
-_OF_FEATURES = ("input_dropout",)
-
-
 def why_not_direct(module: Any) -> dict[str, bool]:
-    """Return what the direct call does not compute, and whether a module's next call has it."""
-    o = of_module(module)
-    return {f"{name} is computed in Python": bool(getattr(o, name)) for name in _OF_FEATURES}
+    """Return what csrc/python/module_options.cpp leaves to Python, and whether a call has it."""
+    return {"input_dropout is computed in Python": of_module(module).input_dropout > 0}
 
 
 def names(module: Any, *, in_evaluation: bool = False) -> list[str]:
