@@ -37,6 +37,8 @@ CHANGES = {
     "dropout True": {"dropout": True},
     "dropout 0": {"dropout": 0},
     "dropout too large": {"dropout": 2.0},
+    "dropout below 0": {"dropout": -0.5},
+    "dropout no number": {"dropout": float("nan")},
     "dropout a word": {"dropout": "half"},
     "dropout None": {"dropout": None},
     "training 1": {"training": 1},
