@@ -98,6 +98,9 @@ def flat_weights(module: Any) -> list[Any]:
     Those in ``_flat_weights``, unless an attribute has become another tensor since torch made that
     list, as under ``functional_call`` or with a parametrization: then what the attributes are.
     """
+    if getattr(module, "_has_own_checks", False):
+        module._update_flat_weights()  # which may be the class's own
+        return list(module._flat_weights)
     found = _read_attributes(module)
     for ref, weight in zip(module._flat_weight_refs, found, strict=True):
         if weight is not None and ref is not None and ref() is not weight:
@@ -321,7 +324,6 @@ def _check_arguments(
     if not getattr(module, "_has_own_checks", False):
         options.check_forward_args(input, hx, batch_sizes)
         return
-    module._update_flat_weights()
     module.check_forward_args(input, hx, batch_sizes)
 
 

@@ -639,6 +639,43 @@ def test_a_subclass_checks_its_arguments(call):
     torch.testing.assert_close(flat(call(module, data())), flat(call(expected, data())))
 
 
+class OwnList(nn.LSTM):
+    """Writes the list of weights itself, as old forms of weight dropout do."""
+
+    def _update_flat_weights(self):
+        self._flat_weights = [2 * getattr(self, name) for name in self._flat_weights_names]
+
+
+class OwnReading(nn.LSTM):
+    def _weights_have_changed(self):
+        return True
+
+    def _init_flat_weights(self):
+        self._flat_weights = [w.tanh() for w in map(self._parameters.get, self._flat_weights_names)]
+
+
+@every_call
+@every_option
+@pytest.mark.parametrize("cls", [OwnList, OwnReading])
+def test_a_subclass_makes_its_own_list_of_weights(cls, options, call):
+    found = []
+    for change in (lambda module: module, lstm_ext.convert):
+        torch.manual_seed(0)
+        module = change(cls(I, H, **options))
+        results = flat(call(module, data()))
+        if results[0].requires_grad:
+            results[0].square().sum().backward()
+            results += [p.grad for p in module.parameters()]
+        found.append(results)
+    assert isinstance(module, lstm_ext.LSTM)
+    torch.testing.assert_close(found[1], found[0])
+    with (
+        pytest.warns(UserWarning, match="forward or checks of its own"),
+        pytest.raises(ValueError, match="to freeze"),
+    ):
+        lstm_ext.freeze(module.eval())
+
+
 def test_modules_pickled_by_older_versions():
     """Their __dict__ lacks what was added since."""
     theirs, ours = pair(num_layers=2)
