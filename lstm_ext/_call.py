@@ -451,7 +451,9 @@ def run_frozen(
     else:
         # The weights are of one precision: only the results have the dtype of an unfrozen layer's.
         own = options.weights[0].dtype
-        cast = [t.to(own) for t in (ready.input, *ready.hx)]
+        # Those of float64 autocast leaves as they are, and they fit nothing then.
+        double = torch.float64
+        cast = [t if double in (t.dtype, own) else t.to(own) for t in (ready.input, *ready.hx)]
         with torch.autocast("cpu", enabled=False):
             output, h, c = run(*cast, *arguments)
         output, h = output.to(low), h.to(low)

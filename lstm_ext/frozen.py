@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -670,6 +671,7 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
         if isinstance(input, Tensor) and input.dim() in (1, 2):
             if hx is None:
                 hx = self._zero_state(input)
+            input, hx, low = self._as_autocast(input, hx)
             if self._fits(input, hx):
                 h, c = hx
                 if input.dim() == 1:
@@ -678,9 +680,16 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
                     step = input.unsqueeze(0), h, c
                 packed, b_ih, b_hh, _, _, *own = self._packed()
                 cell = own[0] if own else None, _variants.of_module(self).number
-                _, h_n, c_n = _ops.lstm_layer_packed(
-                    *step, packed, b_ih, b_hh, None, None, False, *cell
-                )
+                with (
+                    contextlib.nullcontext()
+                    if low is None
+                    else torch.autocast("cpu", enabled=False)
+                ):
+                    _, h_n, c_n = _ops.lstm_layer_packed(
+                        *step, packed, b_ih, b_hh, None, None, False, *cell
+                    )
+                if low is not None:
+                    h_n, c_n = h_n.to(low), c_n.to(low)
                 return (h_n.squeeze(0), c_n.squeeze(0)) if input.dim() == 1 else (h_n, c_n)
         # torch's own errors; what it would compute nevertheless has no packed form.
         if self._freed is None:
@@ -688,6 +697,24 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
         else:
             self._without_numbers()(input, hx)
         self._refuse("take these arguments")
+
+    def _as_autocast(self, input: Tensor, hx: States) -> tuple[Tensor, States, torch.dtype | None]:
+        """Under autocast, return what fits the packed weights, and the dtype of the results.
+
+        That is the unfrozen cell's: of gates in the lower precision and of c, unless all have the
+        dtype of the weights, which is that of the results then.
+        """
+        right = isinstance(hx, (tuple, list)) and len(hx) == 2
+        if not (right and torch.is_autocast_enabled("cpu")):
+            return input, hx, None
+        own, tensors = self.like_weights.dtype, (input, *hx)
+        dtypes = {own, *(t.dtype if isinstance(t, Tensor) else None for t in tensors)}
+        # Autocast leaves float64 as it is.
+        if len(dtypes) == 1 or not dtypes <= {*_FUSED} - {torch.float64}:
+            return input, hx, None
+        low = torch.promote_types(torch.get_autocast_dtype("cpu"), hx[1].dtype)
+        input, h, c = (t.to(own) for t in tensors)
+        return input, (h, c), low
 
     def _without_numbers(self) -> LSTMCell:
         """Return a plain cell of these sizes, of weights that take no memory."""

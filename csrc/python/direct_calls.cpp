@@ -283,6 +283,7 @@ PyObject* call_frozen_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize
     auto [hy, cy] = without_lock(brief(in), [&] { return ops::lstm_cell::call(in); });
     return wrap(std::move(hy), std::move(cy));
   }
+  if (at::autocast::is_autocast_enabled(at::kCPU)) Py_RETURN_NONE;
   if (!usual(input, I, *h, *c, h_sizes, h_sizes)) Py_RETURN_NONE;
   const bool is_brief = N * 4 * H * (I + H) < kBriefWork;
   auto [output, h_n, c_n] = without_lock(is_brief, [&] {
