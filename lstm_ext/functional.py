@@ -377,7 +377,8 @@ def _checkpointed_layer(
             n = int(batch_sizes[first])
             pieces.append((first, last, n, input[row:end], batch_sizes[first:last]))
     # What backward computes with: the user may change biases before it, as without pieces.
-    w = w._replace(**{k: b.clone() for k in ("b_ih", "b_hh") if (b := getattr(w, k)) is not None})
+    b_ih, b_hh = (None if b is None else b.clone() for b in (w.b_ih, w.b_hh))
+    w = w._replace(b_ih=b_ih, b_hh=b_hh)
 
     def layer(
         part: Tensor, h: Tensor, c: Tensor, sizes: Tensor | None, reset: Tensor | None,
