@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lstm_ext import _backend, _ops, _recurrence, _step_options, _variants
 from lstm_ext._steps import expand_reset_states, layer_suffixes
@@ -109,6 +112,24 @@ def flat_weights(module: Any) -> list[Any]:
                 module._update_flat_weights()
             return found
     return list(module._flat_weights)
+
+
+def weight_writer(hook: Any) -> str | None:
+    """Return the name of the weight that a hook of torch.nn.utils computes at each call."""
+    if isinstance(hook, (WeightNorm, SpectralNorm)):
+        return str(hook.name)
+    return str(hook._tensor_name) if isinstance(hook, BasePruningMethod) else None
+
+
+def write_weights(module: nn.Module) -> set[str]:
+    """Let such hooks write their weights, and return the names of these."""
+    written = set()
+    for hook in module._forward_pre_hooks.values():
+        name = weight_writer(hook)
+        if name is not None:
+            hook(module, ())
+            written.add(name)
+    return written
 
 
 def _is_parameter(weight: Any) -> bool:

@@ -17,9 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from lstm_ext import _call, _fx, _guard, _ops, _step_options, _steps, _variants
 from lstm_ext._call import States
@@ -215,13 +212,6 @@ def _freeze_one(module: nn.Module, name: str, how: tuple[str | None, str | None,
     return FrozenLSTMCell(module, where, *how)
 
 
-def _weight_writer(hook: Any) -> str | None:
-    """Return the name of the weight that a hook of torch.nn.utils computes at each call."""
-    if isinstance(hook, (WeightNorm, SpectralNorm)):
-        return str(hook.name)
-    return str(hook._tensor_name) if isinstance(hook, BasePruningMethod) else None
-
-
 def _weight_names(module: nn.Module) -> list[str]:
     """Return the names of all that is packed or copied."""
     if isinstance(module, LSTM):
@@ -233,13 +223,8 @@ def _weight_names(module: nn.Module) -> list[str]:
 
 def _check_weights(module: nn.Module, where: str) -> None:
     """Compute the weights that torch's own hooks write; raise an error for those of others."""
-    computed = set()
-    for hook in module._forward_pre_hooks.values():
-        name = _weight_writer(hook)
-        if name is not None:
-            with torch.no_grad():
-                hook(module, ())
-            computed.add(name)
+    with torch.no_grad():
+        computed = _call.write_weights(module)
     for parameters in getattr(module, "parametrizations", {}):
         computed.add(parameters)
     for name in _weight_names(module):
@@ -344,7 +329,7 @@ class _Frozen(nn.Module):
         self._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
         hooks = original._forward_pre_hooks.items()
         self._forward_pre_hooks = OrderedDict(
-            (key, hook) for key, hook in hooks if _weight_writer(hook) is None
+            (key, hook) for key, hook in hooks if _call.weight_writer(hook) is None
         )
         self._compiled_call_impl = None  # it calls the original
         if weights is not None:
@@ -360,7 +345,7 @@ class _Frozen(nn.Module):
 
     def _free_weights(self, original: nn.Module) -> None:
         names = _weight_names(original)
-        written = {_weight_writer(hook) for hook in original._forward_pre_hooks.values()}
+        written = {_call.weight_writer(hook) for hook in original._forward_pre_hooks.values()}
         # What torch.nn.utils' weight_norm, spectral_norm and prune make weights of.
         parts = [f"{n}_{k}" for n in names if n in written for k in ("g", "v", "orig", "u", "mask")]
         self._freed = (*names, *parts, "parametrizations", "all_weights", "original")
