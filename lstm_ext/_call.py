@@ -522,8 +522,12 @@ def _read_frozen(module: Any, packed: Sequence[Tensor | None], input: Any, hx: A
     except TorchAnswersError as error:
         if module._freed is None:
             nn.LSTM.forward(module, input, hx)
+        # What torch would raise, without the weights that it would be called with.
         if error.options is None:
-            raise RuntimeError(f"a frozen module cannot be called like this: {error}") from None
+            raise TypeError(f"a frozen module cannot be called like this: {error}") from None
+        of_onednn = module.like_weights.dtype == torch.float32 and error.options.proj_size == 0
+        if isinstance(input, PackedSequence) or not of_onednn:
+            raise RuntimeError(f"got an incorrect number of RNN parameters: {error}") from None
         return error.options
 
 
