@@ -12,7 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lstm_ext import _backend, _ops, _recurrence, _step_options, _variants
 from lstm_ext._steps import expand_reset_states, layer_suffixes
@@ -97,7 +101,10 @@ def flat_weights(module: Any) -> list[Any]:
     Those in ``_flat_weights``, unless an attribute has become another tensor since torch made that
     list, as under ``functional_call`` or with a parametrization: then what the attributes are.
     """
-    found = [getattr(module, name, None) for name in module._flat_weights_names]
+    if getattr(module, "_has_own_checks", False):
+        module._update_flat_weights()  # which may be the class's own
+        return list(module._flat_weights)
+    found = _read_attributes(module)
     for ref, weight in zip(module._flat_weight_refs, found, strict=True):
         if weight is not None and ref is not None and ref() is not weight:
             if not torch.compiler.is_compiling() and all(map(_is_parameter, found)):
@@ -107,8 +114,43 @@ def flat_weights(module: Any) -> list[Any]:
     return list(module._flat_weights)
 
 
+def weight_writer(hook: Any) -> str | None:
+    """Return the name of the weight that a hook of torch.nn.utils computes at each call."""
+    if isinstance(hook, (WeightNorm, SpectralNorm)):
+        return str(hook.name)
+    return str(hook._tensor_name) if isinstance(hook, BasePruningMethod) else None
+
+
+def write_weights(module: nn.Module) -> set[str]:
+    """Let such hooks write their weights, and return the names of these."""
+    written = set()
+    for hook in module._forward_pre_hooks.values():
+        name = weight_writer(hook)
+        if name is not None:
+            hook(module, ())
+            written.add(name)
+    return written
+
+
 def _is_parameter(weight: Any) -> bool:
     return type(weight) is nn.Parameter
+
+
+# A parametrization that gives the same however often it is asked.
+_PURE = (parametrizations._WeightNorm, parametrizations._Orthogonal)
+
+
+def _read_attributes(module: Any) -> list[Any]:
+    names = module._flat_weights_names
+    if module.training and not torch.compiler.is_compiling():
+        parametrized = module._modules.get("parametrizations", {})
+        asked = [name for name in names if name in parametrized]
+        if not all(isinstance(p, _PURE) for name in asked for p in parametrized[name]):
+            # In training it may draw numbers, or take a step nearer to what it computes, each time
+            # that it is asked: torch asks twice whether the first has changed, and then for all.
+            names = [asked[0]] * 2 + [name for name in names for _ in range(2)]
+            return [getattr(module, name, None) for name in names][3::2]
+    return [getattr(module, name, None) for name in names]
 
 
 def read(module: Any, packed: bool = False, weights: Sequence[Tensor] | None = None) -> Options:
@@ -149,8 +191,11 @@ def read(module: Any, packed: bool = False, weights: Sequence[Tensor] | None = N
 
 def _check_weights(options: Options) -> None:
     """Raise an error unless there are weights for each layer, of the sizes of the options."""
-    expected = options.num_layers * options.directions * _weights_per_layer(options)
-    if len(options.weights) < expected or any(w is None for w in options.weights):
+    if not options.weights or not all(isinstance(w, Tensor) for w in options.weights):
+        raise TorchAnswersError("a weight is no tensor")
+    per_layer = _weights_per_layer(options)
+    expected = options.num_layers * options.directions * per_layer
+    if len(options.weights) < expected or len(options.weights) % per_layer:
         # In torch's words.
         raise RuntimeError(
             "got an incorrect number of RNN parameters: "
@@ -230,6 +275,7 @@ def prepare(
         hx = _zero_states(options, input, input.size(batch_dim))
     else:
         _check_rank(hx, is_batched)
+        _check_tuple(hx)
         if not is_batched:
             hx = hx[0].unsqueeze(1), hx[1].unsqueeze(1)
     _check_arguments(module, options, input, hx, None)
@@ -237,8 +283,20 @@ def prepare(
     if options.batch_first:
         input = input.transpose(0, 1)
         reset = None if reset is None else reset.transpose(0, 1)
+    input, hx = _as_kept(input, hx)
     reset_hx = expand_reset_states(reset_hx, reset, hx)
     return Prepared(options, input, hx, None, reset, is_batched, None, reset_hx)
+
+
+def _as_kept(input: Tensor, hx: States) -> tuple[Tensor, States]:
+    """Copy what is not contiguous, as torch does: a user may then change it before backward.
+
+    (csrc/python/direct_calls.cpp does the same.)
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return input, hx
+    input, h, c = (t.contiguous() if t.layout == torch.strided else t for t in (input, *hx))
+    return input, (h, c)
 
 
 def _prepare_packed(
@@ -259,6 +317,10 @@ def _prepare_packed(
         hx = _zero_states(options, data, N)
     else:
         hx = module.permute_hidden(hx, order)
+        _check_tuple(hx)
+        if not all(isinstance(state, Tensor) for state in hx):
+            kinds = ", ".join(type(state).__name__ for state in hx)
+            raise TypeError(f"lstm expects tensors as hidden states, got: {kinds}")
         _check_pair(hx)
     if torch.compiler.is_compiling():
         # A size is read from batch_sizes once at most: two could not be compared. The operator
@@ -283,7 +345,6 @@ def _check_arguments(
     if not getattr(module, "_has_own_checks", False):
         options.check_forward_args(input, hx, batch_sizes)
         return
-    module._update_flat_weights()
     module.check_forward_args(input, hx, batch_sizes)
 
 
@@ -291,6 +352,11 @@ def _zero_states(options: Options, input: Tensor, N: int) -> States:
     layers = options.num_layers * options.directions
     h = input.new_zeros(layers, N, options.proj_size or options.hidden_size)
     return h, input.new_zeros(layers, N, options.hidden_size)
+
+
+def _check_tuple(hx: object) -> None:
+    if not isinstance(hx, (tuple, list)):
+        raise TypeError(f"lstm expects a tuple of two hidden states, got {type(hx).__name__}")
 
 
 def _check_pair(hx: States) -> None:
@@ -319,6 +385,8 @@ def run(
     given = {"reset": reset, "reset_hx": reset_hx, "return_cell_states": return_cell_states or None}
     _log_refusal(module, input, hx, reset)
     reason = _tool_is_looking(module)
+    if reason is None and not (hx is None or isinstance(hx, (tuple, list))):
+        reason = f"the states are a {type(hx).__name__}"
     if reason is not None:
         return by_torch(module, input, hx, given, reason)
     try:
@@ -404,7 +472,9 @@ def run_frozen(
     else:
         # The weights are of one precision: only the results have the dtype of an unfrozen layer's.
         own = options.weights[0].dtype
-        cast = [t.to(own) for t in (ready.input, *ready.hx)]
+        # Those of float64 autocast leaves as they are, and they fit nothing then.
+        double = torch.float64
+        cast = [t if double in (t.dtype, own) else t.to(own) for t in (ready.input, *ready.hx)]
         with torch.autocast("cpu", enabled=False):
             output, h, c = run(*cast, *arguments)
         output, h = output.to(low), h.to(low)
@@ -452,8 +522,12 @@ def _read_frozen(module: Any, packed: Sequence[Tensor | None], input: Any, hx: A
     except TorchAnswersError as error:
         if module._freed is None:
             nn.LSTM.forward(module, input, hx)
+        # What torch would raise, without the weights that it would be called with.
         if error.options is None:
-            raise RuntimeError(f"a frozen module cannot be called like this: {error}") from None
+            raise TypeError(f"a frozen module cannot be called like this: {error}") from None
+        of_onednn = module.like_weights.dtype == torch.float32 and error.options.proj_size == 0
+        if isinstance(input, PackedSequence) or not of_onednn:
+            raise RuntimeError(f"got an incorrect number of RNN parameters: {error}") from None
         return error.options
 
 

@@ -255,7 +255,7 @@ def projected_lstm(
         pair = weights[k : k + directions]
         for of_layer in wide[k : k + directions]:
             flat += of_layer[2:]
-        if k > 0 and dropout > 0:
+        if k > 0 and dropout != 0:
             input = torch.dropout(input, dropout, True)
         states = h[k : k + directions], c[k : k + directions]
         r, r_n, c_k = _ops.lstm(input, *states, flat, bidirectional, 0.0, batch_sizes, reset)

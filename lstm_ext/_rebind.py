@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import CellType, FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -25,27 +26,43 @@ def _content(cell: CellType) -> Any:
         return None
 
 
-def rebind(model: nn.Module, modules: Collection[nn.Module], methods: Methods) -> set[nn.Module]:
+class Found(NamedTuple):
+    """What was met in a model's attributes."""
+
+    rebound: set[nn.Module]  # the modules for which something was replaced
+    hidden: list[tuple[str, nn.Module]]  # modules that are none of the model's, and where
+
+
+def rebind(model: nn.Module, modules: Collection[nn.Module], methods: Methods) -> Found:
     """Replace bound methods of some modules, wherever the model's modules keep them.
 
     Args:
         model: whose modules' attributes are looked through: bound methods, ``functools.partial``,
-            functions with their closures, and what they hold in turn.
+            functions with their closures, lists, tuples, dicts, objects that can be called, and
+            what they hold in turn.
         modules: the modules to which the methods are bound.
         methods: from each function to the one that takes its place.
-
-    Returns:
-        The modules for which something was replaced.
     """
     search = _Search(set(modules), methods)
-    if modules:
-        for holder in model.modules():
-            attributes = vars(holder)
-            for name, value in list(attributes.items()):
-                new = search.replace(value)
-                if new is not value:
-                    attributes[name] = new
-    return search.found
+    own = set(model.modules())
+    hidden: dict[nn.Module, str] = {}
+    for prefix, holder in model.named_modules():
+        attributes = vars(holder)
+        for name, value in list(attributes.items()):
+            if name in _TABLES:
+                continue
+            new = search.replace(value)
+            if new is not value:
+                attributes[name] = new
+            for module in search.met - own - hidden.keys():
+                hidden[module] = f"{prefix}.{name}" if prefix else name
+    return Found(search.found, [(name, module) for module, name in hidden.items()])
+
+
+# Of a vocabulary or the like: not for methods.
+_LARGE = 1000
+# torch's own, of parameters, buffers, submodules and the like.
+_TABLES = frozenset(vars(nn.Module()))
 
 
 class _Search:
@@ -53,19 +70,51 @@ class _Search:
         self.modules = modules
         self.methods = methods
         self.found: set[nn.Module] = set()
+        self.met: set[nn.Module] = set()
         self.seen: dict[int, Any] = {}  # by identity; kept, so that no address is used again
 
     def replace(self, value: Any) -> Any:
         """Return what takes the place of a value; functions are changed in place."""
+        if isinstance(value, nn.Module):
+            self.met.add(value)
+            return value
         if isinstance(value, MethodType):
             return self._method(value)
-        if not isinstance(value, (functools.partial, FunctionType)) or id(value) in self.seen:
+        if not self._may_hold(value) or id(value) in self.seen:
             return value
         self.seen[id(value)] = value
+        if isinstance(value, functools.partial):
+            return self._partial(value)
+        if type(value) is tuple:
+            items = tuple(map(self.replace, value))
+            return value if all(map(operator.is_, items, value)) else items
         if isinstance(value, FunctionType):
             self._function(value)
-            return value
-        return self._partial(value)
+        elif type(value) is list:
+            self._items(value, enumerate(value))
+        else:
+            attributes: dict[Any, Any] = value if type(value) is dict else vars(value)
+            # What a functools.lru_cache calls, for one, is not its __wrapped__.
+            of_effect = ((k, v) for k, v in attributes.items() if k != "__wrapped__")
+            self._items(attributes, of_effect)
+        return value
+
+    @staticmethod
+    def _may_hold(value: Any) -> bool:
+        """Whether something is looked into: what is called, and what keeps several of that."""
+        if isinstance(value, (functools.partial, FunctionType)):
+            return True
+        if type(value) in (list, tuple, dict):
+            return len(value) <= _LARGE
+        is_object = callable(value) and not isinstance(value, type) and hasattr(value, "__dict__")
+        # Not into the compiler's, for one.
+        return is_object and not type(value).__module__.startswith("torch.")
+
+    def _items(self, into: Any, items: Iterable[tuple[Any, Any]]) -> None:
+        for key, value in list(items):
+            new = self.replace(value)
+            if new is not value:
+                into[key] = new
 
     def _method(self, method: MethodType) -> Any:
         owner = method.__self__
@@ -84,8 +133,11 @@ class _Search:
             new = self.replace(value)
             if new is not value:
                 cell.cell_contents = new
-        if function.__defaults__:
-            function.__defaults__ = tuple(map(self.replace, function.__defaults__))
+        before = function.__defaults__
+        if before:
+            after = tuple(map(self.replace, before))
+            if not all(map(operator.is_, after, before)):
+                function.__defaults__ = after
         self._wrapped(function)
 
     def _partial(self, partial: functools.partial[Any]) -> Any:

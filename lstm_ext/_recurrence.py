@@ -241,7 +241,7 @@ def run(module: Any, ready: Any, o: StepOptions) -> tuple[Tensor, Tensor, Tensor
         x = drop_features(x, o.input_dropout, ready.batch_sizes)
     last_h, last_c = [], []
     for k in range(0, len(weights), D):
-        if k > 0 and options.dropout > 0:
+        if k > 0 and options.dropout != 0:
             if o.variational_dropout:
                 x = drop_features(x, options.dropout, ready.batch_sizes)
             else:

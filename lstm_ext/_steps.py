@@ -46,7 +46,7 @@ def run_layers(
     (h, c), directions = hx, 2 if bidirectional else 1
     kept: list[Kept] = []
     for k in range(0, len(weights), directions):
-        if k > 0 and dropout > 0:
+        if k > 0 and dropout != 0:  # not > 0: torch refuses what is no probability
             input = torch.dropout(input, dropout, True)
         outputs = []
         for d in range(directions):

@@ -43,8 +43,8 @@ def convert(model: Model, *, report: bool = False) -> Model:
 
     A subclass is converted too if it does not override ``forward``, or if its ``forward`` calls
     ``super().forward``. Its class becomes one of the same name, derived from it and from ours.
-    Libraries sometimes keep a module's old ``forward`` (in an attribute, a ``functools.partial`` or
-    a closure). It is replaced by the new one.
+    Libraries sometimes keep a module's old ``forward`` (in an attribute, a list, a
+    ``functools.partial`` or a closure). It is replaced by the new one.
 
     One class that does not derive from torch's is known too: the LSTM of torchaudio's RNN-T models,
     ``torchaudio.models.rnnt._CustomLSTM``, with layer normalization or without. Its class becomes
@@ -60,8 +60,9 @@ def convert(model: Model, *, report: bool = False) -> Model:
     Warns:
         UserWarning: for each module that was left as it is, with the reason and what can be done:
             a subclass with a ``forward`` of its own, what ``torch.jit`` has compiled or torch has
-            quantized, another class that is named like an LSTM. Also for a ``forward`` of the
-            instance that may not call ours, and if there is nothing to convert.
+            quantized, another class that is named like an LSTM, one in a list or another attribute
+            of the model that is none of its modules. Also for a ``forward`` of the instance that
+            may not call ours, and if there is nothing to convert.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(96, 32), torch.nn.LSTM(32, 64))
@@ -321,14 +322,27 @@ def _rebind_forwards(model: nn.Module, converted: list[tuple[str, nn.Module]]) -
     lines = []
     found = _rebind.rebind(model, [module for _, module in converted], _forwards())
     for name, module in converted:
-        if "forward" in vars(module) and module not in found:
+        if "forward" in vars(module) and module not in found.rebound:
             reason = (
                 "it has a forward of its own as an attribute, which may not call that of its "
                 "class; convert the model before that is put there"
             )
             lines.append(_Line(name, type(module).__name__, f"may not run: {reason}"))
             _warn(f"convert: {_where(name, module)} may not run lstm_ext's forward: {reason}")
+    for name, module in found.hidden:
+        if any(_is_torchs(inner) for inner in module.modules()):
+            reason = (
+                "it is in an attribute of the model, but none of its modules; convert it by "
+                "itself, or make it one (torch.nn.ModuleList)"
+            )
+            lines.append(_Line(name, type(module).__name__, f"left as it is: {reason}"))
+            _warn(f"convert left {_where(name, module)} as it is: {reason}")
     return lines
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Whether a module is a torch.nn.LSTM or LSTMCell that is none of ours."""
+    return isinstance(module, (nn.LSTM, nn.LSTMCell)) and not isinstance(module, (LSTM, LSTMCell))
 
 
 def _where(name: str, module: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,9 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from lstm_ext import _call, _fx, _guard, _ops, _step_options, _steps, _variants
 from lstm_ext._call import States
@@ -214,13 +212,6 @@ def _freeze_one(module: nn.Module, name: str, how: tuple[str | None, str | None,
     return FrozenLSTMCell(module, where, *how)
 
 
-def _weight_writer(hook: Any) -> str | None:
-    """Return the name of the weight that a hook of torch.nn.utils computes at each call."""
-    if isinstance(hook, (WeightNorm, SpectralNorm)):
-        return str(hook.name)
-    return str(hook._tensor_name) if isinstance(hook, BasePruningMethod) else None
-
-
 def _weight_names(module: nn.Module) -> list[str]:
     """Return the names of all that is packed or copied."""
     if isinstance(module, LSTM):
@@ -232,13 +223,8 @@ def _weight_names(module: nn.Module) -> list[str]:
 
 def _check_weights(module: nn.Module, where: str) -> None:
     """Compute the weights that torch's own hooks write; raise an error for those of others."""
-    computed = set()
-    for hook in module._forward_pre_hooks.values():
-        name = _weight_writer(hook)
-        if name is not None:
-            with torch.no_grad():
-                hook(module, ())
-            computed.add(name)
+    with torch.no_grad():
+        computed = _call.write_weights(module)
     for parameters in getattr(module, "parametrizations", {}):
         computed.add(parameters)
     for name in _weight_names(module):
@@ -343,7 +329,7 @@ class _Frozen(nn.Module):
         self._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
         hooks = original._forward_pre_hooks.items()
         self._forward_pre_hooks = OrderedDict(
-            (key, hook) for key, hook in hooks if _weight_writer(hook) is None
+            (key, hook) for key, hook in hooks if _call.weight_writer(hook) is None
         )
         self._compiled_call_impl = None  # it calls the original
         if weights is not None:
@@ -359,7 +345,7 @@ class _Frozen(nn.Module):
 
     def _free_weights(self, original: nn.Module) -> None:
         names = _weight_names(original)
-        written = {_weight_writer(hook) for hook in original._forward_pre_hooks.values()}
+        written = {_call.weight_writer(hook) for hook in original._forward_pre_hooks.values()}
         # What torch.nn.utils' weight_norm, spectral_norm and prune make weights of.
         parts = [f"{n}_{k}" for n in names if n in written for k in ("g", "v", "orig", "u", "mask")]
         self._freed = (*names, *parts, "parametrizations", "all_weights", "original")
@@ -670,6 +656,7 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
         if isinstance(input, Tensor) and input.dim() in (1, 2):
             if hx is None:
                 hx = self._zero_state(input)
+            input, hx, low = self._as_autocast(input, hx)
             if self._fits(input, hx):
                 h, c = hx
                 if input.dim() == 1:
@@ -678,9 +665,16 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
                     step = input.unsqueeze(0), h, c
                 packed, b_ih, b_hh, _, _, *own = self._packed()
                 cell = own[0] if own else None, _variants.of_module(self).number
-                _, h_n, c_n = _ops.lstm_layer_packed(
-                    *step, packed, b_ih, b_hh, None, None, False, *cell
-                )
+                with (
+                    contextlib.nullcontext()
+                    if low is None
+                    else torch.autocast("cpu", enabled=False)
+                ):
+                    _, h_n, c_n = _ops.lstm_layer_packed(
+                        *step, packed, b_ih, b_hh, None, None, False, *cell
+                    )
+                if low is not None:
+                    h_n, c_n = h_n.to(low), c_n.to(low)
                 return (h_n.squeeze(0), c_n.squeeze(0)) if input.dim() == 1 else (h_n, c_n)
         # torch's own errors; what it would compute nevertheless has no packed form.
         if self._freed is None:
@@ -688,6 +682,24 @@ class FrozenLSTMCell(_Frozen, LSTMCell):
         else:
             self._without_numbers()(input, hx)
         self._refuse("take these arguments")
+
+    def _as_autocast(self, input: Tensor, hx: States) -> tuple[Tensor, States, torch.dtype | None]:
+        """Under autocast, return what fits the packed weights, and the dtype of the results.
+
+        That is the unfrozen cell's: of gates in the lower precision and of c, unless all have the
+        dtype of the weights, which is that of the results then.
+        """
+        right = isinstance(hx, (tuple, list)) and len(hx) == 2
+        if not (right and torch.is_autocast_enabled("cpu")):
+            return input, hx, None
+        own, tensors = self.like_weights.dtype, (input, *hx)
+        dtypes = {own, *(t.dtype if isinstance(t, Tensor) else None for t in tensors)}
+        # Autocast leaves float64 as it is.
+        if len(dtypes) == 1 or not dtypes <= {*_FUSED} - {torch.float64}:
+            return input, hx, None
+        low = torch.promote_types(torch.get_autocast_dtype("cpu"), hx[1].dtype)
+        input, h, c = (t.to(own) for t in tensors)
+        return input, (h, c), low
 
     def _without_numbers(self) -> LSTMCell:
         """Return a plain cell of these sizes, of weights that take no memory."""

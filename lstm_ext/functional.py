@@ -376,16 +376,26 @@ def _checkpointed_layer(
             row, end = int(batch_sizes[:first].sum()), int(batch_sizes[:last].sum())
             n = int(batch_sizes[first])
             pieces.append((first, last, n, input[row:end], batch_sizes[first:last]))
+    # What backward computes with: the user may change biases before it, as without pieces.
+    b_ih, b_hh = (None if b is None else b.clone() for b in (w.b_ih, w.b_hh))
+    w = w._replace(b_ih=b_ih, b_hh=b_hh)
+
+    def layer(
+        part: Tensor, h: Tensor, c: Tensor, sizes: Tensor | None, reset: Tensor | None,
+        reset_h: Tensor | None, reset_c: Tensor | None, *w: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        to = None if reset_h is None or reset_c is None else (reset_h, reset_c)
+        of_part, weights = Steps(sizes, reset, reverse, to), LayerWeights(*w)  # type: ignore[arg-type]
+        return _layer(part, h, c, weights, cell, of_part, None, not_fused, with_cells)
+
     outputs: list[Tensor] = []
     cells: list[Tensor] = []
     for first, last, n, part, sizes in reversed(pieces) if reverse else pieces:
         resets = None if reset is None else reset[first:last, :n]
-        states = (
-            None if to is None else (_part(to[0], first, last, n), _part(to[1], first, last, n))
-        )
-        of_part = Steps(sizes, resets, reverse, states)
+        states = [None] * 2 if to is None else [_part(state, first, last, n) for state in to]
+        # Each tensor by itself: of those inside other arguments, a change in place goes unnoticed.
         output, h_n, c_n, *c_of_all = checkpoint(
-            _layer, part, h[:n], c[:n], w, cell, of_part, None, not_fused, with_cells,
+            layer, part, h[:n], c[:n], sizes, resets, *states, *w,
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
         outputs.append(output)

@@ -12,7 +12,11 @@ from lstm_ext import _call, _fx, _ops, _ragged, _step_options, _steps, _variants
 from lstm_ext._call import States
 from lstm_ext._step_options import Option
 
+# What torch.nn.LSTM.forward asks its class for, beside options and parameters.
 _CHECKS = (
+    "_update_flat_weights",
+    "_init_flat_weights",
+    "_weights_have_changed",
     "check_forward_args",
     "check_input",
     "check_hidden_size",

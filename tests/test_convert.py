@@ -375,7 +375,32 @@ def as_it_was(m):
     m.forward = m.forward
 
 
-KEPT = [by_partial, by_closure, like_accelerate, as_it_was]
+class Calling:
+    def __init__(self, old):
+        self.old = old
+
+    def __call__(self, *arguments):
+        return self.old(*arguments)
+
+
+def by_an_object(m):
+    m.forward = Calling(m.forward)
+
+
+def by_a_list(m):
+    kept = [m.forward]
+    m.forward = lambda *a: kept[0](*a)
+
+
+def by_a_dict_in_a_tuple(m):
+    m.kept = ({"old": m.forward}, None)
+    m.forward = lambda *a: m.kept[0]["old"](*a)
+
+
+KEPT = [
+    by_partial, by_closure, like_accelerate, as_it_was, by_an_object, by_a_list,
+    by_a_dict_in_a_tuple,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.LSTMCell, Scaled])
@@ -399,35 +424,72 @@ def test_forwards_of_the_instance(keep, kind):
 
 def test_a_forward_that_cannot_be_followed_is_told_of():
     m = nn.LSTM(3, 4)
-
-    class Opaque:
-        def __init__(self, old):
-            self.old = old
-
-        def __call__(self, *arguments):
-            return self.old(*arguments)
-
-    m.forward = Opaque(m.forward)
+    m.forward = functools.lru_cache(m.forward)
     with pytest.warns(UserWarning, match="may not run lstm_ext's forward.*before that"):
         lstm_ext.convert(m)
 
 
-def test_bound_methods_in_other_modules():
+KEEPERS = {
+    "itself": lambda method: method,
+    "partial": lambda method: functools.partial(method, hx=None),
+    "list": lambda method: [method],
+    "tuple": lambda method: (method,),
+    "dict": lambda method: [{"run": method}],
+    "object": lambda method: [Calling(method)],
+}
+
+
+@pytest.mark.parametrize("keep", KEEPERS.values(), ids=KEEPERS)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.LSTMCell])
+def test_bound_methods_in_other_modules(kind, keep):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.rnn = nn.LSTM(3, 4)
-            self.run = self.rnn.forward
-            self.runs = functools.partial(self.rnn.forward, hx=None)
+            self.rnn = kind(3, 4)
+            self.run = keep(self.rnn.forward)
 
         def forward(self, x):
-            return self.run(x)[0] + self.runs(x)[0]
+            run = self.run
+            while isinstance(run, (list, tuple)):
+                run = run[0]
+            return (run["run"] if isinstance(run, dict) else run)(x)[0]
 
     model, x = Model(), torch.randn(5, 3)
     expected = model(x)
     lstm_ext.convert(model)
     assert operators(model, x)
     torch.testing.assert_close(model(x), expected)
+    lstm_ext.revert(model)
+    assert not operators(model, x)
+    torch.testing.assert_close(model(x), expected)
+
+
+HIDDEN = {
+    "list": lambda m: [m],
+    "tuple in a dict": lambda m: {"a": (m,)},
+    "closure": lambda m: lambda x: m(x),
+    "module": lambda m: [nn.Sequential(m)],
+}
+
+
+@pytest.mark.parametrize("hide", HIDDEN.values(), ids=HIDDEN)
+def test_an_lstm_that_is_no_module_of_the_model_is_told_of(hide, capsys):
+    hidden = nn.LSTM(3, 4)
+    model = nn.Sequential(nn.LSTM(3, 4))
+    model[0].others = hide(hidden)
+    with pytest.warns(UserWarning, match=r"left 0.others \(.*none of its modules; convert it"):
+        lstm_ext.convert(model, report=True)
+    assert "0.others" in capsys.readouterr().out
+    assert type(hidden) is nn.LSTM
+    # Not of one that is, or that is ours, or of none.
+    shown = nn.Sequential(nn.LSTM(3, 4), nn.Linear(4, 4))
+    shown[1].others = hide(shown[0])
+    converted = nn.Sequential(nn.LSTM(3, 4))
+    converted[0].others = hide(lstm_ext.LSTM(3, 4)), hide(nn.Linear(3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lstm_ext.convert(shown)
+        lstm_ext.convert(converted)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.LSTMCell])

@@ -1,5 +1,6 @@
 """What code does with nn.LSTM and nn.LSTMCell beside calling them, done with ours."""
 
+import contextlib
 import functools
 import io
 import pickle
@@ -237,6 +238,165 @@ def test_projections_under_every_transform():
     assert tangent.abs().max() > 0
 
 
+class Dropped(nn.Module):
+    def forward(self, weight):
+        return nn.functional.dropout(weight, 0.5, self.training)
+
+
+def parametrize_twice(make):
+    """A parametrization of two weights, of which torch reads the first once more."""
+
+    def change(module):
+        for name in ("weight_hh_l0", "weight_ih_l1"):
+            make(module, name)
+
+    return change
+
+
+PARAMETRIZED = {
+    "spectral_norm": parametrize_twice(nn.utils.parametrizations.spectral_norm),
+    "weight_norm": parametrize_twice(nn.utils.parametrizations.weight_norm),
+    "orthogonal": parametrize_twice(nn.utils.parametrizations.orthogonal),
+    "dropout": parametrize_twice(
+        lambda m, name: nn.utils.parametrize.register_parametrization(m, name, Dropped())
+    ),
+}
+
+
+@every_call
+@pytest.mark.parametrize("change", PARAMETRIZED.values(), ids=PARAMETRIZED)
+@pytest.mark.parametrize("cached", [False, True])
+def test_parametrizations_that_differ_each_time(cached, change, call):
+    """In training each reading of such a weight draws numbers, or moves its buffers."""
+    found = []
+    for module in pair(num_layers=2, bidirectional=True):
+        torch.manual_seed(1)
+        change(module)
+        # In its cache a weight is made once.
+        with nn.utils.parametrize.cached() if cached else contextlib.nullcontext():
+            results = [*flat(call(module, data())), *flat(call(module, data()))]
+        if results[0].requires_grad:
+            results[-1].square().sum().backward()
+            results += [p.grad for p in module.parameters()]
+        results += flat(call(module.eval(), data()))
+        found.append([*results, *module.buffers(), torch.rand(2)])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def raised(call):
+    try:
+        call()
+    except Exception as error:
+        return type(error)
+    return None
+
+
+def drop_a_parameter(m):
+    m.bias_hh_l0 = None
+
+
+def drop_the_first_parameter(m):
+    m.weight_ih_l0 = None
+
+
+def put_none_into_the_list(m):
+    m._flat_weights[1] = None
+
+
+def put_a_number_into_the_list(m):
+    m._flat_weights[2] = 3.0
+
+
+def cut_the_list(m):
+    m._flat_weights = m._flat_weights[:-1]
+
+
+def add_one_to_the_list(m):
+    m._flat_weights.append(m._flat_weights[0])
+
+
+def empty_the_list(m):
+    m._flat_weights = []
+
+
+@every_call
+@pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize(
+    "write",
+    [
+        drop_a_parameter, drop_the_first_parameter, put_none_into_the_list,
+        put_a_number_into_the_list, cut_the_list, add_one_to_the_list, empty_the_list,
+    ],
+)  # fmt: skip
+def test_weights_that_are_none(write, options, call):
+    """torch's error, in each of its ways to call a layer."""
+    theirs, ours = pair(**options)
+    for module in (theirs, ours):
+        write(module)
+    of_ours = raised(lambda: call(ours, data()))
+    assert of_ours is not None
+    if write is empty_the_list and call is CALLS["packed"]:
+        assert of_ours in (RuntimeError, IndexError)
+    else:
+        assert of_ours is raised(lambda: call(theirs, data()))
+
+
+# States that are not two tensors in a tuple, of layers (1, N, H).
+NO_PAIRS = {
+    "a tensor": lambda h: torch.stack([h, h]),
+    "a dict": lambda h: {0: h, 1: h},
+    "a generator": lambda h: (h for _ in range(2)),
+    "a string": lambda h: "hc",
+    "one": lambda h: (h,),
+    "three": lambda h: (h, h, h),
+    "none and none": lambda h: (None, None),
+    "of too few dimensions": lambda h: (h[0], h[0]),
+    "of another batch": lambda h: (h[:, 1:], h[:, 1:]),
+    "a list": lambda h: [h, h],
+}
+WITH_STATES = {
+    "padded": lambda m, x, hx: m(x, hx),
+    "packed": lambda m, x, hx: m(pack_padded_sequence(x, LENGTHS, enforce_sorted=False), hx),
+    "sorted": lambda m, x, hx: m(pack_padded_sequence(x, torch.tensor([5, 3, 2])), hx),
+    "reset": lambda m, x, hx: m(x, hx, **no_reset(m, x)),
+    "frozen": lambda m, x, hx: frozen(m)(x, hx),
+    "frozen, sorted": lambda m, x, hx: WITH_STATES["sorted"](frozen(m), x, hx),
+    "trace": lambda m, x, hx: traced(m, x, hx),
+}
+
+
+PACKS = [WITH_STATES[name] for name in ("packed", "sorted", "frozen, sorted")]
+
+
+def frozen(module):
+    return lstm_ext.freeze(module.eval()) if isinstance(module, lstm_ext.LSTM) else module
+
+
+def traced(module, x, hx):
+    if not isinstance(module, lstm_ext.LSTM):
+        return module(x, hx)
+    trace = lstm_ext.trace_gates(module, x, hx)
+    return trace.h[-1], (trace.h[:, -1], trace.c[:, -1])
+
+
+@pytest.mark.parametrize("call", WITH_STATES.values(), ids=WITH_STATES)
+@pytest.mark.parametrize("states", NO_PAIRS.values(), ids=NO_PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_states_that_are_no_pair_of_tensors(dtype, states, call):
+    h = data(dtype)[:1]
+    theirs, ours = pair(dtype=dtype)
+    with torch.no_grad():
+        expected = raised(lambda: call(theirs, data(dtype), states(h)))
+        found = raised(lambda: call(ours, data(dtype), states(h)))
+        if states is NO_PAIRS["of too few dimensions"] and call in PACKS:
+            assert found in (expected, RuntimeError)
+            return
+        assert found is expected
+        if expected is None:
+            theirs, ours = (call(m, data(dtype), states(h)) for m in pair(dtype=dtype))
+            torch.testing.assert_close(flat(ours), flat(theirs))
+
+
 # Gradients
 
 
@@ -287,6 +447,94 @@ def test_results_changed_in_place_before_backward(call, options, dtype):
             continue
         assert not isinstance(ours, RuntimeError), (k, ours)
         torch.testing.assert_close(ours, theirs)
+
+
+# Inputs (L, N, I) or (N, L, I) that a layer reads with the time first, so or after a copy.
+LAYOUTS = {
+    "as it is read": {},
+    "batch first": {"batch_first": True},
+    "transposed": {},
+    "every second": {},
+}
+
+
+def laid_out_as(name, x):
+    if name == "batch first":
+        return x.transpose(0, 1).contiguous()
+    if name == "transposed":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    return x.repeat_interleave(2, 1)[:, ::2] if name == "every second" else x
+
+
+@every_option
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("call", ["padded", "checkpoint_every", "reset", "cells", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_input_changed_in_place_before_backward(dtype, call, layout, options):
+    """A residual connection adds to it: torch lets that be done to what it has copied."""
+    options = {**options, "batch_first": False, **LAYOUTS[layout]}
+    found = []
+    for module in pair(dtype=dtype, **options):
+        first = data(dtype).requires_grad_()
+        x = laid_out_as(layout, first * 1)
+        assert x.is_contiguous() == (layout in ("as it is read", "batch first"))
+        given = {}
+        if isinstance(module, lstm_ext.LSTM):
+            module.checkpoint_every = 2 if call == "checkpoint_every" else None
+            if call == "reset":
+                given["reset"] = torch.zeros(x.shape[:2], dtype=torch.bool)
+            given["return_cell_states"] = call == "cells"
+        if call == "dropout" and module.num_layers > 1:
+            module.dropout = 0.5
+        torch.manual_seed(1)
+        output = module(x, **given)[0]
+        x += output.detach()[..., :1]
+        try:
+            (output.square().sum() + x.square().sum()).backward()
+            found.append([first.grad, *(p.grad for p in module.parameters())])
+        except RuntimeError as error:
+            if "modified by an inplace" not in str(error) and "modified inplace" not in str(error):
+                raise
+            found.append(None)
+    theirs, ours = found
+    assert (ours is None) == (layout == "as it is read")
+    # By steps torch makes no copy of this one.
+    by_steps = layout == "every second" and (dtype == torch.float64 or "proj_size" in options)
+    assert (theirs is None) == (ours is None or by_steps)
+    if theirs is not None:
+        torch.testing.assert_close(ours, theirs)
+
+
+@every_option
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("what", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0", "reset", "h", "x"])
+def test_pieces_notice_what_is_changed_before_backward(what, packs, options):
+    """With checkpoint_every backward computes them anew, from what forward had."""
+    if what == "bias_hh_l0" and options.get("bias") is False:
+        pytest.skip("there is no bias")
+    gradients = []
+    for changes in (False, True):
+        module = pair(**options)[1]
+        module.checkpoint_every = 2
+        x = laid_out(data(), module).contiguous()
+        given = packed(x, module) if packs else x
+        hx = tuple(s.clone() for s in flat(module(given))[1:])
+        reset = torch.zeros(L, N, dtype=torch.bool)
+        reset = laid_out(reset, module).contiguous() if not packs else reset
+        loss = flat(module(given, hx, reset=reset))[0].square().sum()
+        changed = {"reset": reset, "h": hx[0], "x": given.data if packs else x}.get(what)
+        with torch.no_grad():
+            if changes:
+                changed = getattr(module, what) if changed is None else changed
+                changed.logical_not_() if what == "reset" else changed.mul_(2)
+        copied = what == "x" and module.batch_first and not packs
+        if changes and what != "bias_hh_l0" and not copied and not (packs and what in "reset h"):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+            return
+        loss.backward()
+        gradients.append([p.grad for p in module.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
@@ -389,6 +637,43 @@ def test_a_subclass_checks_its_arguments(call):
     expected = lstm_ext.LSTM(I, H)
     expected.load_state_dict(module.state_dict())
     torch.testing.assert_close(flat(call(module, data())), flat(call(expected, data())))
+
+
+class OwnList(nn.LSTM):
+    """Writes the list of weights itself, as old forms of weight dropout do."""
+
+    def _update_flat_weights(self):
+        self._flat_weights = [2 * getattr(self, name) for name in self._flat_weights_names]
+
+
+class OwnReading(nn.LSTM):
+    def _weights_have_changed(self):
+        return True
+
+    def _init_flat_weights(self):
+        self._flat_weights = [w.tanh() for w in map(self._parameters.get, self._flat_weights_names)]
+
+
+@every_call
+@every_option
+@pytest.mark.parametrize("cls", [OwnList, OwnReading])
+def test_a_subclass_makes_its_own_list_of_weights(cls, options, call):
+    found = []
+    for change in (lambda module: module, lstm_ext.convert):
+        torch.manual_seed(0)
+        module = change(cls(I, H, **options))
+        results = flat(call(module, data()))
+        if results[0].requires_grad:
+            results[0].square().sum().backward()
+            results += [p.grad for p in module.parameters()]
+        found.append(results)
+    assert isinstance(module, lstm_ext.LSTM)
+    torch.testing.assert_close(found[1], found[0])
+    with (
+        pytest.warns(UserWarning, match="forward or checks of its own"),
+        pytest.raises(ValueError, match="to freeze"),
+    ):
+        lstm_ext.freeze(module.eval())
 
 
 def test_modules_pickled_by_older_versions():

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -489,6 +490,44 @@ def test_autocast_as_unfrozen(kind, dtype, low):
         flat, right = list(found), list(expected)
         assert [t.dtype for t in flat] == [t.dtype for t in right]
         torch.testing.assert_close(flat, right, rtol=0.02, atol=0.02)
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("low", HALVES)
+@pytest.mark.parametrize("own", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "how", [{}, {"keep_weights": False}, {"weights": "int8"}, {"weights": "bfloat16"}], ids=str
+)
+@pytest.mark.parametrize("kind", [lstm_ext.LSTM, lstm_ext.LSTMCell])
+def test_autocast_of_other_dtypes_than_its_own(kind, how, own, low):
+    """What comes from another layer under autocast has the lower precision."""
+    module = kind(3, 4, dtype=own).eval()
+    if "weights" in how and own != torch.float32:
+        pytest.skip("stored so only of float32")
+    expected_of = copy.deepcopy(module)
+    frozen = lstm_ext.freeze(module, **how)
+    dtypes = [torch.float32, torch.float64, *HALVES]
+    state = (2, 4) if kind is lstm_ext.LSTMCell else (1, 2, 4)
+    for given, of_states in itertools.product(dtypes, [None, *dtypes]):
+        x = torch.randn(2, 3) if kind is lstm_ext.LSTMCell else torch.randn(5, 2, 3)
+        hx = None if of_states is None else tuple(torch.randn(2, *state).to(of_states))
+        found = []
+        for m in (expected_of, frozen):
+            with torch.no_grad(), torch.autocast("cpu", low):
+                try:
+                    out = m(x.to(given), hx)
+                    found.append(list(out if kind is lstm_ext.LSTMCell else (out[0], *out[1])))
+                except RuntimeError as error:
+                    found.append(type(error))
+        expected, mine = found
+        if not isinstance(expected, list):
+            assert mine is expected, (given, of_states)
+            continue
+        assert isinstance(mine, list), (given, of_states)
+        assert [t.dtype for t in mine] == [t.dtype for t in expected], (given, of_states)
+        torch.testing.assert_close(mine, expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("how", [{}, {"keep_weights": False}, {"weights": "int8"}], ids=str)

@@ -242,6 +242,38 @@ def test_in_training_and_under_no_grad(kind):
         assert not lstm_ext.trace_gates(module, x, differentiable=True).h.requires_grad
 
 
+WRITERS = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda m, name: nn.utils.prune.random_unstructured(m, name, 0.4),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("cell", [False, True])
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_weights_that_a_call_would_write(write, cell, differentiable, kind):
+    """A step of an optimizer is in the trace before the next call."""
+    package = lstm_ext if kind is lstm_ext.LSTM else nn
+    module = package.LSTMCell(I, H) if cell else kind(I, H, num_layers=2)
+    write(module, "weight_hh" if cell else "weight_hh_l0").eval()
+    x = torch.randn(N, I) if cell else torch.randn(L, N, I)
+    module(x)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.5)
+    trace = lstm_ext.trace_gates(module, x, differentiable=differentiable)
+    output = module(x)[0]
+    torch.testing.assert_close(trace.h[-1, 0] if cell else trace.h[-1], output, **TOLERANCE)
+    if differentiable:
+        found, expected = (
+            torch.autograd.grad(h.square().sum(), list(module.parameters()))
+            for h in (trace.h[-1], output)
+        )
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
 def test_other_holders_of_weights():
     """Parametrized, frozen, a subclass."""
     x = torch.randn(L, N, I)

@@ -201,8 +201,10 @@ def test_weights_are_read_at_every_call():
 
 
 @pytest.mark.usefixtures("allow_rnn")
-def test_compile_full_graph():
-    mine = lstm_ext.LSTM(4, 6, num_layers=2, bidirectional=True)
+@pytest.mark.parametrize("options", [{}, {"checkpoint_every": 2}], ids=str)
+def test_compile_full_graph(options):
+    torch._dynamo.reset()
+    mine = lstm_ext.LSTM(4, 6, num_layers=2, bidirectional=True, **options)
     compiled = torch.compile(mine, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, 3, 4)
     torch.testing.assert_close(compiled(x), mine(x))

@@ -37,6 +37,8 @@ CHANGES = {
     "dropout True": {"dropout": True},
     "dropout 0": {"dropout": 0},
     "dropout too large": {"dropout": 2.0},
+    "dropout below 0": {"dropout": -0.5},
+    "dropout no number": {"dropout": float("nan")},
     "dropout a word": {"dropout": "half"},
     "dropout None": {"dropout": None},
     "training 1": {"training": 1},
@@ -90,6 +92,8 @@ PATHS = {
     "checkpoint_every": (lambda m, x: m(x), lambda m, x: every(m, 2)(x)),
     "frozen": (evaluated, lambda m, x: m(x)),
     "frozen, packed": (lambda m, x: evaluated(m, packed(x)), lambda m, x: m(packed(x))),
+    "frozen, freed": (evaluated, lambda m, x: m(x)),
+    "frozen, freed, packed": (lambda m, x: evaluated(m, packed(x)), lambda m, x: m(packed(x))),
     "frozen, reset": (evaluated, lambda m, x: m(x, reset=no_reset(x))),
     "trace": (lambda m, x: m(x), lambda m, x: traced(m, x)),
     "differentiable trace": (lambda m, x: m(x), lambda m, x: traced(m, x, differentiable=True)),
@@ -133,7 +137,7 @@ def modules(path, converted, dtype, built, changes):
     ours.load_state_dict(theirs.state_dict())
     if path.startswith("frozen"):
         theirs.eval()
-        ours = lstm_ext.freeze(ours.eval())
+        ours = lstm_ext.freeze(ours.eval(), keep_weights="freed" not in path)
     for name, value in changes.items():
         for module in (theirs, ours):
             setattr(module, name, value)

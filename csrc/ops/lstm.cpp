@@ -49,7 +49,8 @@ LayerOutputs run_layers(const LSTMInputs& in, int64_t weights_per_layer, const L
   at::Tensor input = in.input;
   std::vector<at::Tensor> h_n(count), c_n(count);
   for (int64_t k = 0; k < count; k += directions) {
-    if (k > 0 && in.dropout > 0) input = at::dropout(input, in.dropout, /*train=*/true);
+    // Not > 0: at::dropout refuses what is no probability.
+    if (k > 0 && in.dropout != 0) input = at::dropout(input, in.dropout, /*train=*/true);
     std::vector<at::Tensor> outputs(directions);
     const OutputStaysInside stays(directions == 2 || k + directions < count);
     for (int64_t d = 0; d < directions; ++d)

@@ -127,6 +127,16 @@ bool all_of(at::ScalarType dtype, const std::vector<StepWeights>& layers) {
   return true;
 }
 
+// Whether backward will need the input and the states.
+bool is_recorded(const at::Tensor& input, const at::Tensor& h, const at::Tensor& c,
+                 const OptionalTensors& weights) {
+  if (!at::GradMode::is_enabled()) return false;
+  if (input.requires_grad() || h.requires_grad() || c.requires_grad()) return true;
+  for (const auto& weight : weights)
+    if (weight && weight->requires_grad()) return true;
+  return false;
+}
+
 template <Kind kKind>
 PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -169,6 +179,13 @@ PyObject* call_lstm(PyObject* /*module*/, PyObject* const* args, Py_ssize_t coun
   }
   const bool transposed = options->batch_first && !batch_sizes;
   if (transposed) input = input.transpose(0, 1);
+  // As torch, which copies what is not contiguous: a user may then change it before backward.
+  const bool contiguous = input.is_contiguous() && h->is_contiguous() && c->is_contiguous();
+  if (!contiguous && is_recorded(input, *h, *c, *weights)) {
+    input = input.contiguous();
+    h = h->contiguous();
+    c = c->contiguous();
+  }
   const bool brief =
       kKind != Kind::kSteps && input.numel() / I * 4 * H * (I + H) * c_sizes[0] < kBriefWork;
   auto [output, h_n, c_n] = without_lock(brief, [&] {
@@ -266,6 +283,7 @@ PyObject* call_frozen_cell(PyObject* /*module*/, PyObject* const* args, Py_ssize
     auto [hy, cy] = without_lock(brief(in), [&] { return ops::lstm_cell::call(in); });
     return wrap(std::move(hy), std::move(cy));
   }
+  if (at::autocast::is_autocast_enabled(at::kCPU)) Py_RETURN_NONE;
   if (!usual(input, I, *h, *c, h_sizes, h_sizes)) Py_RETURN_NONE;
   const bool is_brief = N * 4 * H * (I + H) < kBriefWork;
   auto [output, h_n, c_n] = without_lock(is_brief, [&] {

@@ -215,9 +215,10 @@ def trace_gates(
 
     Args:
         module: :class:`lstm_ext.LSTM`, ``torch.nn.LSTM``, :class:`lstm_ext.LSTMCell` or
-            ``torch.nn.LSTMCell``. Of a frozen module, the original is traced. Hooks are not run. A
-            subclass is treated as the class that it derives from. In training mode, dropout between
-            layers is drawn again.
+            ``torch.nn.LSTMCell``. Of a frozen module, the original is traced. Hooks are not run,
+            but for those of torch.nn.utils that write a weight (weight_norm, spectral_norm, prune).
+            A subclass is treated as the class that it derives from. In training mode, dropout
+            between layers is drawn again.
         input: as the module takes it: (L, N, I), (N, L, I) with ``batch_first``, (L, I), or packed.
             For a cell: (N, I) or (I) for one step, or (L, N, I) for a sequence.
         hx: h and c before the first step, as the module takes them. Zeros when left out.
@@ -249,6 +250,9 @@ def trace_gates(
     if isinstance(module, (FrozenLSTM, FrozenLSTMCell)):
         module = module.find_original("trace_gates: the frozen module")
     own_steps = _has_own_steps(module, reset_hx, differentiable)
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            _call.write_weights(module)
     if isinstance(module, nn.LSTMCell):
         return _trace_cell(module, input, hx, reset, reset_hx, differentiable)
     if not isinstance(module, nn.LSTM):
