@@ -142,6 +142,12 @@ def _decompose_packed_layer(_: Any) -> Any:
     return _refuse_packed_weights() if torch.onnx.is_in_onnx_export() else NotImplemented
 
 
+@_decomposition("lstm_layer_states", _ops.states_of_all_steps)
+def _decompose_layer_states(_: Any) -> Any:
+    # Where it was captured by the compiler, after lstm() itself had refused.
+    return refuse_states() if torch.onnx.is_in_onnx_export() else NotImplemented
+
+
 @_decomposition("lstm_recurrence", _ops.recurrence_states)
 def _decompose_recurrence(a: Any) -> Any:
     """Make it ONNX's Scan, with length and batch open."""

@@ -246,7 +246,8 @@ def _(a: Any) -> tuple[Tensor, ...]:
 
 
 @_fake("lstm_layer_states")
-def _(a: Any) -> tuple[Tensor, ...]:
+def states_of_all_steps(a: Any) -> tuple[Tensor, ...]:
+    """Return output, h_n, c_n and the c of each step."""
     output, *states = layer_states(a)
     return output, *states, torch.empty_like(output)
 
