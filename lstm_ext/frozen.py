@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
-import hashlib
 import threading
 import warnings
 from collections import OrderedDict
@@ -16,15 +13,29 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.utils import parametrize
 
-from lstm_ext import _call, _fx, _guard, _ops, _step_options, _steps, _variants
+from lstm_ext import (
+    _call,
+    _fx,
+    _guard,
+    _ops,
+    _options,
+    _step_options,
+    _variants,
+)
 from lstm_ext._call import States
+from lstm_ext._frozen_weights import (
+    compute_weights,
+    hash_of,
+    layout_of,
+    same_bits,
+    stored_weights,
+    weight_names,
+)
 from lstm_ext.cell import LSTMCell
 from lstm_ext.layer import LSTM
 
 Module = TypeVar("Module", bound=nn.Module)
-_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 # How packed weights are stored, and rows that they multiply: the operators' argument `weights`.
 _WEIGHT_TYPES = {(None, None): 0, ("bfloat16", None): 1, ("int8", None): 2, ("int8", "int16"): 3}
 _FUSED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -200,7 +211,7 @@ def _freeze_one(module: nn.Module, name: str, how: tuple[str | None, str | None,
             f"{where} has a forward of its own as an attribute, which would go on with the "
             "unfrozen weights; freeze before it is put there"
         )
-    _check_weights(module, where)
+    compute_weights(module, where)
     if vars(module).get("_compiled_call_impl") is not None:
         warnings.warn(
             f"lstm_ext.{where} was compiled by .compile(); call it on the frozen module again",
@@ -210,88 +221,6 @@ def _freeze_one(module: nn.Module, name: str, how: tuple[str | None, str | None,
         return FrozenLSTM(module, where, *how)
     assert isinstance(module, LSTMCell)
     return FrozenLSTMCell(module, where, *how)
-
-
-def _weight_names(module: nn.Module) -> list[str]:
-    """Return the names of all that is packed or copied."""
-    if isinstance(module, LSTM):
-        names, suffixes = list(module._flat_weights_names), _steps.layer_suffixes(module)
-    else:
-        names, suffixes = list(_CELL_WEIGHTS), [""]
-    return names + [n for suffix in suffixes for n in _variants.names(module, suffix)]
-
-
-def _check_weights(module: nn.Module, where: str) -> None:
-    """Compute the weights that torch's own hooks write; raise an error for those of others."""
-    with torch.no_grad():
-        computed = _call.write_weights(module)
-    for parameters in getattr(module, "parametrizations", {}):
-        computed.add(parameters)
-    for name in _weight_names(module):
-        own = module._parameters.get(name, "missing")
-        plain = own is None or (isinstance(own, nn.Parameter) and name not in vars(module))
-        if name not in computed and not plain:
-            raise ValueError(
-                f"{where}.{name} is not a parameter, but written by something at each call (a "
-                "hook or a wrapper), of which a frozen module would know nothing; remove that "
-                f"first, so that {name} is a parameter again"
-            )
-
-
-@functools.cache
-def _layout(dtype: torch.dtype, kind: int, projects: bool = False) -> str:
-    """Return what tells layouts of packed weights apart: the kernels' name, and how they pack.
-
-    The latter is a hash of a small layer as they pack it, whose numbers are exact in every type.
-    """
-    I, H = 19, 70  # whole blocks and a part of one, for any width of vectors
-    w = (torch.arange(4 * H * (I + H), device="cpu") * 7 % 255 - 127).to(dtype) / 128
-    w = w.view(4 * H, -1)
-    w_ih, w_hh = w[:, :I], w[:, I:]
-    if projects:
-        packed = _ops.lstm_layer_pack(w_ih, w_hh[:, : H - 1], kind, w_hh[: H - 1])
-    else:
-        packed = _ops.lstm_layer_pack(w_ih, w_hh, kind)
-    digest = hashlib.sha256(bytes(packed.tolist())).hexdigest()
-    return f"{_ops._C.build_info()['cpu_instruction_set']} {digest}"
-
-
-def _stored_weights(original: Any) -> list[Tensor]:
-    """Return what packed weights are made of, as it is stored: nothing is computed."""
-    found: list[Any] = []
-    for name in _weight_names(original):
-        for table in (original._parameters, original._buffers, vars(original)):
-            found.append(table.get(name))
-    if parametrize.is_parametrized(original):
-        written = original.parametrizations
-        found += [*written.parameters(), *written.buffers()]
-    elif isinstance(original, LSTM):
-        found += original._flat_weights
-    return list({id(t): t for t in found if isinstance(t, Tensor)}.values())
-
-
-def _digest(tensors: Iterable[Tensor]) -> str | None:
-    """Return a hash of dtypes, shapes and bytes; None where there is no memory to be read."""
-    digest = hashlib.sha256()
-    for t in tensors:
-        if isinstance(t, FakeTensor) or not t.is_cpu or t.layout != torch.strided:
-            return None
-        plain = t.detach().contiguous()
-        digest.update(f"{plain.dtype} {tuple(plain.shape)} ".encode())
-        size = plain.numel() * plain.element_size()
-        address = plain.data_ptr() if size else 0
-        if address:
-            digest.update((ctypes.c_ubyte * size).from_address(address))
-        elif size:
-            return None
-    return digest.hexdigest()
-
-
-def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    bits = [t.contiguous().view(torch.uint8) for t in (a, b)]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
 
 
 class _Frozen(nn.Module):
@@ -329,7 +258,7 @@ class _Frozen(nn.Module):
         self._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
         hooks = original._forward_pre_hooks.items()
         self._forward_pre_hooks = OrderedDict(
-            (key, hook) for key, hook in hooks if _call.weight_writer(hook) is None
+            (key, hook) for key, hook in hooks if _options.weight_writer(hook) is None
         )
         self._compiled_call_impl = None  # it calls the original
         if weights is not None:
@@ -344,8 +273,8 @@ class _Frozen(nn.Module):
         self._hold_packed_weights(original, where)
 
     def _free_weights(self, original: nn.Module) -> None:
-        names = _weight_names(original)
-        written = {_call.weight_writer(hook) for hook in original._forward_pre_hooks.values()}
+        names = weight_names(original)
+        written = {_options.weight_writer(hook) for hook in original._forward_pre_hooks.values()}
         # What torch.nn.utils' weight_norm, spectral_norm and prune make weights of.
         parts = [f"{n}_{k}" for n in names if n in written for k in ("g", "v", "orig", "u", "mask")]
         self._freed = (*names, *parts, "parametrizations", "all_weights", "original")
@@ -391,7 +320,7 @@ class _Frozen(nn.Module):
 
     def _own_layout(self) -> str:
         projects = getattr(self, "proj_size", 0) > 0
-        return _layout(self.like_weights.dtype, self._kind, projects)
+        return layout_of(self.like_weights.dtype, self._kind, projects)
 
     @property
     def _kind(self) -> int:
@@ -445,7 +374,7 @@ class _Frozen(nn.Module):
     def _pack_if_as_saved(self, where: str) -> None:
         expected = self._expected
         # Older pickles have no hash.
-        if expected is not None and _digest(_stored_weights(self.original)) != expected:
+        if expected is not None and hash_of(stored_weights(self.original)) != expected:
             raise RuntimeError(
                 "this frozen module's plain weights are not those that it was saved with: they "
                 "were written to before its first call, or never loaded. "
@@ -459,7 +388,7 @@ class _Frozen(nn.Module):
         held = self._packed()
         try:
             fresh = self._pack_original(self.original, "pickled module")
-            return len(held) == len(fresh) and all(map(_same_bits, held, fresh))
+            return len(held) == len(fresh) and all(map(same_bits, held, fresh))
         except Exception:  # whatever has become of them
             return False
 
@@ -525,7 +454,7 @@ class _Frozen(nn.Module):
             if isinstance(self.original, LSTM):
                 # As when it is pickled itself, which is later.
                 self.original._update_flat_weights()
-            digest = _digest(_stored_weights(self.original)) if self._is_as_packed() else None
+            digest = hash_of(stored_weights(self.original)) if self._is_as_packed() else None
             if digest is not None:
                 # Packed weights are for the processor that packed them.
                 names = state.pop("_packed_names")
@@ -545,12 +474,12 @@ class _Frozen(nn.Module):
             self._check_layout(packed_for)
         # Without attributes yet: the pickle began at the original, which refers to this one.
         elif "_parameters" in vars(self.original):
-            stored = _stored_weights(self.original)
+            stored = stored_weights(self.original)
             fake = any(isinstance(t, FakeTensor) for t in stored)
             if not fake:
                 self._check_devices(stored)
             # Numbers that come later give another hash, or are none at all.
-            if fake or (self._expected is not None and _digest(stored) == self._expected):
+            if fake or (self._expected is not None and hash_of(stored) == self._expected):
                 self._hold_packed_weights(self.original, "unpickled module")
                 self.__dict__.pop("_expected", None)
 
@@ -596,8 +525,8 @@ class FrozenLSTM(_Frozen, LSTM):
     def _pack_original(self, original: Any, where: str) -> list[Tensor | None]:
         packed: list[Tensor | None] = []
         try:
-            options = _call.read(original)
-        except _call.TorchAnswersError as error:
+            options = _options.read(original)
+        except _options.TorchAnswersError as error:
             raise TypeError(f"{where}: {error}") from None
         for weights in options.layers():
             packed += self._pack(where, *weights[:5])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lstm_ext import _call, _steps
+from lstm_ext import _options, _steps
 from lstm_ext.frozen import FrozenLSTM, FrozenLSTMCell
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -194,7 +194,7 @@ class _Writes:
         parameter: Tensor | None = lstm._parameters.get(own)
         used = getattr(lstm, own, None)
         if isinstance(lstm, nn.LSTM) and own in lstm._flat_weights_names:
-            used = _call.flat_weights(lstm)[lstm._flat_weights_names.index(own)]
+            used = _options.flat_weights(lstm)[lstm._flat_weights_names.index(own)]
         is_used = used is parameter
         if parameter is None or not is_used:
             raise ValueError(

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_ext
-from lstm_ext import frozen as frozen_module
+from lstm_ext import _frozen_weights, _ops
 
 WEIGHTS = {
     "whole": {},
@@ -485,14 +485,14 @@ def test_a_pickle_is_for_kernels_that_pack_alike(how, tmp_path):
 def test_a_pickle_of_another_layout_is_refused(monkeypatch):
     """As of a version of this package whose kernels have the same name and pack differently."""
     pickled = pickle.dumps(freed(lstm_ext.LSTM(3, 4)))
-    frozen_module._layout.cache_clear()
-    pack = frozen_module._ops.lstm_layer_pack
-    monkeypatch.setattr(frozen_module._ops, "lstm_layer_pack", lambda *args: pack(*args).roll(1))
+    _frozen_weights.layout_of.cache_clear()
+    pack = _ops.lstm_layer_pack
+    monkeypatch.setattr(_ops, "lstm_layer_pack", lambda *args: pack(*args).roll(1))
     try:
         with pytest.raises(RuntimeError, match=f"another version of lstm_ext.*{FREED}"):
             pickle.loads(pickled)
     finally:
-        frozen_module._layout.cache_clear()
+        _frozen_weights.layout_of.cache_clear()
     monkeypatch.undo()
     pickle.loads(pickled)
 
@@ -500,7 +500,7 @@ def test_a_pickle_of_another_layout_is_refused(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_layout_is_known_by_a_small_layer(dtype):
     """Whatever memory it is packed into; and each type of weights has another."""
-    layout = frozen_module._layout.__wrapped__
+    layout = _frozen_weights.layout_of.__wrapped__
     kinds = range(4 if dtype == torch.float32 else 1)
     found = [layout(dtype, kind) for kind in kinds]
     assert len(set(found)) == len(found)

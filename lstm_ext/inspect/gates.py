@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lstm_ext import _backend, _call, _ops, _recurrence, _step_options, _variants
+from lstm_ext import _backend, _call, _ops, _options, _recurrence, _step_options, _variants
 from lstm_ext._call import States
 from lstm_ext._steps import Steps, expand_reset_states, layer_in_steps, run_layers
 from lstm_ext.cell import LSTMCell
@@ -252,7 +252,7 @@ def trace_gates(
     own_steps = _has_own_steps(module, reset_hx, differentiable)
     if isinstance(module, (nn.LSTM, nn.LSTMCell)):
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            _call.write_weights(module)
+            _options.write_weights(module)
     if isinstance(module, nn.LSTMCell):
         return _trace_cell(module, input, hx, reset, reset_hx, differentiable)
     if not isinstance(module, nn.LSTM):
@@ -261,8 +261,8 @@ def trace_gates(
             f"got {type(module).__name__}"
         )
     try:
-        options = _call.read(module, isinstance(input, PackedSequence))
-    except _call.TorchAnswersError as error:
+        options = _options.read(module, isinstance(input, PackedSequence))
+    except _options.TorchAnswersError as error:
         module(input, hx)  # raises torch's own error, if that is one
         raise ValueError(f"trace_gates: {error}") from None
     ready = _call.prepare(module, options, input, hx, reset, reset_hx)
