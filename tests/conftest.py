@@ -87,3 +87,12 @@ def allow_rnn():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled():
+    """What a test has compiled, or had skipped, counts for no other: torch has limits for both."""
+    yield
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    if frames is not None and frames.FRAME_COUNTER > 0:
+        torch._dynamo.reset()

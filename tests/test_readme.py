@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,7 +74,6 @@ def test_there_are_snippets():
 
 @pytest.mark.parametrize("document", WITH_SNIPPETS, ids=names(WITH_SNIPPETS))
 def test_snippets_run(document):
-    torch._dynamo.reset()  # or it remembers what other tests had it skip
     for snippet in snippets(document):
         if "onnx" in snippet:
             pytest.importorskip("onnxscript")
